@@ -1,0 +1,1 @@
+"""Listings: from catalogue files to shards, and from shards to batches."""

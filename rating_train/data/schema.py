@@ -1,0 +1,66 @@
+"""What a listing is, and what a dataset directory holds. Imports no torch and no streaming.
+
+A dataset directory (made by ``rating-train prepare``)::
+
+    DATA/manifest.json      written last: a directory without it is not a dataset
+    DATA/quarantine.jsonl   every dropped record: source, line, id, reason, detail
+    DATA/train/  DATA/val/  MDS shards with hashes and their index.json
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MANIFEST_NAME = "manifest.json"
+QUARANTINE_NAME = "quarantine.jsonl"
+MANIFEST_VERSION = 1
+SPLITS = ("train", "val", "test")
+
+RATING_MIN = 1.0
+RATING_MAX = 5.0
+
+# Columns of every MDS sample and their encodings. Text is stored raw (capped by `prepare`), so that
+# the number of characters a model reads stays a training option.
+MDS_COLUMNS: dict[str, str] = {
+    "id": "str",
+    "image": "bytes",
+    "title": "str",
+    "description": "str",
+    "features": "str",
+    "main_category": "str",
+    "rating": "float32",
+    "rating_count": "int64",
+}
+
+TEXT_FIELDS = ("title", "description", "features", "main_category")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One product as a source gives it, before its image is opened.
+
+    ``rating`` is the average star rating in [1, 5]; ``rating_count`` the number of ratings behind it;
+    ``image`` a path relative to the images folder (or a URL); ``group`` names the variants of one
+    product, which must stay on one side of a split (the id where the source has no groups).
+    """
+
+    id: str
+    title: str
+    description: str
+    features: str
+    main_category: str
+    image: str
+    rating: float
+    rating_count: int
+    group: str
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A record that did not become a sample: where it stood, and why (``reason`` is a fixed word)."""
+
+    source: str
+    line: int
+    id: str
+    reason: str
+    detail: str

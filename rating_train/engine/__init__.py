@@ -1,0 +1,1 @@
+"""DeepSpeed: the generated configuration, the engine, the learning-rate schedule, evaluation."""

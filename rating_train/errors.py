@@ -1,0 +1,42 @@
+"""Errors that name what is wrong, where, what was expected and what to change.
+
+Exit codes of every command: 0 done (or stopped with a checkpoint), 1 a bug (traceback),
+2 a :class:`UserError` (one line).
+"""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_BUG = 1
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """Something that the user can mend: shown as one line, without a traceback, exit code 2.
+
+    Args:
+        what: what is wrong, in one sentence without a full stop.
+        where: the file, line, key or option where it was found.
+        expected: what would have been right.
+        fix: what to change or run.
+    """
+
+    def __init__(self, what: str, *, where: object = "", expected: str = "", fix: str = "") -> None:
+        self.what = what
+        self.where = str(where)
+        self.expected = expected
+        self.fix = fix
+        parts = [what]
+        if self.where:
+            parts.append(f"where: {self.where}")
+        if expected:
+            parts.append(f"expected: {expected}")
+        if fix:
+            parts.append(f"to do: {fix}")
+        super().__init__(" | ".join(" ".join(p.split()) for p in parts))
+
+
+def one_error(problems: list[str], *, where: object, fix: str = "") -> UserError:
+    """All problems of one input in a single error, so that one edit mends them all."""
+    count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
+    return UserError(f"{count}: " + "; ".join(problems), where=where, fix=fix)

@@ -1,0 +1,102 @@
+"""Files that are either whole or absent: atomic writes, fsync, checksums, JSON lines.
+
+Imports nothing of the package but ``errors`` and nothing heavy, so that a login node stays fast.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rating_train.errors import UserError
+
+_CHUNK_BYTES = 1 << 22
+
+
+def fsync_path(path: str | Path) -> None:
+    """Flush a file, or a directory's entries, to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def atomic_write_bytes(path: str | Path, content: bytes) -> None:
+    """Write ``content`` so that a reader, or a crash, sees the old file or the new one, never a part.
+
+    Writes a temporary neighbour, fsyncs it, renames it over ``path`` and fsyncs the directory.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """:func:`atomic_write_bytes` of UTF-8 text."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_json(path: str | Path, value: Any) -> None:
+    """:func:`atomic_write_bytes` of indented JSON. ``NaN`` is refused: undefined is ``None``."""
+    atomic_write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Parse a JSON file; a file that is not JSON is a :class:`UserError` that names it."""
+    try:
+        return json.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError as e:
+        raise UserError("file not found", where=path) from e
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"not valid JSON ({e})", where=path) from e
+
+
+def append_json_line(path: str | Path, value: dict[str, Any]) -> None:
+    """Append one object as one line. A single ``write`` of a short line: readers see whole lines."""
+    line = json.dumps(value, sort_keys=False, allow_nan=False, ensure_ascii=False) + "\n"
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(line)
+
+
+def read_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON-lines file; a torn last line (a crash while writing) ends it."""
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as e:
+                if not line.endswith("\n"):
+                    return
+                raise UserError(f"not valid JSON ({e})", where=f"{path}:{number}") from e
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in 4 MiB pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of a value's canonical JSON (sorted keys, no spaces): a fingerprint."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
