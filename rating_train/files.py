@@ -67,14 +67,21 @@ def read_json(path: str | Path) -> Any:
 
 
 def append_json_line(path: str | Path, value: dict[str, Any]) -> None:
-    """Append one object as one line. A single ``write`` of a short line: readers see whole lines."""
+    """Append one object as one line. A single ``write`` of a short line: readers see whole lines.
+
+    A torn last line, left by a crash or a full disk, is ended first, so that it cannot swallow this one.
+    """
     line = json.dumps(value, sort_keys=False, allow_nan=False, ensure_ascii=False) + "\n"
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(line)
+    with open(path, "ab+") as f:
+        if f.tell() > 0:
+            f.seek(-1, os.SEEK_END)
+            if f.read(1) != b"\n":
+                line = "\n" + line
+        f.write(line.encode("utf-8"))
 
 
 def read_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSON-lines file; a torn last line (a crash while writing) ends it."""
+    """Yield the objects of a JSON-lines file, leaving out a torn last line (a crash while writing)."""
     with open(path, encoding="utf-8") as f:
         for number, line in enumerate(f, start=1):
             if not line.strip():

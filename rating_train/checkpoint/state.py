@@ -1,0 +1,100 @@
+"""What a checkpoint holds beside the engine's shards."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from rating_train.errors import UserError
+
+STATE_FILE = "state.json"
+
+
+@dataclass
+class TrainState:
+    """All that changes from step to step, the weights apart. Only the loop writes to it.
+
+    ``step`` counts optimizer steps done, skipped ones included: it is the position in the data.
+    """
+
+    step: int = 0
+    samples: int = 0
+    best_value: float | None = None
+    best_step: int | None = None
+    evals_since_best: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+
+    def record_step(self, items: int, skipped: bool) -> None:
+        """One more step, of ``items`` items over all ranks."""
+        self.step += 1
+        self.samples += items
+        self.skipped_steps += int(skipped)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
+    def record_metric(self, value: float | None, larger_is_better: bool) -> bool:
+        """Compare an evaluation with the best one so far; returns whether it is the new best."""
+        better = value is not None and (
+            self.best_value is None
+            or (value > self.best_value if larger_is_better else value < self.best_value)
+        )
+        if better:
+            self.best_value, self.best_step, self.evals_since_best = value, self.step, 0
+        else:
+            self.evals_since_best += 1
+        return better
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint must agree on with the run that loads it.
+
+    Args:
+        order: every setting that decides which samples a step reads, and the dataset's fingerprint.
+        order_digest: digest of the actual order of the epoch that the next step lies in.
+        engine: ranks, ZeRO stage, precision, frozen parts: what DeepSpeed's shards are cut for.
+    """
+
+    order: dict[str, Any]
+    order_digest: str
+    engine: dict[str, Any]
+
+
+def to_json(state: TrainState, identity: Identity, total_steps: int) -> dict[str, Any]:
+    """The content of state.json."""
+    return {
+        "train_state": dataclasses.asdict(state),
+        "identity": dataclasses.asdict(identity),
+        "total_steps": total_steps,
+    }
+
+
+def from_json(content: dict[str, Any]) -> TrainState:
+    """The TrainState of state.json."""
+    return TrainState(**content["train_state"])
+
+
+def check_identity(content: dict[str, Any], now: Identity, where: object) -> None:
+    """Refuse a checkpoint of another dataset, another order, or an engine that cannot read its shards.
+
+    Raises:
+        UserError: every difference, old and new, in one error.
+    """
+    saved = content["identity"]
+    differences = []
+    for section, current in (("order", now.order), ("engine", now.engine)):
+        for key in sorted(set(saved[section]) | set(current)):
+            old, new = saved[section].get(key), current.get(key)
+            if old != new:
+                differences.append(f"{key} was {old!r} and is now {new!r}")
+    if not differences and saved["order_digest"] != now.order_digest:
+        differences.append(
+            "the shuffle gives another order than before (another version of streaming or numpy)"
+        )
+    if differences:
+        raise UserError(
+            f"this run cannot go on from the checkpoint: {'; '.join(differences)}",
+            where=where,
+            fix="put the settings back, or start a new run with another `name`",
+        )

@@ -1,0 +1,88 @@
+"""What a configuration implies once the number of ranks and items is known. Pure functions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rating_train.config.schema import Config
+from rating_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """global_items = ranks x micro_items x accumulation, exactly."""
+
+    global_items: int
+    ranks: int
+    micro_items: int
+    accumulation: int
+
+    @property
+    def rank_items(self) -> int:
+        """Items that one rank reads for one optimizer step."""
+        return self.micro_items * self.accumulation
+
+
+def plan_batch(global_items: int, micro_items: int, ranks: int) -> BatchPlan:
+    """Divide the global batch over ranks and accumulation steps.
+
+    ``micro_items`` 0 takes the whole rank batch in one forward pass.
+
+    Raises:
+        UserError: the global batch does not divide; the message lists sizes that do.
+    """
+    if global_items % ranks:
+        divisors = [r for r in range(1, global_items + 1) if global_items % r == 0]
+        lower, upper = (global_items // ranks) * ranks, -(-global_items // ranks) * ranks
+        sizes = " or ".join(str(s) for s in sorted({lower, upper} - {0}))
+        raise UserError(
+            f"a global batch of {global_items} items does not divide over {ranks} ranks",
+            where="batch.global_items",
+            expected=f"a multiple of the number of ranks; for {global_items} items: {_list(divisors)} ranks",
+            fix=f"set batch.global_items={sizes}, or start another number of ranks",
+        )
+    rank_items = global_items // ranks
+    micro = micro_items or rank_items
+    if rank_items % micro:
+        valid = [m for m in range(1, rank_items + 1) if rank_items % m == 0]
+        raise UserError(
+            f"a rank batch of {rank_items} items ({global_items} over {ranks} ranks) does not divide into "
+            f"micro-batches of {micro}",
+            where="batch.micro_items",
+            expected=f"one of {_list(valid)}",
+            fix=f"set batch.micro_items={max(m for m in valid if m <= micro) if micro < rank_items else 0}",
+        )
+    return BatchPlan(global_items, ranks, micro, rank_items // micro)
+
+
+def _list(numbers: list[int], most: int = 16) -> str:
+    text = ", ".join(map(str, numbers[:most]))
+    return text if len(numbers) <= most else f"{text}, ..."
+
+
+def total_steps(config: Config, train_items: int) -> int:
+    """Optimizer steps of the whole run: every sample is seen at least ``epochs`` times.
+
+    The last global batch is filled up with the first samples of the epoch after it.
+    """
+    steps = math.ceil(config.train.epochs * train_items / config.batch.global_items - 1e-9)
+    steps = max(1, steps)
+    return min(steps, config.train.max_steps) if config.train.max_steps else steps
+
+
+def order_fingerprint_inputs(config: Config, data_fingerprint: str) -> dict[str, object]:
+    """Everything that decides which samples a step reads. A resumed run must agree on all of it.
+
+    World size, micro-batch and workers are left out on purpose: they do not change the order.
+    """
+    d = config.data
+    return {
+        "data_fingerprint": data_fingerprint,
+        "train_split": d.train_split,
+        "shuffle": d.shuffle,
+        "shuffle_seed": d.shuffle_seed,
+        "shuffle_block_samples": d.shuffle_block_samples,
+        "num_canonical_nodes": d.num_canonical_nodes,
+        "global_items": config.batch.global_items,
+    }

@@ -1,0 +1,200 @@
+"""Every setting, in frozen sections; ``configs/base.yaml`` is this file written out.
+
+A field is declared with :func:`setting`, which holds its default and its documentation. Units are in the
+names. What two settings imply together is checked in :mod:`rating_train.config.resolve`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def setting(default: Any, doc: str) -> Any:
+    """A documented field. Mutable defaults are copied for every instance."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"doc": doc})
+    return field(default=default, metadata={"doc": doc})
+
+
+def section(cls: type, doc: str) -> Any:
+    """A documented sub-section."""
+    return field(default_factory=cls, metadata={"doc": doc})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = setting("data", "Dataset directory made by `rating-train prepare` (it holds manifest.json).")
+    train_split: str = setting("train", "Split to train on.")
+    eval_split: str = setting("val", "Split to evaluate on while training.")
+    image_px: int = setting(
+        384,
+        "Side of the square image fed to the model, in pixels. Stored images of another size are resized.",
+    )
+    field_chars: int = setting(
+        100, "L: characters kept of each text field (title, description, features, main category)."
+    )
+    text_tokens: int = setting(
+        176,
+        "Text tokens per item, template and padding included; visual tokens come on top. Fields that do not "
+        "fit are cut from the longest one, and counted.",
+    )
+    shuffle: bool = setting(True, "Shuffle the training split anew in every epoch.")
+    shuffle_seed: int = setting(9176, "Seed of the shuffle. Changing it changes the order of the samples.")
+    shuffle_block_samples: int = setting(
+        262144, "Samples within which shards are mixed. Larger mixes better, smaller keeps fewer shards open."
+    )
+    num_canonical_nodes: int = setting(
+        1, "Parts into which the shuffled shards are divided. Pinned: it must not follow the number of nodes."
+    )
+    workers: int = setting(
+        4, "Loader processes per rank; 0 loads in the training process. Order is the same."
+    )
+    prefetch_batches: int = setting(4, "Batches that each loader process keeps ready.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    backbone: str = setting(
+        "HuggingFaceTB/SmolVLM2-256M-Video-Instruct", "Hub id or local folder of a SmolVLM/Idefics3 model."
+    )
+    tokenizer: str = setting("", "Hub id or folder of the tokenizer; empty takes the backbone's.")
+    revision: str = setting("", "Hub revision (branch, tag or commit); empty takes the hub's main.")
+    weights: Literal["pretrained", "random"] = setting(
+        "pretrained", "`random` builds the architecture without reading weights (tests, benchmarks)."
+    )
+    freeze: list[str] = setting(
+        [], "Parts that are not trained, of: vision, connector, decoder, head. [] is full fine-tuning."
+    )
+    head_hidden: int = setting(288, "Hidden units of the regression head.")
+    head_dropout: float = setting(0.1, "Dropout probability in the regression head.")
+    rating_bias: float = setting(
+        0.0, "Initial bias of the head's last layer, in logits: y = 1 + 4 sigmoid(x). 1.15 starts at 4.04."
+    )
+    gradient_checkpointing: bool = setting(
+        False, "Recompute activations in the backward pass: less memory, about a third more compute."
+    )
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    kind: Literal["mse", "huber"] = setting("mse", "Error per item.")
+    huber_delta: float = setting(0.5, "Huber: error in stars beyond which the loss grows linearly.")
+    count_weight: Literal["none", "log", "sqrt"] = setting(
+        "none",
+        "Weight of an item by its number of ratings n: 1, log(1+n) or sqrt(n), to a mean of 1 per batch.",
+    )
+    count_reference: float = setting(100.0, "Number of ratings at which `count_weight` is 1.")
+    plcc_weight: float = setting(0.0, "Weight of an added (1 - PLCC) term over each micro-batch.")
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    vision: float = setting(5e-5, "Peak learning rate of the vision tower.")
+    connector: float = setting(2e-4, "Peak learning rate of the connector.")
+    decoder: float = setting(1e-4, "Peak learning rate of the decoder.")
+    head: float = setting(4e-4, "Peak learning rate of the regression head.")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: LearningRates = section(LearningRates, "Peak learning rate of every part of the model.")
+    schedule: Literal["linear", "cosine", "constant"] = setting("linear", "Decay after the warm-up.")
+    warmup_fraction: float = setting(0.03, "Share of all steps over which the learning rate rises from 0.")
+    final_fraction: float = setting(0.0, "Learning rate at the last step, as a share of the peak.")
+    beta1: float = setting(0.9, "AdamW first-moment decay.")
+    beta2: float = setting(0.999, "AdamW second-moment decay.")
+    eps: float = setting(1e-8, "AdamW denominator constant.")
+    weight_decay: float = setting(
+        0.01, "AdamW weight decay of matrices; biases, norms and embeddings have none."
+    )
+    clip_norm: float = setting(1.0, "Largest global gradient norm; 0 turns clipping off.")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    global_items: int = setting(
+        64, "Items per optimizer step, over all ranks. It never follows the world size."
+    )
+    micro_items: int = setting(
+        0, "Items per forward pass of one rank; 0 takes the whole rank batch. The rest is accumulation."
+    )
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    stage: Literal[0, 1, 2, 3] = setting(
+        2,
+        "DeepSpeed ZeRO stage: what is divided over the ranks (0 nothing ... 3 optimizer, gradients, weights).",
+    )
+    offload_optimizer: bool = setting(False, "Keep optimizer state in CPU memory (stages 1 to 3).")
+    offload_param: bool = setting(False, "Keep weights in CPU memory (stage 3).")
+    bucket_mb: int = setting(50, "Size of communication buckets, in MiB of bf16 values.")
+    extra: dict[str, Any] = setting(
+        {}, "Rarer keys of DeepSpeed's zero_optimization section, passed through; derived keys are refused."
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    epochs: float = setting(5.0, "Passes over the training split.")
+    max_steps: int = setting(0, "Stop after so many optimizer steps; 0 leaves it to `epochs`.")
+    seed: int = setting(17, "Seed of weights that are not loaded, and of dropout.")
+    precision: Literal["bf16", "fp32"] = setting(
+        "bf16", "bf16 compute with fp32 master weights and fp32 accumulation, or fp32 throughout."
+    )
+    log_every_steps: int = setting(10, "Steps between lines of train.jsonl.")
+    eval_every_steps: int = setting(500, "Steps between evaluations; 0 evaluates only at the end.")
+    save_every_steps: int = setting(
+        500, "Steps between checkpoints; 0 saves only at the end or when stopped."
+    )
+    keep_last: int = setting(2, "Newest checkpoints kept. The best one is kept besides.")
+    keep_every_steps: int = setting(
+        0, "Also keep every checkpoint at a multiple of so many steps; 0 keeps none."
+    )
+    select_metric: Literal["plcc", "srcc", "rmse", "mae"] = setting(
+        "plcc", "Validation metric of the best checkpoint and of early stopping."
+    )
+    early_stop_evals: int = setting(
+        0, "Stop after so many evaluations in a row without a better `select_metric`; 0 never does."
+    )
+    max_skipped_steps: int = setting(
+        10, "Steps with a non-finite loss or gradient are skipped and counted; stop after more in a row."
+    )
+    stop_check_steps: int = setting(5, "Steps between the ranks' agreements on stopping.")
+    log_sample_ids: bool = setting(
+        False, "Write the ids of every step of every rank to samples/ (for audits)."
+    )
+    time_limit_minutes: float = setting(0.0, "Save and stop after so long; 0 never does.")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    micro_items: int = setting(
+        0, "Items per forward pass of one rank in evaluation; 0 takes that of training."
+    )
+    max_items: int = setting(
+        0, "Evaluate only the first so many items of the split while training; 0 takes all."
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole configuration. Immutable: what changes while training is in ``TrainState``."""
+
+    name: str = setting("run", "Name of the run; its directory is `runs_dir`/`name`.")
+    runs_dir: str = setting("runs", "Folder of run directories.")
+    data: DataConfig = section(DataConfig, "What is read and in which order.")
+    model: ModelConfig = section(ModelConfig, "The regressor.")
+    loss: LossConfig = section(LossConfig, "What is minimised.")
+    optim: OptimConfig = section(OptimConfig, "AdamW and its learning rates.")
+    batch: BatchConfig = section(BatchConfig, "global = ranks x micro x accumulation, exactly.")
+    zero: ZeroConfig = section(ZeroConfig, "DeepSpeed ZeRO.")
+    train: TrainConfig = section(TrainConfig, "The loop.")
+    eval: EvalConfig = section(EvalConfig, "Evaluation.")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A section as plain nested dicts, in the order of declaration."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,101 @@
+"""Samples of a shard to a batch of tensors. Runs in the loader processes.
+
+Legend: B items, S pixels a side, T tokens.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rating_train.data.prompt import PromptEncoder
+
+
+@dataclass
+class Batch:
+    """Items of one rank.
+
+    Images stay uint8 until they are on the device: a quarter of the bytes to copy.
+    """
+
+    ids: list[str]
+    categories: list[str]
+    images: Tensor  # (B, 3, S, S) uint8
+    input_ids: Tensor  # (B, T) int64
+    used_tokens: Tensor  # (B,) int64: tokens before the padding
+    ratings: Tensor  # (B,) float32
+    rating_counts: Tensor  # (B,) float32
+    cut_tokens: int  # field tokens that did not fit, over all items
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def pin_memory(self) -> Batch:
+        """Called by the loader's pinning thread, for copies that overlap with compute."""
+        return self._map(lambda t: t.pin_memory())
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on ``device``."""
+        return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def split(self, items: int) -> list[Batch]:
+        """Micro-batches of ``items`` each, in order; the tensors are views."""
+        return [
+            Batch(
+                self.ids[i : i + items],
+                self.categories[i : i + items],
+                *(t[i : i + items] for t in self._tensors()),
+                cut_tokens=0,
+            )
+            for i in range(0, len(self), items)
+        ]
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.images, self.input_ids, self.used_tokens, self.ratings, self.rating_counts
+
+    def _map(self, f: Any) -> Batch:
+        return Batch(self.ids, self.categories, *(f(t) for t in self._tensors()), cut_tokens=self.cut_tokens)
+
+
+class Collator:
+    """Decodes and tokenizes samples (mappings with the MDS columns) into a :class:`Batch`."""
+
+    def __init__(self, prompt: PromptEncoder, image_px: int) -> None:
+        self.prompt = prompt
+        self.image_px = image_px
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> Batch:
+        prompts = [self.prompt.encode(s) for s in samples]
+        images = np.stack([decode_square(s["image"], self.image_px, s["id"]) for s in samples])
+        return Batch(
+            ids=[s["id"] for s in samples],
+            categories=[s["main_category"] for s in samples],
+            images=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+            input_ids=torch.from_numpy(np.stack([p.ids for p in prompts])),
+            used_tokens=torch.tensor([p.used for p in prompts], dtype=torch.int64),
+            ratings=torch.tensor([float(s["rating"]) for s in samples], dtype=torch.float32),
+            rating_counts=torch.tensor([float(s["rating_count"]) for s in samples], dtype=torch.float32),
+            cut_tokens=sum(p.cut for p in prompts),
+        )
+
+
+def decode_square(content: bytes, size_px: int, item_id: str) -> np.ndarray:
+    """(S, S, 3) uint8 pixels of a stored JPEG; another stored size is squashed bilinearly.
+
+    Raises:
+        ValueError: the bytes are no image; the message names the item.
+    """
+    try:
+        image = Image.open(io.BytesIO(content))
+        if image.size != (size_px, size_px):
+            image = image.convert("RGB").resize((size_px, size_px), Image.Resampling.BILINEAR)
+        return np.asarray(image.convert("RGB") if image.mode != "RGB" else image)
+    except (OSError, SyntaxError) as e:
+        raise ValueError(f"the stored image of item {item_id!r} cannot be decoded: {e}") from e

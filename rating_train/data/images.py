@@ -1,0 +1,270 @@
+"""From a file that somebody else made to a square RGB JPEG, or to a reason why not.
+
+Everything about the file is distrusted: where its path leads, its size in bytes and pixels, its format,
+its completeness. Legend: S = side of the stored square in pixels.
+
+Reasons given here: ``image_missing``, ``image_outside_root``, ``image_too_large``, ``image_empty``,
+``image_not_an_image``, ``image_unreadable``, ``image_unsupported``.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from PIL import Image
+
+from rating_train.errors import UserError
+
+DEFAULT_MAX_PIXELS = 89_000_000  # about Pillow's own threshold: 256 MiB as RGB
+DEFAULT_MAX_BYTES = 64 << 20
+EXTENSIONS = (".jpg", ".png", ".jpeg", ".webp")
+
+# Only these decoders run on foreign bytes: others start programs (EPS) or have no business here.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_WIDE_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_CHUNK_ITEMS = 16  # images per task of a worker process: enough to hide the cost of passing them
+
+
+class ImageProblem(Exception):
+    """An image cannot be used: ``reason`` is a fixed word, ``detail`` is for a person."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+class ImageRequest(NamedTuple):
+    """One image to make: ``image`` and ``item_id`` as in a ``Listing``."""
+
+    image: str
+    item_id: str
+
+
+class ImageSpec(NamedTuple):
+    """How images are made: their root folder, side in pixels, JPEG quality, and bounds on the source."""
+
+    root: str
+    size_px: int
+    quality: int = 90
+    max_pixels: int = DEFAULT_MAX_PIXELS
+    max_bytes: int = DEFAULT_MAX_BYTES
+
+
+ImageResult = bytes | ImageProblem
+T = TypeVar("T")
+Box = tuple[float, float, float, float]
+
+
+def find_image(root: str | Path, image: str, item_id: str) -> Path:
+    """The local file of a listing's image: its path, else its URL's last part, else ``<id>.jpg`` and so on.
+
+    Args:
+        root: the images folder. Nothing outside it is ever opened, whatever ``..`` or links say.
+        image: a path relative to ``root``, or an http(s) URL (nothing is fetched), or ``""``.
+        item_id: used for the ``<id>.jpg/.png/.jpeg/.webp`` of last resort.
+
+    Errors: :class:`ImageProblem` with ``image_outside_root`` or ``image_missing``.
+    """
+    real_root = os.path.realpath(root)
+    names = [_url_name(image) if is_url(image) else image]
+    if os.path.basename(item_id) == item_id:
+        names += [item_id + extension for extension in EXTENSIONS]
+    for name in names:
+        if not name or name in (".", ".."):
+            continue
+        try:
+            path = os.path.realpath(os.path.join(real_root, name))
+            if os.path.commonpath((real_root, path)) != real_root:
+                raise ImageProblem("image_outside_root", name[:200])
+            if stat.S_ISREG(os.stat(path).st_mode):  # a pipe or a device would block or never end
+                return Path(path)
+        except (OSError, ValueError):  # absent, no permission, a NUL byte, a name too long, a circle of links
+            continue
+    raise ImageProblem("image_missing", image[:200] or f"no image is named, and there is no {item_id}.jpg")
+
+
+def is_url(image: str) -> bool:
+    """True for an http(s) address, False for a path."""
+    return image.lower().startswith(("http://", "https://"))
+
+
+def _url_name(url: str) -> str:
+    try:
+        return unquote(urlsplit(url).path).rsplit("/", 1)[-1]
+    except ValueError:
+        return ""
+
+
+def load_square_jpeg(
+    path: str | Path,
+    size_px: int,
+    quality: int = 90,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> bytes:
+    """Read an image file and give it back as the bytes of an S x S RGB JPEG (S = ``size_px``).
+
+    The whole picture is squashed (no crop, no padding) with a bilinear filter; EXIF orientation is
+    applied, transparency goes over white, of an animation the first frame counts. A file that already is
+    an upright RGB JPEG of S x S keeps its bytes: compressing twice would only lose.
+
+    Errors: :class:`ImageProblem`. ``max_pixels`` holds before any pixel is decoded.
+    """
+    data = _read_bounded(path, max_bytes)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of what is refused or mended here
+            return _convert(data, size_px, quality, max_pixels)
+    except ImageProblem:
+        raise
+    except Image.DecompressionBombError as e:
+        raise ImageProblem("image_too_large", str(e)) from e
+    except Image.UnidentifiedImageError as e:
+        raise ImageProblem("image_not_an_image", f"starts with {data[:8]!r}") from e
+    except Exception as e:  # the decoders raise a dozen kinds on damaged input: none may end a build
+        raise ImageProblem("image_unreadable", f"{type(e).__name__}: {e}"[:200]) from e
+
+
+def _read_bounded(path: str | Path, max_bytes: int) -> bytes:
+    try:
+        with open(path, "rb") as f:
+            data = f.read(max_bytes + 1)
+    except FileNotFoundError as e:
+        raise ImageProblem("image_missing", str(path)) from e
+    except OSError as e:
+        raise ImageProblem("image_unreadable", str(e)) from e
+    if not data:
+        raise ImageProblem("image_empty", "the file has no bytes")
+    if len(data) > max_bytes:
+        raise ImageProblem("image_too_large", f"more than {max_bytes} bytes")
+    return data
+
+
+def _convert(data: bytes, size_px: int, quality: int, max_pixels: int) -> bytes:
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageProblem("image_too_large", f"{width} x {height} pixels, at most {max_pixels} in all")
+        upright = _UPRIGHT.get(_orientation(image))
+        is_target = image.format == "JPEG" and image.mode == "RGB" and image.size == (size_px, size_px)
+        # The side stays at least twice the target, so that the bilinear filter still sees real detail.
+        drafted = image.draft(image.mode, (2 * size_px, 2 * size_px))
+        image.load()  # here a truncated file shows
+        # The bound keeps out a file whose bulk is metadata, the ending one that lacks its last bytes.
+        if is_target and upright is None and len(data) <= 3 * size_px**2 and data.endswith(b"\xff\xd9"):
+            return data
+        # A reduced picture may end within its last pixel: the box is what of it belongs to the original.
+        square = _to_rgb_square(image, size_px, drafted[1] if drafted else None)
+    if upright is not None:
+        square = square.transpose(upright)
+    square.info.clear()  # Pillow would write the source's comment into the new file
+    out = io.BytesIO()
+    square.save(out, "JPEG", quality=quality)
+    return out.getvalue()
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # damaged EXIF says nothing about the picture
+        return 1
+
+
+def _to_rgb_square(image: Image.Image, size_px: int, box: Box | None) -> Image.Image:
+    """Squash ``box`` (all by default) to (S, S) RGB, resizing in a mode in which averages make sense."""
+    size, bilinear = (size_px, size_px), Image.Resampling.BILINEAR
+    if image.mode in _WIDE_GREY:
+        wide = image.convert("I")
+        # Always /256, not by the picture's own maximum: equal values must stay equal across pictures.
+        scaled = wide.point(lambda value: value * (1 / 256)) if _maximum(wide) > 255 else wide
+        return scaled.convert("L").resize(size, bilinear).convert("RGB")
+    if image.mode == "F":
+        raise ImageProblem("image_unsupported", "floating-point pixels have no known scale")
+    if image.has_transparency_data:
+        # Pillow resizes RGBA premultiplied: the same as over white first, at a fraction of the memory.
+        small = image.convert("RGBA").resize(size, bilinear)
+        white = Image.new("RGBA", size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, small).convert("RGB")
+    return image.convert("RGB").resize(size, bilinear, box)
+
+
+def _maximum(image: Image.Image) -> float:
+    high = image.getextrema()[1]
+    assert isinstance(high, int | float)  # one band
+    return high
+
+
+# --- many images --------------------------------------------------------------------------------------
+
+
+def make_images(requests: Sequence[ImageRequest], spec: ImageSpec) -> list[ImageResult]:
+    """One result per request, in order: JPEG bytes, or the :class:`ImageProblem` that prevented them."""
+    results: list[ImageResult] = []
+    for request in requests:
+        try:
+            path = find_image(spec.root, request.image, request.item_id)
+            results.append(
+                load_square_jpeg(path, spec.size_px, spec.quality, spec.max_pixels, spec.max_bytes)
+            )
+        except ImageProblem as e:
+            results.append(
+                ImageProblem(e.reason, e.detail)
+            )  # without the traceback: it holds the file's bytes
+    return results
+
+
+def iter_images(
+    items: Iterable[T], request: Callable[[T], ImageRequest], spec: ImageSpec, workers: int = 1
+) -> Iterator[tuple[T, ImageResult]]:
+    """Every item with its image, in ``workers`` processes, the order kept.
+
+    At most four chunks per worker are under way, so memory is bounded and a slow reader holds the
+    workers back. One worker means this process. Errors: :class:`UserError` when a worker process dies.
+    """
+    stream = iter(items)
+    chunks = iter(lambda: list(islice(stream, _CHUNK_ITEMS)), [])
+    if workers <= 1:
+        for chunk in chunks:
+            yield from zip(chunk, make_images([request(item) for item in chunk], spec))
+        return
+    # Not "fork": this process may have threads (shard writers, progress bars), which a fork copies badly.
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    pending: deque[tuple[list[T], Future[list[ImageResult]]]] = deque()
+    try:
+        for chunk in chunks:
+            pending.append((chunk, pool.submit(make_images, [request(item) for item in chunk], spec)))
+            if len(pending) >= 4 * workers:
+                done, future = pending.popleft()
+                yield from zip(done, future.result())
+        while pending:
+            done, future = pending.popleft()
+            yield from zip(done, future.result())
+    except BrokenProcessPool as e:
+        raise UserError(
+            "an image worker died", where=spec.root, fix="fewer --workers if memory ran out, then run again"
+        ) from e
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,128 @@
+"""From a checked dataset to batches, in the order of :mod:`.order`, from any step on."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from rating_train.collectives import on_main
+from rating_train.config.schema import DataConfig
+from rating_train.data.collate import Batch, Collator
+from rating_train.data.order import Ids, SampleOrder, digest, epoch_of_step, evaluation_batches, rank_part
+from rating_train.data.prompt import PromptEncoder
+from rating_train.data.streams import OrderedDataset, check_split, open_split, shuffled_epoch
+from rating_train.world import World
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainingData:
+    """The training split of one rank. ``manifest`` is the dataset's; ``samples`` is N of one epoch."""
+
+    dataset: OrderedDataset
+    order: SampleOrder
+    collator: Collator
+    config: DataConfig
+    world: World
+    rank_items: int
+    manifest: dict[str, Any]
+
+    @property
+    def samples(self) -> int:
+        return self.order.samples
+
+    def order_digest(self, step: int) -> str:
+        """Digest of the order of the epoch in which ``step`` starts."""
+        return digest(self.order.epoch_ids(epoch_of_step(step, self.samples, self.order.global_items)))
+
+    def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
+        """This rank's batches of the steps [first_step, last_step), in order.
+
+        The count of steps done is all the state there is: a resumed run calls this with it.
+        """
+        step = first_step
+        while step < last_step:
+            end = min(last_step, self.order.segment_end(step))
+            ids = rank_part(self.order.batches(step, end), self.world.rank, self.world.size)
+            yield from _load(self.dataset, ids, self.collator, self.config)
+            step = end
+
+
+@dataclass
+class EvaluationData:
+    """A split to evaluate: every sample on exactly one rank, equal numbers of batches on all ranks."""
+
+    dataset: OrderedDataset
+    collator: Collator
+    config: DataConfig
+    samples: int
+    ids: Ids
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's batches; the last ones may repeat the last sample (see ``evaluation_batches``)."""
+        return _load(self.dataset, self.ids, self.collator, self.config)
+
+
+def open_training(
+    config: DataConfig, prompt: PromptEncoder, world: World, global_items: int, rank_items: int
+) -> TrainingData:
+    """Check and open the training split. A collective."""
+    manifest = on_main(lambda: check_split(config.path, config.train_split))
+    dataset = open_split(config.path, config.train_split, rank_items)
+    epoch_ids = functools.lru_cache(maxsize=2)(
+        lambda epoch: shuffled_epoch(
+            dataset.samples_per_shard,
+            seed=config.shuffle_seed,
+            epoch=epoch,
+            block_samples=config.shuffle_block_samples,
+            canonical_nodes=config.num_canonical_nodes,
+            shuffle=config.shuffle,
+        )
+    )
+    order = SampleOrder(int(dataset.num_samples), global_items, epoch_ids)
+    return TrainingData(
+        dataset, order, Collator(prompt, config.image_px), config, world, rank_items, manifest
+    )
+
+
+def open_evaluation(
+    config: DataConfig, prompt: PromptEncoder, world: World, split: str, rank_items: int, max_items: int = 0
+) -> EvaluationData:
+    """Check and open a split for evaluation. A collective. ``max_items`` 0 takes the whole split."""
+    on_main(lambda: check_split(config.path, split))
+    dataset = open_split(config.path, split, rank_items)
+    samples = int(dataset.num_samples)
+    if max_items and max_items < samples:
+        log.info("evaluating the first %d of %d items of %s", max_items, samples, split)
+        samples = max_items
+    ids = evaluation_batches(samples, world.rank, world.size, rank_items)
+    return EvaluationData(dataset, Collator(prompt, config.image_px), config, samples, ids)
+
+
+def _load(dataset: OrderedDataset, ids: Ids, collator: Collator, config: DataConfig) -> Iterator[Batch]:
+    """Read (K, B) sample ids as K batches, through ``config.workers`` processes."""
+    import torch
+
+    workers = min(config.workers, len(ids))
+    dataset.set_batches(ids)
+    loader: DataLoader = DataLoader(
+        dataset,
+        batch_size=ids.shape[1],
+        num_workers=workers,
+        collate_fn=collator,
+        prefetch_factor=config.prefetch_batches if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        drop_last=False,
+    )
+    count = 0
+    for batch in loader:
+        count += 1
+        yield batch
+    if count != len(ids):
+        raise RuntimeError(f"the loader gave {count} of {len(ids)} batches")

@@ -1,0 +1,150 @@
+"""Text of a listing to token ids of a fixed length.
+
+Layout of the T = visual + text tokens of an item, padded on the right::
+
+    <|im_start|>User:<fake_token_around_image><global-img> | <image> x V | <fake_token_around_image>The average
+    user rating ... Title: {title}, Description: {description}, Features: {features}, Category: {main_category}
+    <end_of_utterance> | padding
+
+Each field is first cut to L characters. Pieces are tokenized one by one, so the positions of the image are
+constants and a field can be cut without touching the template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from rating_train.data.schema import TEXT_FIELDS
+from rating_train.errors import UserError
+
+BEFORE_IMAGE = "<|im_start|>User:<fake_token_around_image><global-img>"
+AFTER_IMAGE = (
+    "<fake_token_around_image>The average user rating of this product, from 1 to 5 stars, "
+    "given its image and its metadata. Title:",
+    ", Description:",
+    ", Features:",
+    ", Category:",
+)
+END = "<end_of_utterance>"
+IMAGE_TOKEN = "<image>"
+PAD_TOKEN = "<|im_end|>"
+SPECIAL_TOKENS = ("<|im_start|>", PAD_TOKEN, "<fake_token_around_image>", "<global-img>", IMAGE_TOKEN, END)
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """Where things stand in the T tokens of an item."""
+
+    image_start: int
+    visual_tokens: int
+    text_tokens: int
+
+    @property
+    def length(self) -> int:
+        """T: tokens of an item, visual ones and padding included."""
+        return self.visual_tokens + self.text_tokens
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """ids: (T,) int64; used: tokens before the padding; cut: field tokens that did not fit."""
+
+    ids: NDArray[np.int64]
+    used: int
+    cut: int
+
+
+def load_tokenizer(backbone: str, revision: str = "") -> Tokenizer:
+    """The backbone's own tokenizer, by hub id or folder.
+
+    Raises:
+        UserError: none is there, or it lacks SmolVLM's special tokens.
+    """
+    try:
+        fast = AutoTokenizer.from_pretrained(backbone, revision=revision or None)
+        tokenizer: Tokenizer = fast.backend_tokenizer
+    except (OSError, ValueError, AttributeError) as e:
+        raise UserError(
+            f"no tokenizer could be loaded ({str(e).splitlines()[0]})",
+            where=f"model.backbone={backbone}",
+            expected="a hub id that can be reached, or a folder with tokenizer.json",
+            fix="check the path, or make a small model with `rating-train demo`",
+        ) from e
+    missing = [t for t in SPECIAL_TOKENS if tokenizer.token_to_id(t) is None]
+    if missing:
+        raise UserError(
+            f"the tokenizer lacks {', '.join(missing)}", where=backbone, expected="a SmolVLM tokenizer"
+        )
+    return tokenizer
+
+
+class PromptEncoder:
+    """Encodes listings into the fixed layout. Picklable: loader processes hold a copy.
+
+    Args:
+        tokenizer: a SmolVLM tokenizer.
+        visual_tokens: V, image tokens of an item.
+        text_tokens: all other tokens of an item, template and padding included.
+        field_chars: L, characters kept of each field.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, visual_tokens: int, text_tokens: int, field_chars: int) -> None:
+        def piece(text: str) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False).ids
+
+        self.field_chars = field_chars
+        self._before = piece(BEFORE_IMAGE)
+        self._after = [piece(text) for text in AFTER_IMAGE]
+        self._end = piece(END)
+        self.image_token_id: int = tokenizer.token_to_id(IMAGE_TOKEN)
+        self.pad_token_id: int = tokenizer.token_to_id(PAD_TOKEN)
+        self.layout = PromptLayout(len(self._before), visual_tokens, text_tokens)
+        template = len(self._before) + sum(map(len, self._after)) + len(self._end)
+        self.field_budget = text_tokens - template
+        if self.field_budget < len(TEXT_FIELDS):
+            raise UserError(
+                f"{text_tokens} text tokens leave no room for the fields: the template alone takes {template}",
+                where="data.text_tokens",
+                fix=f"set data.text_tokens to at least {template + 4 * len(TEXT_FIELDS)}",
+            )
+        # A copy that takes a special token's text in a listing ("<image>") as plain text.
+        self._field_tokenizer = Tokenizer.from_str(tokenizer.to_str())
+        self._field_tokenizer.encode_special_tokens = True
+        self._field_tokenizer.no_padding()
+        self._field_tokenizer.no_truncation()
+
+    def encode(self, fields: Mapping[str, str]) -> EncodedPrompt:
+        """Token ids of one listing; ``fields`` holds the four of :data:`~rating_train.data.schema.TEXT_FIELDS`."""
+        texts = [fields[name].strip()[: self.field_chars].strip() for name in TEXT_FIELDS]
+        encoded = self._field_tokenizer.encode_batch(
+            [f" {t}" if t else "" for t in texts], add_special_tokens=False
+        )
+        tokens = [e.ids for e in encoded]
+        kept = fit_lengths([len(t) for t in tokens], self.field_budget)
+        ids = np.full(self.layout.length, self.pad_token_id, np.int64)
+        sequence = [*self._before, *[self.image_token_id] * self.layout.visual_tokens]
+        for template, field, keep in zip(self._after, tokens, kept):
+            sequence += template
+            sequence += field[:keep]
+        sequence += self._end
+        ids[: len(sequence)] = sequence
+        return EncodedPrompt(ids, len(sequence), sum(map(len, tokens)) - sum(kept))
+
+
+def fit_lengths(lengths: Sequence[int], budget: int) -> list[int]:
+    """Cut the longest lengths to a common cap so that their sum is at most ``budget``."""
+    if sum(lengths) <= budget:
+        return list(lengths)
+    cap, left, rest = 0, budget, sorted(lengths)
+    for i, length in enumerate(rest):
+        cap = left // (len(rest) - i)
+        if length > cap:
+            break
+        left -= length
+    return [min(length, cap) for length in lengths]

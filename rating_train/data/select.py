@@ -1,0 +1,181 @@
+"""Which listings become samples, and on which side of the split they fall. Pure: no files, no images.
+
+The pieces compose over a stream of records::
+
+    records = drop_duplicates(apply_rules(read_sources(paths), rules))
+    groups = Groups();  groups.add(listing) for every listing that is left
+    groups.root(listing) -> split_of(root, ...)   once all are added
+
+Per item only 64-bit hashes are kept (its id, its group, its title), never text.
+
+Reasons given here: ``few_ratings``, ``empty_text``, ``duplicate_id``.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+
+from rating_train.data.schema import TEXT_FIELDS, Dropped, Listing
+from rating_train.data.sources import Record
+
+# Dropped because the user asked for it, not because the record is broken: not held against the limit
+# on dropped records (most of a real catalogue has fewer than ten ratings).
+CHOSEN_REASONS = frozenset({"few_ratings"})
+
+# A shorter normalised title ("t shirt") says too little for two listings to be called the same product.
+MIN_TITLE_KEY_CHARS = 12
+
+_BRACKETED = re.compile(r"\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\}")
+_NOT_WORD = re.compile(r"[\W_]+")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a listing must have. ``min_rating_count``: ratings; ``max_text_chars``: characters per field."""
+
+    min_rating_count: int = 10
+    max_text_chars: int = 4000
+
+
+@dataclass(frozen=True)
+class Fractions:
+    """Shares of the groups, each in [0, 1) and together below 1; the rest is ``train``."""
+
+    val: float = 0.05
+    test: float = 0.0
+
+
+def apply_rules(records: Iterable[Record], rules: Rules) -> Iterator[Record]:
+    """Turn listings that break a rule into ``Dropped``; cap the texts of the others."""
+    for record in records:
+        item = record.item
+        if isinstance(item, Listing):
+            refusal = check_listing(item, rules)
+            if refusal is None:
+                item = cap_text(item, rules.max_text_chars)
+            else:
+                item = Dropped(record.source, record.line, item.id, *refusal)
+        yield Record(record.source, record.line, item)
+
+
+def check_listing(listing: Listing, rules: Rules) -> tuple[str, str] | None:
+    """(reason, detail) if the listing breaks a rule, else None."""
+    if listing.rating_count < rules.min_rating_count:
+        return (
+            "few_ratings",
+            f"{listing.rating_count} ratings, at least {rules.min_rating_count} are asked for",
+        )
+    if not any((listing.title.strip(), listing.description.strip(), listing.features.strip())):
+        return "empty_text", "title, description and features are all blank"
+    return None
+
+
+def cap_text(listing: Listing, max_chars: int) -> Listing:
+    """Cut every text field to ``max_chars`` characters (code points)."""
+    if all(len(getattr(listing, field)) <= max_chars for field in TEXT_FIELDS):
+        return listing
+    return replace(listing, **{field: getattr(listing, field)[:max_chars] for field in TEXT_FIELDS})
+
+
+def drop_duplicates(records: Iterable[Record]) -> Iterator[Record]:
+    """The first listing of an id wins; later ones become ``Dropped``. Keeps 64 bits per id."""
+    seen: set[int] = set()
+    for record in records:
+        item = record.item
+        if isinstance(item, Listing):
+            key = hash64("id", item.id)
+            if key in seen:
+                item = Dropped(
+                    record.source, record.line, item.id, "duplicate_id", "an earlier record has it"
+                )
+            seen.add(key)
+        yield Record(record.source, record.line, item)
+
+
+def hash64(*parts: str) -> int:
+    """A stable 64-bit hash of some texts: the same in every process, on every machine."""
+    # The lengths keep ("ab", "c") and ("a", "bc") apart.
+    framed = b"".join(len(b).to_bytes(8, "big") + b for b in (p.encode("utf-8") for p in parts))
+    return int.from_bytes(blake2b(framed, digest_size=8).digest(), "big")
+
+
+def title_key(title: str) -> str:
+    """A title without what tells variants of one product apart; ``""`` if too little is left.
+
+    Case, punctuation, accents of compatibility forms and bracketed parts go: "Redmi 10 (Blue, 64 GB)" and
+    "REDMI 10 (Black)" would share a key if it were long enough. If little is left outside the brackets
+    (a title that is all bracket), what is inside counts as well.
+    """
+    text = unicodedata.normalize("NFKC", title).casefold()
+    for candidate in (_BRACKETED.sub(" ", text), text):
+        key = _NOT_WORD.sub(" ", candidate).strip()
+        if len(key) >= MIN_TITLE_KEY_CHARS:
+            return key
+    return ""
+
+
+class Groups:
+    """Listings that must stay on one side of a split: same group, or same title key in a category.
+
+    A union-find over 64-bit hashes. A component is named by its smallest hash, so the result does not
+    depend on the order of the records.
+    """
+
+    def __init__(self) -> None:
+        self._parent: dict[int, int] = {}
+        self._items: Counter[int] = Counter()
+
+    def add(self, listing: Listing) -> None:
+        """Count the listing in, and join its group with those that share its title."""
+        group = hash64("group", listing.group)
+        self._items[group] += 1
+        self._parent.setdefault(group, group)
+        title = title_key(listing.title)
+        if title:
+            key = hash64("title", listing.main_category.casefold(), title)
+            self._parent.setdefault(key, key)
+            a, b = sorted((self._find(group), self._find(key)))
+            self._parent[b] = a
+
+    def root(self, listing: Listing) -> int:
+        """The component of an added listing. Final only after all listings are added."""
+        return self._find(hash64("group", listing.group))
+
+    def sizes(self) -> Counter[int]:
+        """Items per component."""
+        sizes: Counter[int] = Counter()
+        for group, items in self._items.items():
+            sizes[self._find(group)] += items
+        return sizes
+
+    def _find(self, key: int) -> int:
+        parent = self._parent
+        while (above := parent[key]) != key:
+            parent[key] = parent[above]  # path halving
+            key = above
+        return key
+
+
+def split_of(root: int, fractions: Fractions, seed: str) -> str:
+    """``"train"``, ``"val"`` or ``"test"`` of a component: a pure function of its hash and the seed.
+
+    ``val`` has the low end of the unit interval and ``test`` follows it, so that asking for a test
+    split later leaves the validation items as they were.
+    """
+    unit = hash64("split", seed, f"{root:016x}") / 2**64
+    if unit < fractions.val:
+        return "val"
+    return "test" if unit < fractions.val + fractions.test else "train"
+
+
+def split_counts(groups: Groups, fractions: Fractions, seed: str) -> Counter[str]:
+    """Items per split, before any image is opened."""
+    counts: Counter[str] = Counter()
+    for root, items in groups.sizes().items():
+        counts[split_of(root, fractions, seed)] += items
+    return counts

@@ -1,0 +1,73 @@
+"""The DeepSpeed configuration, generated whole from ours. Pure; imports no DeepSpeed.
+
+Nothing is "auto" and nothing that matters is left to a default: DeepSpeed's have changed between versions
+(gradient clipping went from 0 to 1.0).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rating_train.config.resolve import BatchPlan
+from rating_train.config.schema import Config
+from rating_train.errors import UserError
+
+
+def build_ds_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
+    """The dict for ``deepspeed.initialize``.
+
+    Stage 0 is plain data parallelism: fp32 weights with bf16 autocast. DeepSpeed's own bf16 at stage 0 would
+    accumulate gradients in bf16 and start Adam with a fake step (see ``engine/optimizer.py``); clipping and
+    the guard against non-finite gradients are then the optimizer's.
+
+    Raises:
+        UserError: a key of ``zero.extra`` collides with a derived one.
+    """
+    bf16 = config.train.precision == "bf16"
+    stage = config.zero.stage
+    return {
+        "train_batch_size": plan.global_items,
+        "train_micro_batch_size_per_gpu": plan.micro_items,
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_clipping": config.optim.clip_norm if stage > 0 else 0.0,
+        "bf16": {"enabled": bf16 and stage > 0},
+        "fp16": {"enabled": False},
+        "torch_autocast": {"enabled": bf16 and stage == 0, "dtype": "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        # Reduce in the dtype that accumulates: a bf16 sum over many ranks loses the small gradients.
+        "communication_data_type": "fp32",
+        "zero_optimization": _zero(config),
+        "zero_allow_untested_optimizer": False,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+        "memory_breakdown": False,
+    }
+
+
+def _zero(config: Config) -> dict[str, Any]:
+    zero = config.zero
+    bucket = zero.bucket_mb * 2**20 // 2  # DeepSpeed counts elements; a bf16 value has 2 bytes
+    derived: dict[str, Any] = {"stage": zero.stage}
+    if zero.stage > 0:
+        derived |= {
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "contiguous_gradients": True,
+            "overlap_comm": zero.stage > 1,
+            "reduce_scatter": True,
+            "offload_optimizer": {"device": "cpu" if zero.offload_optimizer else "none"},
+        }
+    if zero.stage == 3:
+        derived |= {
+            "offload_param": {"device": "cpu" if zero.offload_param else "none"},
+            "stage3_gather_16bit_weights_on_model_save": False,
+        }
+    clashes = sorted(set(derived) & set(zero.extra))
+    if clashes:
+        raise UserError(
+            f"{', '.join(clashes)} cannot be set by hand: derived from other settings",
+            where="zero.extra",
+            fix="remove it there, and set zero.stage, zero.bucket_mb or zero.offload_* instead",
+        )
+    return {**derived, **zero.extra}

@@ -1,0 +1,52 @@
+"""A trained model for evaluation and prediction, without an engine: the same numbers as while training."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rating_train.config.schema import Config
+from rating_train.data.collate import Batch
+from rating_train.model.architecture import Architecture
+from rating_train.model.regressor import RatingRegressor, build_regressor
+
+
+@dataclass
+class Predictor:
+    """Forward passes in the run's precision: bf16 weights (stages 1 to 3), or fp32 under autocast (stage 0)."""
+
+    model: RatingRegressor
+    device: torch.device
+    autocast: bool
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        """(B,) float32 ratings on the CPU."""
+        batch = batch.to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.model(batch.images, batch.input_ids, batch.used_tokens).float().cpu()
+
+
+def load_predictor(
+    config: Config,
+    architecture: Architecture,
+    image_start: int,
+    weights: dict[str, Tensor],
+    device: torch.device,
+) -> Predictor:
+    """A model with these fp32 weights, ready to predict.
+
+    Args:
+        weights: the whole state dict, of :func:`rating_train.checkpoint.deepspeed_io.consolidated_weights`.
+    """
+    bare = dataclasses.replace(config.model, weights="random")  # every weight is replaced below
+    model = build_regressor(bare, architecture, config.data.image_px, image_start, seed=0)
+    model.load_state_dict(weights, strict=True)
+    bf16 = config.train.precision == "bf16"
+    if bf16 and config.zero.stage > 0:
+        for parameter in model.parameters():  # buffers (rotary frequencies) stay in fp32
+            parameter.data = parameter.data.bfloat16()
+    return Predictor(model.to(device).eval(), device, autocast=bf16 and config.zero.stage == 0)

@@ -1,0 +1,24 @@
+"""The learning rate: a pure function of (step, total). There is no scheduler state to save or to lose."""
+
+from __future__ import annotations
+
+import math
+
+from rating_train.config.schema import OptimConfig
+
+
+def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
+    """Share of the peak learning rate used by step ``step`` in [0, total_steps).
+
+    Linear warm-up over ceil(warmup_fraction * total) steps: step k of w uses (k+1)/w, so no step is spent
+    at 0. Then linear or cosine decay to ``final_fraction``, which the last step reaches.
+    """
+    warmup = math.ceil(config.warmup_fraction * total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.schedule == "constant":
+        return 1.0
+    span = max(1, total_steps - 1 - warmup)
+    done = min(1.0, (step - warmup) / span)
+    shape = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return config.final_fraction + (1 - config.final_fraction) * shape

@@ -1,0 +1,173 @@
+"""Parameters and operations of a regressor in closed form, from its architecture. Imports no torch.
+
+Counted, per item: the patch convolution, every linear layer, and (in the ``*_attention`` conventions) the
+two attention products Q K^T and A V, over the full T x T square as the unfused kernel computes them: a
+causal mask zeroes half of that square but does not save its work there. A fused causal kernel may skip it.
+
+Left out in every convention: norms, activations, softmax, rotary angles, residual and bias additions,
+the embedding look-up, pixel scaling, pooling, the sigmoid. Estimated at a few operations per element, they
+come to about 0.5% of the FLOPs.
+
+One multiply-accumulate (MAC) is two floating-point operations (FLOPs). The closed form is held against
+``torch.utils.flop_counter`` by a test; that counter sees no fused attention on a CPU, so the unfused
+("math") kernel has to be chosen there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rating_train.errors import UserError
+from rating_train.model.architecture import Architecture, TextArchitecture, VisionArchitecture
+from rating_train.scoring.ces import CONVENTIONS
+
+PARTS = ("vision", "connector", "decoder", "head")
+
+
+@dataclass(frozen=True)
+class ForwardCost:
+    """Operations of one forward pass over one item.
+
+    Attributes:
+        linear_macs: part (of :data:`PARTS`) -> MACs of its linear and convolution layers.
+        attention_macs: part -> MACs of its two attention products.
+    """
+
+    linear_macs: dict[str, int]
+    attention_macs: dict[str, int]
+
+    def by_part(self, convention: str) -> dict[str, float]:
+        """Part -> operations in ``convention`` (a key of ``scoring.ces.CONVENTIONS``).
+
+        Raises:
+            UserError: an unknown convention.
+        """
+        if convention not in CONVENTIONS:
+            raise UserError(
+                f"unknown counting convention {convention!r}",
+                where="forward cost",
+                expected=f"one of {', '.join(CONVENTIONS)}",
+            )
+        unit, scope = convention.split("_")
+        per_mac = 2 if unit == "flop" else 1
+        attention = 1 if scope == "attention" else 0
+        return {
+            part: float(per_mac * (self.linear_macs[part] + attention * self.attention_macs[part]))
+            for part in PARTS
+        }
+
+    def total(self, convention: str) -> float:
+        """Operations of the whole forward pass in ``convention``."""
+        return sum(self.by_part(convention).values())
+
+    def totals(self) -> dict[str, float]:
+        """Convention -> operations of the whole forward pass, for every convention."""
+        return {convention: self.total(convention) for convention in CONVENTIONS}
+
+
+def visual_tokens(arch: Architecture, image_px: int) -> int:
+    """Number of tokens that a square image of ``image_px`` pixels becomes: 36 at 384, 64 at 512.
+
+    Raises:
+        UserError: a side that is not a positive multiple of patch x scale_factor.
+    """
+    block = arch.vision.patch * arch.scale_factor
+    if image_px < block or image_px % block:
+        below = max(block, image_px // block * block)
+        raise UserError(
+            f"an image side of {image_px} pixels does not divide into visual tokens",
+            where="image size",
+            expected=f"a positive multiple of {block} (patch {arch.vision.patch} x scale factor "
+            f"{arch.scale_factor}), for example {below} or {below + block}",
+        )
+    return (image_px // block) ** 2
+
+
+def count_parameters(arch: Architecture) -> dict[str, int]:
+    """Number of parameters by part.
+
+    Returns:
+        ``vision``, ``connector``, ``decoder`` (with the token embedding, without an LM head), ``head``
+        (the regression head), ``backbone_total`` (all but the head) and ``total``. For SmolVLM2-256M the
+        backbone has 228,099,648.
+    """
+    text, vision = arch.text, arch.vision
+    connector = vision.hidden * arch.scale_factor**2 * text.hidden
+    head = text.hidden * arch.head_hidden + arch.head_hidden + arch.head_hidden + 1
+    counts = {
+        "vision": _vision_parameters(vision),
+        "connector": connector,
+        "decoder": _decoder_parameters(text),
+    }
+    backbone = sum(counts.values())
+    return {**counts, "head": head, "backbone_total": backbone, "total": backbone + head}
+
+
+def count_forward(arch: Architecture, image_px: int, sequence_tokens: int) -> ForwardCost:
+    """Operations of one forward pass over one item with one image.
+
+    Args:
+        arch: the backbone and its head.
+        image_px: side of the square image, in pixels.
+        sequence_tokens: length of the decoder's input in tokens: visual tokens, template, text and
+            padding (a padded position costs as much as any other).
+
+    Raises:
+        UserError: an image size that does not divide, or a sequence shorter than its visual tokens.
+    """
+    visual = visual_tokens(arch, image_px)
+    if sequence_tokens < visual:
+        raise UserError(
+            f"a sequence of {sequence_tokens} tokens cannot hold {visual} visual tokens",
+            where="sequence length",
+            expected=f"at least {visual} tokens for an image side of {image_px} pixels",
+        )
+    text, vision = arch.text, arch.vision
+    patches = (image_px // vision.patch) ** 2
+    patch_embedding = vision.channels * vision.patch**2 * vision.hidden
+    linear = {
+        "vision": patches * (patch_embedding + vision.layers * _vision_layer_weights(vision)),
+        "connector": visual * vision.hidden * arch.scale_factor**2 * text.hidden,
+        "decoder": sequence_tokens * text.layers * _decoder_layer_weights(text),
+        "head": text.hidden * arch.head_hidden + arch.head_hidden,
+    }
+    attention = {
+        "vision": vision.layers * _attention_macs(patches, vision.hidden),
+        "connector": 0,
+        "decoder": text.layers * _attention_macs(sequence_tokens, text.heads * text.head_dim),
+        "head": 0,
+    }
+    return ForwardCost(linear, attention)
+
+
+def _attention_macs(tokens: int, width: int) -> int:
+    """Q K^T and A V: each (T, d) x (d, T) or (T, T) x (T, d) for every head; width = heads x d."""
+    return 2 * tokens * tokens * width
+
+
+def _vision_layer_weights(vision: VisionArchitecture) -> int:
+    """Weights (no biases) of one layer's linear layers: q, k, v, out; two of the MLP."""
+    return 4 * vision.hidden**2 + 2 * vision.hidden * vision.mlp
+
+
+def _decoder_layer_weights(text: TextArchitecture) -> int:
+    """Weights of one layer's linear layers: q, o; k, v on fewer heads; gate, up, down."""
+    query = text.hidden * text.heads * text.head_dim
+    key = text.hidden * text.kv_heads * text.head_dim
+    return 2 * query + 2 * key + 3 * text.hidden * text.mlp
+
+
+def _vision_parameters(vision: VisionArchitecture) -> int:
+    hidden = vision.hidden
+    embedding = vision.channels * vision.patch**2 * hidden + hidden
+    positions = (vision.image_size // vision.patch) ** 2 * hidden
+    biases = 4 * hidden + vision.mlp + hidden
+    norms = 2 * 2 * hidden
+    layers = vision.layers * (_vision_layer_weights(vision) + biases + norms)
+    return embedding + positions + layers + 2 * hidden
+
+
+def _decoder_parameters(text: TextArchitecture) -> int:
+    norms = 2 * text.hidden
+    layers = text.layers * (_decoder_layer_weights(text) + norms)
+    return text.vocab * text.hidden + layers + text.hidden

@@ -1,0 +1,55 @@
+"""What is minimised. One function, so that adding a loss is one branch and one config field.
+
+Legend: b items of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rating_train.config.schema import LossConfig
+
+
+def rating_loss(scores: Tensor, ratings: Tensor, rating_counts: Tensor, config: LossConfig) -> Tensor:
+    """The loss of a micro-batch.
+
+    * ``mse``: (y - r)^2, the paper's (arXiv 2605.27737).
+    * ``huber``: e^2 / 2 for |e| <= d, else d (|e| - d/2) (Huber 1964), with d = ``huber_delta`` stars.
+    * ``count_weight``: item i counts w(n_i) / w(n_ref) with n_ref = ``count_reference``; w is log(1 + n) or
+      sqrt(n). An item's weight depends on nothing but itself, so the loss does not change with the division
+      of a batch over ranks. The variance of a mean of n ratings falls as 1/n.
+    * ``plcc_weight``: plus weight * (1 - PLCC) over the micro-batch (Pearson's correlation; an item's term
+      depends on its neighbours, so this one does change with ``batch.micro_items``).
+
+    Args:
+        scores: (b,) float32 predictions.
+        ratings: (b,) float32 targets.
+        rating_counts: (b,) float32.
+
+    Returns:
+        float32 scalar, a mean over items.
+    """
+    error = scores.float() - ratings
+    if config.kind == "huber":
+        d = config.huber_delta
+        size = error.abs()
+        loss = torch.where(size <= d, 0.5 * error**2, d * (size - 0.5 * d))
+    else:
+        loss = error**2
+    if config.count_weight == "log":
+        loss = loss * torch.log1p(rating_counts) / math.log1p(config.count_reference)
+    elif config.count_weight == "sqrt":
+        loss = loss * (rating_counts / config.count_reference).sqrt()
+    total = loss.mean()
+    if config.plcc_weight:
+        total = total + config.plcc_weight * (1 - batch_plcc(scores.float(), ratings))
+    return total
+
+
+def batch_plcc(x: Tensor, y: Tensor, eps: float = 1e-6) -> Tensor:
+    """Pearson's correlation of two (b,) tensors, with ``eps`` under the root so that constants give 0."""
+    x, y = x - x.mean(), y - y.mean()
+    return (x * y).sum() / ((x**2).sum() * (y**2).sum() + eps).sqrt()

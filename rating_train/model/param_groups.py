@@ -1,0 +1,67 @@
+"""Every trained parameter in exactly one optimizer group: part x (decayed or not)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from rating_train.config.schema import OptimConfig
+from rating_train.model.regressor import PARTS, part_of
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that share a peak learning rate and a weight decay."""
+
+    name: str
+    peak_lr: float
+    weight_decay: float
+    parameters: tuple[nn.Parameter, ...]
+
+    @property
+    def numel(self) -> int:
+        # ds_numel: under ZeRO-3 a parameter that is not gathered has no elements of its own.
+        return sum(int(getattr(p, "ds_numel", p.numel())) for p in self.parameters)
+
+
+def param_groups(model: nn.Module, config: OptimConfig) -> list[ParamGroup]:
+    """Groups of the parameters that require a gradient, in a fixed order; empty ones are left out.
+
+    Matrices of linear and convolution layers decay; biases, norm weights and embeddings do not.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    buckets: dict[tuple[str, bool], list[nn.Parameter]] = {
+        (part, decayed): [] for part in PARTS for decayed in (True, False)
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decayed = parameter.ndim >= 2 and id(parameter) not in embeddings
+            buckets[part_of(name), decayed].append(parameter)
+    return [
+        ParamGroup(
+            name=f"{part}/{'decay' if decayed else 'no_decay'}",
+            peak_lr=float(getattr(config.lr, part)),
+            weight_decay=config.weight_decay if decayed else 0.0,
+            parameters=tuple(parameters),
+        )
+        for (part, decayed), parameters in buckets.items()
+        if parameters
+    ]
+
+
+def for_optimizer(groups: list[ParamGroup]) -> list[dict[str, Any]]:
+    """The groups in torch.optim's form. Learning rates start at 0: the schedule sets them before each step."""
+    return [{"params": list(g.parameters), "lr": 0.0, "weight_decay": g.weight_decay} for g in groups]
+
+
+def table(model: nn.Module, groups: list[ParamGroup]) -> str:
+    """A table of the groups, and of what is frozen, for the log."""
+    rows = [f"{'group':<20} {'parameters':>12} {'peak lr':>9} {'decay':>6}"]
+    rows += [f"{g.name:<20} {g.numel:>12,} {g.peak_lr:>9.2g} {g.weight_decay:>6g}" for g in groups]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    total = sum(g.numel for g in groups)
+    rows.append(f"{'trained':<20} {total:>12,}")
+    rows.append(f"{'frozen':<20} {sum(p.numel() for p in frozen):>12,}")
+    return "\n".join(rows)

@@ -1,0 +1,112 @@
+"""The regressor: visual tokens and text through the decoder, pooled, to one rating.
+
+Legend: B items, S pixels a side, T tokens (V visual), D decoder width.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rating_train.config.schema import ModelConfig
+from rating_train.model.architecture import Architecture
+from rating_train.model.cost import visual_tokens
+from rating_train.model.head import RatingHead, masked_mean
+from rating_train.model.load import load_backbone
+from rating_train.model.vision import encode_images, position_ids
+
+log = logging.getLogger(__name__)
+
+PARTS = ("vision", "connector", "decoder", "head")
+_PREFIXES = {
+    "backbone.vision_model.": "vision",
+    "backbone.connector.": "connector",
+    "backbone.text_model.": "decoder",
+    "head.": "head",
+}
+
+
+class RatingRegressor(nn.Module):
+    """SmolVLM without its LM head, with mask-aware mean pooling and :class:`~.head.RatingHead`.
+
+    Args:
+        backbone: SmolVLMModel or Idefics3Model.
+        architecture: its numbers.
+        image_px: side of the square images.
+        image_start: position of the first visual token; the same in every item.
+        head_dropout, rating_bias: see :class:`~rating_train.config.schema.ModelConfig`.
+    """
+
+    positions: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        architecture: Architecture,
+        image_px: int,
+        image_start: int,
+        head_dropout: float = 0.1,
+        rating_bias: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.backbone: Any = backbone
+        vision = architecture.vision
+        self.register_buffer(
+            "positions", position_ids(image_px, vision.patch, vision.image_size), persistent=False
+        )
+        self.visual_tokens = visual_tokens(architecture, image_px)
+        self.image_start = image_start
+        self.head = RatingHead(architecture.text.hidden, architecture.head_hidden, head_dropout, rating_bias)
+
+    def forward(self, images: Tensor, input_ids: Tensor, used_tokens: Tensor) -> Tensor:
+        """Ratings of a batch.
+
+        Args:
+            images: (B, 3, S, S) uint8.
+            input_ids: (B, T) int64, padded on the right; the V tokens from ``image_start`` on stand for the
+                image and are replaced.
+            used_tokens: (B,) int64, tokens before the padding.
+
+        Returns:
+            (B,) float32 in (1, 5).
+        """
+        visual = encode_images(self.backbone, images, self.positions)  # (B, V, D)
+        text = self.backbone.get_input_embeddings()(input_ids)  # (B, T, D)
+        start, end = self.image_start, self.image_start + self.visual_tokens
+        merged = torch.cat([text[:, :start], visual.to(text.dtype), text[:, end:]], dim=1)
+        # No padding mask: attention is causal and the padding is on the right, so no real token ever sees it;
+        # what the padding itself computes is left out by the pooling.
+        hidden = self.backbone.text_model(inputs_embeds=merged, use_cache=False).last_hidden_state
+        with torch.autocast(device_type=hidden.device.type, enabled=False):
+            return self.head(masked_mean(hidden, used_tokens))
+
+
+def build_regressor(
+    config: ModelConfig, architecture: Architecture, image_px: int, image_start: int, seed: int
+) -> RatingRegressor:
+    """Load (or draw) the backbone, draw the head, freeze what ``config.freeze`` names.
+
+    The same ``seed`` gives the same weights on every rank.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = load_backbone(config, architecture)
+        model = RatingRegressor(
+            backbone, architecture, image_px, image_start, config.head_dropout, config.rating_bias
+        )
+    if config.gradient_checkpointing:
+        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) not in config.freeze)
+    return model
+
+
+def part_of(parameter_name: str) -> str:
+    """The part of the model (vision, connector, decoder, head) that a parameter belongs to."""
+    for prefix, part in _PREFIXES.items():
+        if parameter_name.startswith(prefix):
+            return part
+    raise KeyError(f"parameter {parameter_name!r} belongs to no part of the model")

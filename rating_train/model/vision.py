@@ -1,0 +1,61 @@
+"""Vision tower and connector for squares of one fixed size.
+
+The stock embedding loops over the images of a batch with a device synchronisation each, to find out how
+many patches are real. With one square size every position is a constant, computed here once.
+
+Legend: B images, S pixels a side, P patches, Dv vision width, V visual tokens, D decoder width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rating_train.errors import UserError
+
+
+def position_ids(image_px: int, patch: int, pretrained_px: int) -> Tensor:
+    """(P,) int64: the learned position of every patch of a square of ``image_px``.
+
+    The stock rule in fp32 (NaViT-style fractional coordinates, as in transformers' SmolVLMVisionEmbeddings):
+    patch i of n lies at fraction i/n, which falls into one of the pretraining grid's equal bins.
+
+    Raises:
+        UserError: the side is not a multiple of the patch.
+    """
+    if image_px % patch:
+        raise UserError(f"{image_px} pixels are no multiple of the patch of {patch}", where="data.image_px")
+    n, grid = image_px // patch, pretrained_px // patch
+    boundaries = torch.arange(1 / grid, 1.0, 1 / grid)
+    fractions = torch.arange(n, dtype=torch.float32) / n * (1 - 1e-6)
+    buckets = torch.bucketize(fractions, boundaries, right=True)
+    return (buckets[:, None] * grid + buckets).flatten()
+
+
+def scale_pixels(images: Tensor) -> Tensor:
+    """uint8 in [0, 255] to float32 in [-1, 1]: rescale by 1/255, then (x - 0.5) / 0.5."""
+    return (images.float() / 255 - 0.5) / 0.5
+
+
+def encode_images(backbone: Any, images: Tensor, positions: Tensor) -> Tensor:
+    """Visual tokens of a batch of squares.
+
+    Args:
+        backbone: SmolVLMModel or Idefics3Model.
+        images: (B, 3, S, S) uint8.
+        positions: (P,) int64 of :func:`position_ids`.
+
+    Returns:
+        (B, V, D) in the backbone's dtype. No image is dropped: the stock code takes an all-zero image for
+        padding and shifts its neighbours' rows.
+    """
+    vision = backbone.vision_model
+    embeddings = vision.embeddings
+    pixels = scale_pixels(images).to(embeddings.patch_embedding.weight.dtype)
+    patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, P, Dv)
+    hidden = patches + embeddings.position_embedding(positions)
+    # No mask: every patch is real, so attention may take its fast path.
+    hidden = vision.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state
+    return backbone.connector(vision.post_layernorm(hidden))

@@ -1,0 +1,192 @@
+"""How well predictions follow targets: PLCC, SRCC, RMSE and MAE, all computed in float64.
+
+An undefined number is ``None`` and carries its reason: a constant prediction has no correlation, and
+reporting it as 0.0 (or NaN) would hide a collapsed model behind a merely bad one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rating_train.errors import UserError
+
+METRICS = ("plcc", "srcc", "rmse", "mae")
+
+Float64Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of ``n`` predictions.
+
+    Attributes:
+        n: number of (prediction, target) pairs.
+        plcc: Pearson's linear correlation coefficient, in [-1, 1].
+        srcc: Spearman's rank correlation coefficient (ties get their average rank), in [-1, 1].
+        rmse: root of the mean squared error, in the unit of the targets (stars).
+        mae: mean absolute error, in the unit of the targets (stars).
+        undefined: for every metric that is ``None``, why it is.
+    """
+
+    n: int
+    plcc: float | None
+    srcc: float | None
+    rmse: float | None
+    mae: float | None
+    undefined: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; ``undefined`` is left out when everything is defined."""
+        row: dict[str, Any] = {"n": self.n, **{name: getattr(self, name) for name in METRICS}}
+        if self.undefined:
+            row["undefined"] = dict(self.undefined)
+        return row
+
+
+def score(predictions: Iterable[float], targets: Iterable[float]) -> Scores:
+    """Score ``predictions`` against ``targets``.
+
+    Args:
+        predictions: (n,) numbers of any real dtype, or any iterable of numbers; read once.
+        targets: (n,) numbers, in the same order.
+
+    Returns:
+        The :class:`Scores`. With n = 0 every metric is undefined; with n = 1 the correlations are;
+        with a constant side the correlations are.
+
+    Raises:
+        UserError: unequal lengths, more than one dimension, values that are not numbers, or a value
+            that is NaN or infinite (its first index is named).
+
+    Sources: ``scipy.stats.pearsonr`` and ``scipy.stats.spearmanr``.
+    """
+    predicted = _vector(predictions, "predictions")
+    true = _vector(targets, "targets")
+    if predicted.shape != true.shape:
+        raise UserError(
+            f"{predicted.size} predictions for {true.size} targets",
+            where="score",
+            expected="one prediction for each target, in the same order",
+        )
+    return _score_vectors(predicted, true)
+
+
+def per_group(
+    predictions: Iterable[float], targets: Iterable[float], groups: Iterable[str]
+) -> dict[str, Scores]:
+    """Score every group (for example every category) by itself.
+
+    The three inputs are iterated once and in step, so generators over a file of predictions do.
+
+    Returns:
+        Group name -> :class:`Scores`, the largest group first, equal sizes by name.
+
+    Raises:
+        UserError: as :func:`score` (the index is the one in the whole input), or inputs of unequal length.
+    """
+    members: dict[str, tuple[list[float], list[float]]] = {}
+    ended: Any = object()
+    for index, (predicted, true, group) in enumerate(
+        zip_longest(predictions, targets, groups, fillvalue=ended)
+    ):
+        if any(value is ended for value in (predicted, true, group)):
+            raise UserError(
+                f"predictions, targets and groups have unequal lengths (one of them ends at {index})",
+                where="per_group",
+                expected="one prediction, one target and one group for each item",
+            )
+        mine = members.setdefault(group, ([], []))
+        mine[0].append(_finite(predicted, "predictions", index))
+        mine[1].append(_finite(true, "targets", index))
+    largest_first = sorted(members.items(), key=lambda item: (-len(item[1][0]), item[0]))
+    return {
+        group: _score_vectors(np.asarray(predicted), np.asarray(true))
+        for group, (predicted, true) in largest_first
+    }
+
+
+def _finite(value: float, name: str, index: int) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{name} hold a value that is no number: {value!r}", where=f"index {index}") from e
+    if not np.isfinite(number):
+        raise UserError(f"{name} hold {number}", where=f"index {index}", expected="finite numbers")
+    return number
+
+
+def _vector(values: Iterable[float], name: str) -> Float64Array:
+    """(n,) float64, finite; anything else is a UserError that names the first bad index."""
+    listed = values if isinstance(values, np.ndarray) else list(values)
+    try:
+        vector = np.asarray(listed, dtype=np.float64)
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{name} are not all numbers ({e})", where=name, expected="real numbers") from e
+    if vector.ndim != 1:
+        raise UserError(
+            f"{name} have {vector.ndim} dimensions", where=name, expected="one dimension, shape (n,)"
+        )
+    bad = np.flatnonzero(~np.isfinite(vector))
+    if bad.size:
+        raise UserError(
+            f"{name} hold {bad.size} values that are not finite, the first is {vector[bad[0]]}",
+            where=f"{name}[{bad[0]}]",
+            expected="finite numbers",
+        )
+    return vector
+
+
+def _score_vectors(predicted: Float64Array, true: Float64Array) -> Scores:
+    """Scores of two finite float64 vectors of one length."""
+    # Imported here: scipy.stats takes about a second to import, and `--help` needs none of it.
+    from scipy import stats
+
+    n = int(true.size)
+    undefined: dict[str, str] = {}
+    if n == 0:
+        undefined = dict.fromkeys(METRICS, "no items")
+        return Scores(0, None, None, None, None, undefined)
+    reason = _why_no_correlation(predicted, true)
+    if reason:
+        undefined["plcc"] = undefined["srcc"] = reason
+        plcc = srcc = None
+    else:
+        plcc = _defined(lambda: stats.pearsonr(predicted, true).statistic, "plcc", undefined)
+        srcc = _defined(lambda: stats.spearmanr(predicted, true).statistic, "srcc", undefined)
+    with np.errstate(over="ignore"):
+        error = predicted - true
+        rmse = _defined(lambda: np.sqrt(np.mean(error * error)), "rmse", undefined)
+        mae = _defined(lambda: np.mean(np.abs(error)), "mae", undefined)
+    return Scores(n, plcc, srcc, rmse, mae, undefined)
+
+
+def _why_no_correlation(predicted: Float64Array, true: Float64Array) -> str:
+    """The reason why no correlation exists, or "" when it does."""
+    if true.size < 2:
+        return f"needs at least 2 items, has {true.size}"
+    for name, values in (("predictions", predicted), ("targets", true)):
+        if np.all(values == values[0]):
+            return f"all {name} are {values[0]:g}"
+        # scipy's own limit: below it the centred values are rounding noise, not a signal.
+        spread = np.linalg.norm(values - values.mean())
+        if spread < 1e-13 * abs(values.mean()):
+            return f"all {name} are {values[0]:g} up to float64 rounding"
+    return ""
+
+
+def _defined(compute: Callable[[], Any], name: str, undefined: dict[str, str]) -> float | None:
+    """The number, or ``None`` with its reason noted, when float64 cannot hold it."""
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        value = float(compute())
+    if np.isfinite(value):
+        return value
+    undefined[name] = "the values are too large for float64 arithmetic"
+    return None

@@ -1,0 +1,251 @@
+"""One prediction per item: de-duplicate, check the coverage, write and read.
+
+Data-parallel evaluation pads the last batch of a rank with items that another rank also scores, so
+the gathered rows hold duplicates and, after a fault, holes. Both would silently move a correlation:
+duplicates are dropped only after they have been seen to agree, and a hole is an error.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rating_train.errors import UserError
+from rating_train.files import atomic_write_text, read_json_lines
+
+COLUMNS = ("id", "score", "rating", "category")
+SUBMISSION_COLUMNS = ("item_id", "score", "params", "flops")
+
+#: Two scores of one item may differ by this many stars. The forward is the same but the shape of the
+#: batch around the item may not be, and then bf16 kernels add in another order. A real mix-up (two items
+#: under one id, weights that differ between ranks, dropout left on) is far above it: RMSE is about 0.3.
+DUPLICATE_TOLERANCE_STARS = 1e-2
+
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One scored item.
+
+    Attributes:
+        id: the item's id, not empty.
+        score: the predicted rating in stars.
+        rating: the true rating in stars, or ``None`` where it is not known.
+        category: the item's main category, or ``None`` where it is not known.
+    """
+
+    id: str
+    score: float
+    rating: float | None = None
+    category: str | None = None
+
+
+def deduplicate(rows: Iterable[Prediction], tolerance: float = DUPLICATE_TOLERANCE_STARS) -> list[Prediction]:
+    """The first row of every id, in order of first appearance.
+
+    Args:
+        rows: predictions, duplicates included.
+        tolerance: how far two scores of one id may lie apart, in stars.
+
+    Raises:
+        UserError: duplicates whose scores differ by more than ``tolerance``, or whose ratings or
+            categories differ at all: the rows are not about one item.
+    """
+    first: dict[str, Prediction] = {}
+    conflicts: list[str] = []
+    for row in rows:
+        kept = first.setdefault(row.id, row)
+        if kept is row:
+            continue
+        # `not <=` so that a NaN counts as a conflict.
+        if not abs(kept.score - row.score) <= tolerance:
+            conflicts.append(f"{row.id}: scores {kept.score:.6g} and {row.score:.6g}")
+        elif kept.rating != row.rating:
+            conflicts.append(f"{row.id}: ratings {kept.rating} and {row.rating}")
+        elif kept.category != row.category:
+            conflicts.append(f"{row.id}: categories {kept.category!r} and {row.category!r}")
+    if conflicts:
+        raise UserError(
+            f"{len(conflicts)} duplicate predictions disagree with the first of their id: "
+            + _first_few(conflicts, "; "),
+            where="predictions",
+            expected=f"equal ratings and categories, and scores within {tolerance:g} stars",
+            fix="look for two items under one id, or for weights that differ between ranks",
+        )
+    return list(first.values())
+
+
+def check_coverage(
+    rows: Sequence[Prediction], expected_ids: Iterable[str] | None = None, expected_count: int | None = None
+) -> None:
+    """Make sure that every expected item was scored, exactly once, and no other.
+
+    Args:
+        rows: predictions after :func:`deduplicate`.
+        expected_ids: the ids that must be there; repeats in it count once.
+        expected_count: how many distinct items must be there, where the ids are not known.
+
+    Raises:
+        UserError: missing, unexpected or repeated ids (the first 5 and their number), or a wrong count.
+    """
+    seen: dict[str, None] = {}
+    problems: list[str] = []
+    repeated = [row.id for row in rows if row.id in seen or seen.update({row.id: None})]
+    if repeated:
+        problems.append(f"{len(repeated)} repeated ({_first_few(repeated)})")
+    if expected_ids is not None:
+        wanted = dict.fromkeys(expected_ids)
+        missing = [i for i in wanted if i not in seen]
+        extra = [i for i in seen if i not in wanted]
+        if missing:
+            problems.append(f"{len(missing)} of {len(wanted)} missing ({_first_few(missing)})")
+        if extra:
+            problems.append(f"{len(extra)} not expected ({_first_few(extra)})")
+    if expected_count is not None and len(seen) != expected_count:
+        problems.append(f"{len(seen)} distinct items, expected {expected_count}")
+    if problems:
+        raise UserError(
+            "predictions do not cover the items: " + "; ".join(problems),
+            where="predictions",
+            expected="each expected item exactly once",
+            fix="score the whole split again",
+        )
+
+
+def write_predictions(path: str | Path, rows: Iterable[Prediction]) -> None:
+    """Write rows as JSON lines (``.jsonl``) or CSV (``.csv``); the file is whole or absent.
+
+    CSV has a header and leaves an unknown rating or category empty. Numbers are written so that they
+    read back bit-equal.
+
+    Raises:
+        UserError: another suffix, an empty id, or a score or rating that is not finite.
+    """
+    path = Path(path)
+    write = _by_suffix(path, {".jsonl": _to_jsonl, ".csv": _to_csv})
+    checked = [_checked(asdict(row), f"{path}: row {number}") for number, row in enumerate(rows, start=1)]
+    atomic_write_text(path, write(checked))
+
+
+def read_predictions(path: str | Path) -> list[Prediction]:
+    """Read what :func:`write_predictions` wrote; other columns are ignored.
+
+    Raises:
+        UserError: no such file, another suffix, or a bad row (its line is named).
+    """
+    path = Path(path)
+    read = _by_suffix(path, {".jsonl": _rows_of_jsonl, ".csv": _rows_of_csv})
+    if not path.is_file():
+        raise UserError("file not found", where=path)
+    return [_checked(raw, where) for where, raw in read(path)]
+
+
+def write_submission(path: str | Path, rows: Iterable[Prediction], params: float, flops: float) -> None:
+    """Write the challenge's CSV: ``item_id, score, params`` (millions)``, flops`` (billions).
+
+    Args:
+        path: the CSV file; whole or absent.
+        rows: one prediction for each item.
+        params: number of parameters (not millions).
+        flops: operations per item (not billions). The file has no room to name the convention: the
+            paper's submission used multiply-accumulates without attention (``mac_linear``).
+
+    Raises:
+        UserError: no rows, repeated ids, a score that is not finite, or numbers that are not above zero.
+    """
+    listed = list(rows)
+    if not listed:
+        raise UserError("no predictions to submit", where=path)
+    check_coverage(listed)
+    for name, value in (("params", params), ("flops", flops)):
+        if not (math.isfinite(value) and value > 0):
+            raise UserError(f"{name} is {value}", where=path, expected="a finite number above 0")
+    cost = (f"{params / 1e6:.6f}", f"{flops / 1e9:.6f}")
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(SUBMISSION_COLUMNS)
+    for number, row in enumerate(listed, start=1):
+        checked = _checked(asdict(row), f"{path}: row {number}")
+        writer.writerow((checked.id, f"{checked.score:.6f}", *cost))
+    atomic_write_text(path, buffer.getvalue())
+
+
+def _first_few(names: Sequence[str], separator: str = ", ") -> str:
+    more = ", ..." if len(names) > _NAMED else ""
+    return separator.join(names[:_NAMED]) + more
+
+
+def _by_suffix(path: Path, choices: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    try:
+        return choices[path.suffix.lower()]
+    except KeyError:
+        raise UserError(
+            f"unknown suffix {path.suffix!r} of a predictions file",
+            where=path,
+            expected=" or ".join(choices),
+        ) from None
+
+
+def _to_jsonl(rows: Iterable[Prediction]) -> str:
+    return "".join(json.dumps(asdict(r), allow_nan=False, ensure_ascii=False) + "\n" for r in rows)
+
+
+def _to_csv(rows: Iterable[Prediction]) -> str:
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for r in rows:
+        rating = "" if r.rating is None else repr(r.rating)
+        writer.writerow((r.id, repr(r.score), rating, r.category or ""))
+    return buffer.getvalue()
+
+
+def _rows_of_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(read_json_lines(path), start=1):
+        yield f"{path}: row {number}", row
+
+
+def _rows_of_csv(path: Path) -> Iterator[tuple[str, Any]]:
+    with open(path, encoding="utf-8", newline="") as f:
+        reader = csv.DictReader(f)
+        missing = [c for c in ("id", "score") if c not in (reader.fieldnames or ())]
+        if missing:
+            raise UserError(f"no column {', '.join(missing)}", where=path, expected=", ".join(COLUMNS))
+        for row in reader:
+            yield f"{path}:{reader.line_num}", row
+
+
+def _checked(raw: Any, where: str) -> Prediction:
+    """A row of plain values as a :class:`Prediction`; anything else is a UserError at ``where``."""
+    if not isinstance(raw, Mapping):
+        raise UserError(f"not an object but {type(raw).__name__}", where=where, expected=", ".join(COLUMNS))
+    identity = raw.get("id")
+    if not isinstance(identity, str) or not identity:
+        raise UserError(f"id is {identity!r}", where=where, expected="a string that is not empty")
+    score = _number(raw.get("score"), "score", where)
+    if score is None:
+        raise UserError("no score", where=where, expected="a finite number")
+    category = raw.get("category")
+    if category is not None and not isinstance(category, str):
+        raise UserError(f"category is {category!r}", where=where, expected="a string or nothing")
+    return Prediction(identity, score, _number(raw.get("rating"), "rating", where), category or None)
+
+
+def _number(value: Any, name: str, where: str) -> float | None:
+    """A finite float, or ``None`` for a missing or empty value."""
+    if value is None or value == "":
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{name} is {value!r}", where=where, expected="a finite number")
+    return number

@@ -1,0 +1,46 @@
+"""Random number generators of one rank: set, captured, restored."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Seed Python, NumPy and torch. Ranks differ, so that their dropout masks do."""
+    combined = (seed * 1_000_003 + rank) % 2**32
+    random.seed(combined)
+    np.random.seed(combined)
+    torch.manual_seed(combined)
+
+
+def capture() -> dict[str, Any]:
+    """The state of every generator, made of tensors and plain values (loads with ``weights_only``)."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [
+            str(name),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            position,
+            has_gauss,
+            cached,
+        ],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def restore(state: dict[str, Any]) -> None:
+    """Put every generator back where :func:`capture` saw it."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,102 @@
+"""Metrics of a run: append-only JSON lines, and the same numbers as TensorBoard events. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rating_train import run_dir
+from rating_train.files import append_json_line, atomic_write_text
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("rating_train", "torch", "deepspeed", "transformers", "mosaicml-streaming", "numpy", "pillow")
+
+
+class Tracker:
+    """Writes ``train.jsonl``, ``eval.jsonl`` and TensorBoard events of one run.
+
+    Args:
+        run: the run directory.
+        first_step: rows of later steps, left by a run that was resumed from an older checkpoint, are dropped
+            at the start, so that each step stands there once.
+        enabled: whether this is the rank that writes.
+    """
+
+    def __init__(self, run: Path, first_step: int, enabled: bool) -> None:
+        self._run = run
+        self._enabled = enabled
+        self._writer: Any = None
+        if not enabled:
+            return
+        for name in (run_dir.TRAIN_LOG, run_dir.EVAL_LOG):
+            _drop_rows_after(run / name, first_step)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run / run_dir.TENSORBOARD_DIR), purge_step=first_step + 1)
+
+    def train(self, row: dict[str, Any]) -> None:
+        """One line of train.jsonl; ``row`` holds ``step``."""
+        self._write(run_dir.TRAIN_LOG, "train", row)
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """One line of eval.jsonl; ``row`` holds ``step`` and ``split``."""
+        self._write(run_dir.EVAL_LOG, f"eval_{row.get('split', '')}", row)
+
+    def close(self) -> None:
+        """Flush the event file."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write(self, file: str, prefix: str, row: dict[str, Any]) -> None:
+        if not self._enabled:
+            return
+        append_json_line(self._run / file, {**row, "time": round(time.time(), 3)})
+        for key, value in row.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and key != "step":
+                self._writer.add_scalar(f"{prefix}/{key}", value, row["step"])
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    """Keep the rows up to ``step``, atomically; a torn last line goes too."""
+    if not path.is_file():
+        return
+    kept, dropped = [], 0
+    for line in path.read_text("utf-8").splitlines(keepends=True):
+        try:
+            keep = line.endswith("\n") and json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            keep = False
+        if keep:
+            kept.append(line)
+        else:
+            dropped += 1
+    if dropped:
+        log.info("%s: dropped %d rows after step %d (they will be written again)", path.name, dropped, step)
+        atomic_write_text(path, "".join(kept))
+
+
+def provenance(**more: Any) -> dict[str, Any]:
+    """What ran: versions, machine, command line. No environment variables: they may hold secrets."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "versions": versions,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **more,
+    }

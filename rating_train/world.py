@@ -1,0 +1,130 @@
+"""Who this process is among all processes of the run: a value, made once from the environment.
+
+Both launchers are understood: ``torchrun`` (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE) and one Slurm
+task per GPU (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID, SLURM_NTASKS_PER_NODE).
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+import torch
+
+from rating_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """rank in [0, size); local_rank in [0, local_size); node in [0, nodes)."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: decides, writes, and broadcasts."""
+        return self.rank == 0
+
+    @property
+    def nodes(self) -> int:
+        return self.size // self.local_size
+
+    @property
+    def node(self) -> int:
+        return self.rank // self.local_size
+
+
+def detect(env: Mapping[str, str] | None = None) -> World:
+    """The world that the launcher describes; a single process where there is no launcher.
+
+    Raises:
+        UserError: the description is incomplete or contradicts itself. A missing LOCAL_WORLD_SIZE is refused:
+            streaming would silently take every rank for the leader of a node of its own.
+    """
+    env = os.environ if env is None else env
+    if "RANK" in env or "WORLD_SIZE" in env:
+        keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        keys = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+    else:
+        return World()
+    missing = [k for k in keys if not env.get(k, "").strip()]
+    if missing:
+        raise UserError(
+            f"the launcher did not set {', '.join(missing)}",
+            where="environment",
+            expected="RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, or Slurm with --ntasks-per-node",
+            fix="start with torchrun, launch/local.sh or sbatch slurm/train.sbatch",
+        )
+    rank, size, local_rank, local_size = (int(env[k]) for k in keys)
+    if not (0 <= rank < size and 0 <= local_rank < local_size <= size and size % local_size == 0):
+        raise UserError(
+            f"rank {rank} of {size}, local rank {local_rank} of {local_size} is no valid place",
+            where="environment",
+            expected="the same number of ranks on every node",
+        )
+    return World(rank, size, local_rank, local_size)
+
+
+def export(world: World, env: MutableMapping[str, str] | None = None) -> None:
+    """Write the world back in torchrun's words, which DeepSpeed and streaming read, and set defaults."""
+    env = os.environ if env is None else env
+    env["RANK"], env["WORLD_SIZE"] = str(world.rank), str(world.size)
+    env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = str(world.local_rank), str(world.local_size)
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in env:
+        if world.size > 1:
+            raise UserError(
+                "the launcher did not set MASTER_PORT", where="environment", fix="see launch/env.sh"
+            )
+        with socket.socket() as s:  # a single process: any free port will do
+            s.bind(("127.0.0.1", 0))
+            env["MASTER_PORT"] = str(s.getsockname()[1])
+    # Loader workers fork after the tokenizer was used; its own threads would only warn and switch off.
+    env["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def device_of(world: World) -> torch.device:
+    """This rank's GPU where there is one, else the CPU (a first-class device, with gloo)."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if world.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {world.local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}",
+            where="launcher",
+            fix="start as many processes per node as it has GPUs",
+        )
+    return torch.device("cuda", world.local_rank)
+
+
+def connect(world: World, timeout_minutes: float = 10.0) -> torch.device:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device.
+
+    Every collective that waits longer than ``timeout_minutes`` fails instead of hanging for ever.
+    """
+    export(world)
+    device = device_of(world)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed must not guess
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            rank=world.rank,
+            world_size=world.size,
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+        )
+    return device
+
+
+def disconnect() -> None:
+    """Leave the process group, if there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,350 @@
+"""`prepare` from files to shards: counts add up, what comes out is whole or absent, and reads back."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from streaming import StreamingDataset
+
+from rating_train import prepare as prepare_verb
+from rating_train.data import images, writer
+from rating_train.data.demo import make_catalogue
+from rating_train.data.schema import MANIFEST_NAME, MDS_COLUMNS, QUARANTINE_NAME
+from rating_train.errors import UserError
+from rating_train.files import read_json, read_json_lines, sha256_file
+from rating_train.prepare import PrepareOptions, prepare
+
+S = 32
+N = 60
+
+
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("catalogue")
+    make_catalogue(folder, items=N)
+    return folder
+
+
+def options(catalogue: Path, out: Path, **changes: Any) -> PrepareOptions:
+    given: dict[str, Any] = {
+        "source": (str(catalogue / "catalogue.jsonl"),),
+        "images": str(catalogue),
+        "out": str(out),
+        "image_size_px": S,
+        "val_fraction": 0.25,
+        "shard_size_mb": 1,
+    }
+    return PrepareOptions(**{**given, **changes})
+
+
+def samples(folder: Path) -> list[dict[str, Any]]:
+    dataset = StreamingDataset(local=str(folder), shuffle=False, batch_size=1)
+    return [dataset[i] for i in range(len(dataset))]
+
+
+def content(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+
+
+def edited_catalogue(catalogue: Path, folder: Path, edit: Callable[[list[dict[str, Any]]], list[Any]]) -> str:
+    """A catalogue beside the images with some lines changed; bytes are taken as they are."""
+    lines = edit([json.loads(line) for line in (catalogue / "catalogue.jsonl").read_text().splitlines()])
+    path = folder / "edited.jsonl"
+    path.write_bytes(b"".join((x if isinstance(x, bytes) else json.dumps(x).encode()) + b"\n" for x in lines))
+    return str(path)
+
+
+def test_round_trip(catalogue: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "data"
+    manifest = prepare(options(catalogue, out, max_text_chars=30))
+    assert manifest == read_json(out / MANIFEST_NAME)
+    assert (manifest["read"], manifest["kept"], manifest["dropped"]) == (N, N, {})
+    assert manifest["columns"] == MDS_COLUMNS and manifest["image_size_px"] == S
+    assert manifest["sources"][0]["rows"] == N
+    assert sorted(p.name for p in out.iterdir()) == [MANIFEST_NAME, QUARANTINE_NAME, "train", "val"]
+    assert [p.name for p in out.parent.iterdir()] == ["data"], "no temporary folder is left"
+
+    lines = [json.loads(line) for line in (catalogue / "catalogue.jsonl").read_text().splitlines()]
+    by_id = {line["parent_asin"]: line for line in lines}
+    seen: list[str] = []
+    for split in ("train", "val"):
+        entry, got = manifest["splits"][split], samples(out / split)
+        assert entry["items"] == len(got) > 0
+        ratings = np.array([s["rating"] for s in got], dtype=np.float64)
+        assert entry["rating_mean"] == pytest.approx(ratings.mean(), abs=1e-9)
+        assert entry["rating_std"] == pytest.approx(ratings.std(), abs=1e-9)
+        assert entry["index_sha256"] == sha256_file(out / split / "index.json")
+        shards = list((out / split).glob("*.mds"))
+        assert (entry["shards"], entry["bytes"]) == (len(shards), sum(p.stat().st_size for p in shards))
+        for sample in got:
+            line = by_id[sample["id"]]
+            assert set(sample) == set(MDS_COLUMNS)
+            assert sample["title"] == line["title"][:30] and sample["main_category"] == line["main_category"]
+            assert sample["features"] == " ".join(line["features"])[:30]
+            assert sample["rating"] == np.float32(line["average_rating"])
+            assert sample["rating_count"] == line["rating_number"]
+            with Image.open(io.BytesIO(sample["image"])) as image:
+                assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (S, S))
+        seen += [s["id"] for s in got]
+    assert sorted(seen) == sorted(by_id), "every item once, on one side"
+
+
+def test_workers_do_not_change_a_byte(catalogue: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    fingerprints = {prepare(options(catalogue, out, workers=n))["fingerprint"] for n, out in ((1, one), (2, two))}
+    assert len(fingerprints) == 1
+    a, b = content(one), content(two)
+    assert a.pop(MANIFEST_NAME) != b.pop(MANIFEST_NAME), "the manifest names the options"
+    assert a == b
+
+
+def test_every_bad_record_is_counted_and_named(catalogue: Path, tmp_path: Path) -> None:
+    size = (catalogue / "images" / "B0DEMO00010.jpg").read_bytes()
+    bad_images = {"zero.jpg": b"", "torn.jpg": size[:500], "page.jpg": b"<html>"}
+    for name, data in bad_images.items():
+        (catalogue / name).write_bytes(data)
+
+    def edit(lines: list[dict[str, Any]]) -> list[Any]:
+        lines[1]["average_rating"] = 7
+        lines[2]["average_rating"] = float("nan")
+        lines[3]["rating_number"] = 3
+        lines[4].update(title=" ", features=[], description=None)
+        lines[5]["parent_asin"] = lines[0]["parent_asin"]
+        lines[6].update(image_path="gone.jpg", images=None)
+        lines[7]["image_path"] = "../outside.jpg"
+        lines[8]["image_path"] = "zero.jpg"
+        lines[9]["image_path"] = "torn.jpg"
+        lines[10]["image_path"] = "page.jpg"
+        lines[6]["parent_asin"] = "no-file-of-this-name"
+        return [*lines[:20], b'{"parent_asin": ', b'{"title": "\xff"}', b"", *lines[20:]]
+
+    source = edited_catalogue(catalogue, tmp_path, edit)
+    out = tmp_path / "data"
+    manifest = prepare(options(catalogue, out, source=(source,)))
+    assert manifest["dropped"] == {
+        "bad_rating": 2,
+        "bad_json": 1,
+        "not_utf8": 1,
+        "few_ratings": 1,
+        "empty_text": 1,
+        "duplicate_id": 1,
+        "image_missing": 1,
+        "image_outside_root": 1,
+        "image_empty": 1,
+        "image_unreadable": 1,
+        "image_not_an_image": 1,
+    }
+    assert manifest["read"] == N + 2 == manifest["kept"] + sum(manifest["dropped"].values())
+    assert manifest["kept"] == sum(entry["items"] for entry in manifest["splits"].values())
+    rows = list(read_json_lines(out / QUARANTINE_NAME))
+    assert len(rows) == sum(manifest["dropped"].values())
+    assert {tuple(row) for row in rows} == {("source", "line", "id", "reason", "detail")}
+    where = {row["reason"]: row["line"] for row in rows}
+    assert (where["few_ratings"], where["bad_json"], where["image_empty"]) == (4, 21, 9)
+    assert {row["source"] for row in rows} == {source}
+
+
+def test_several_sources_and_duplicates_across_them(catalogue: Path, tmp_path: Path) -> None:
+    source = edited_catalogue(catalogue, tmp_path, lambda lines: lines[:5])
+    both = (str(catalogue / "catalogue.jsonl"), source)
+    manifest = prepare(options(catalogue, tmp_path / "data", source=both))
+    assert manifest["dropped"] == {"duplicate_id": 5}
+    assert [s["rows"] for s in manifest["sources"]] == [N, 5]
+
+
+def test_variants_stay_on_one_side(catalogue: Path, tmp_path: Path) -> None:
+    def edit(lines: list[dict[str, Any]]) -> list[Any]:
+        for i, line in enumerate(lines):
+            line.update(group_id=i // 3, main_category="Toys", title=f"Product number {i // 6} of ours ({i})")
+        return lines
+
+    source = edited_catalogue(catalogue, tmp_path, edit)
+    manifest = prepare(options(catalogue, tmp_path / "data", source=(source,), val_fraction=0.4))
+    assert manifest["groups"] == {"count": N // 6, "largest": 6}
+    sides: dict[int, set[str]] = {}
+    for split in manifest["splits"]:
+        for sample in samples(tmp_path / "data" / split):
+            sides.setdefault((int(sample["id"][-5:]) - 1) // 6, set()).add(split)
+    assert len(sides) == N // 6 and all(len(splits) == 1 for splits in sides.values())
+
+
+def test_too_many_dropped_stops_and_keeps_the_quarantine(catalogue: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "no_images"
+    empty.mkdir()
+    out = tmp_path / "data"
+    with pytest.raises(UserError, match=r"too many records dropped.*image_missing"):
+        prepare(options(catalogue, out, images=str(empty)))
+    kept = tmp_path / f"data.{QUARANTINE_NAME}"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [kept.name, "no_images"]
+    rows = list(read_json_lines(kept))
+    assert len(rows) == N // 2 + 1 and rows[0]["reason"] == "image_missing", "it stops when the verdict is certain"
+
+    source = edited_catalogue(catalogue, tmp_path, lambda lines: [b"junk" for _ in lines])
+    with pytest.raises(UserError, match=r"too many records dropped.*bad_json 60"):
+        prepare(options(catalogue, out, source=(source,)))
+    assert not out.exists() and len(list(read_json_lines(kept))) == N
+
+
+def test_records_left_out_by_choice_are_no_failure(catalogue: Path, tmp_path: Path) -> None:
+    def edit(lines: list[dict[str, Any]]) -> list[Any]:
+        return [{**line, "rating_number": 2 if i % 3 else 50} for i, line in enumerate(lines)]
+
+    source = edited_catalogue(catalogue, tmp_path, edit)
+    manifest = prepare(options(catalogue, tmp_path / "data", source=(source,), max_dropped_fraction=0.0))
+    assert manifest["dropped"] == {"few_ratings": N * 2 // 3}
+
+
+def test_refusals(catalogue: Path, tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    with pytest.raises(UserError, match="source file not found"):
+        prepare(options(catalogue, out, source=(str(tmp_path / "absent.jsonl"),)))
+    with pytest.raises(UserError, match="images folder not found"):
+        prepare(options(catalogue, out, images=str(tmp_path / "absent")))
+    with pytest.raises(UserError, match=r"4 problems: .*jpeg_quality.*fractions.*shard_size_mb.*workers"):
+        prepare(options(catalogue, out, jpeg_quality=0, val_fraction=1.0, shard_size_mb=0, workers=0))
+    with pytest.raises(UserError, match="no item is left"):
+        prepare(options(catalogue, out, min_rating_count=10**9))
+    assert not list(tmp_path.iterdir())
+    out.mkdir()
+    with pytest.raises(UserError, match="exists"):
+        prepare(options(catalogue, out))
+    assert not list(out.iterdir()), "an existing folder is never touched, not even an empty one"
+
+
+def test_a_failure_midway_leaves_nothing(catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    def break_at_40(path: Path, *args: Any) -> bytes:
+        nonlocal calls
+        calls += 1
+        if calls == 40:
+            raise KeyboardInterrupt
+        return whole(path, *args)
+
+    whole = images.load_square_jpeg
+    monkeypatch.setattr(images, "load_square_jpeg", break_at_40)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(options(catalogue, tmp_path / "data"))
+    assert calls == 40 and not list(tmp_path.iterdir())
+
+
+def test_a_failure_at_the_end_leaves_nothing(catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(writer, "atomic_write_json", full)
+    with pytest.raises(OSError, match="no space"):
+        prepare(options(catalogue, tmp_path / "data"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_source_that_changes_is_noticed(catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Path(edited_catalogue(catalogue, tmp_path, lambda lines: lines))
+    scan = prepare_verb.scan
+
+    def scan_then_change(*args: Any) -> None:
+        scan(*args)
+        lines = source.read_text().splitlines()
+        source.write_text("\n".join(lines[:-1]) + "\n")
+
+    monkeypatch.setattr(prepare_verb, "scan", scan_then_change)
+    with pytest.raises(UserError, match="changed while it was read"):
+        prepare(options(catalogue, tmp_path / "data", source=(str(source),)))
+    assert not (tmp_path / "data").exists()
+
+
+SLOW_BUILD = """
+import sys, time
+from rating_train.data import images
+from rating_train.prepare import PrepareOptions, prepare
+whole = images.load_square_jpeg
+def slow(*args):
+    time.sleep(0.05)
+    return whole(*args)
+images.load_square_jpeg = slow
+prepare(PrepareOptions(source=(sys.argv[1],), images=sys.argv[2], out=sys.argv[3], image_size_px=32, val_fraction=0.25))
+"""
+
+
+def test_a_killed_build_is_no_dataset_and_the_next_one_sweeps_it(catalogue: Path, tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    arguments = [str(catalogue / "catalogue.jsonl"), str(catalogue), str(out)]
+    slow = subprocess.Popen([sys.executable, "-c", SLOW_BUILD, *arguments])
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("data.tmp-*/train")):
+            assert slow.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        prepare(options(catalogue, tmp_path / "other"))
+        (living,) = tmp_path.glob("data.tmp-*")
+        writer.remove_stale(out)
+        assert living.exists(), "a living build keeps its folder"
+    finally:
+        os.kill(slow.pid, signal.SIGKILL)
+        slow.wait()
+    assert living.exists() and not out.exists() and not (living / MANIFEST_NAME).exists()
+    foreign = tmp_path / "data.tmp-some-other-host-1-00000000"
+    foreign.mkdir()
+    prepare(options(catalogue, out))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", foreign.name, "other"]
+
+
+def test_dry_run_counts_and_writes_nothing(catalogue: Path, tmp_path: Path) -> None:
+    dry = prepare(options(catalogue, tmp_path / "data", dry_run=True))
+    assert not list(tmp_path.iterdir())
+    real = prepare(options(catalogue, tmp_path / "data"))
+    assert dry["kept"] == real["kept"] == N
+    assert {k: v["items"] for k, v in dry["splits"].items()} == {k: v["items"] for k, v in real["splits"].items()}
+
+
+def test_limit_and_test_split(catalogue: Path, tmp_path: Path) -> None:
+    manifest = prepare(options(catalogue, tmp_path / "data", limit=50, test_fraction=0.3))
+    assert manifest["read"] == 50 and list(manifest["splits"]) == ["train", "val", "test"]
+
+
+def test_command_line(
+    catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    parser = argparse.ArgumentParser()
+    prepare_verb.add_arguments(parser)
+    source, out = str(catalogue / "catalogue.jsonl"), str(tmp_path / "data")
+    caplog.set_level(logging.INFO)
+    least = ["--source", source, "--images", str(catalogue), "--out", out]
+    args = parser.parse_args([*least, "--image-size-px", "32", "--val-fraction", "0.25"])
+    assert prepare_verb.run(args) == 0
+    printed = capsys.readouterr().out
+    assert f"prepared {out}" in printed and "dropped          0" in printed
+    assert f"images: {N} of {N}" in caplog.text
+    defaults = vars(parser.parse_args(least))
+    assert PrepareOptions(**{**defaults, "source": (source,)}) == PrepareOptions((source,), str(catalogue), out)
+
+
+def test_help_and_dry_run_need_neither_torch_nor_streaming() -> None:
+    code = "import sys, rating_train.prepare as p; sys.exit('torch' in sys.modules or 'streaming' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_real_catalogue(tmp_path: Path) -> None:
+    shared = Path(os.environ.get("RATING_TRAIN_SHARED") or Path(__file__).parents[2].parent / "shared")
+    folder = shared / "data" / "electronics"
+    if not folder.is_dir():
+        pytest.skip("no shared data: set RATING_TRAIN_SHARED to a folder that has data/electronics")
+    source = str(folder / "products.jsonl")
+    manifest = prepare(
+        PrepareOptions((source,), str(folder), str(tmp_path / "data"), image_size_px=64, limit=300, val_fraction=0.1)
+    )
+    assert manifest["kept"] == 300 and manifest["splits"]["val"]["items"] > 0
