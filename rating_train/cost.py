@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rating_train.config.load import load_config
 from rating_train.errors import UserError
 from rating_train.model.architecture import Architecture
 from rating_train.model.cost import PARTS, ForwardCost, count_forward, count_parameters, visual_tokens
@@ -116,3 +118,20 @@ def _table(header: list[str], body: list[list[str]]) -> list[str]:
         return "  ".join([first, *(cell.rjust(w) for cell, w in zip(cells[1:], widths[1:]))]).rstrip()
 
     return [line(header), "  ".join("-" * w for w in widths), *map(line, body)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``rating-train cost``."""
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=V", help="override one setting")
+    parser.add_argument("--plcc", type=float, default=None, help="a PLCC, to print CES in every convention")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the costs of a configuration."""
+    from rating_train.model.load import read_architecture
+
+    config = load_config(args.config, args.set)
+    arch = read_architecture(config.model)
+    print(cost_report(arch, config.data.image_px, config.data.text_tokens, args.plcc))
+    return 0

@@ -39,6 +39,12 @@ def set_up(rank: int = 0, file: Path | None = None, level: str = "") -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def process_rank() -> int:
+    """This process's rank as the launcher names it, before anything is checked; 0 without a launcher."""
+    text = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return int(text) if text.isdigit() else 0
+
+
 def on_terminal() -> bool:
     """Whether a person watches: progress bars are drawn only then."""
     return sys.stderr.isatty()

@@ -7,6 +7,7 @@ and so may any key of a row: what cannot be drawn is left out and named, with it
 
 from __future__ import annotations
 
+import argparse
 import io
 import math
 import statistics
@@ -345,3 +346,15 @@ def _save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
     figure.savefig(png, format="png", dpi=120)
     atomic_write_bytes(path, png.getvalue())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``rating-train report``."""
+    parser.add_argument("run", type=Path, nargs="+", help="run directories")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw the report of every run and print where it is."""
+    for directory in args.run:
+        print(make_report(directory))
+    return 0

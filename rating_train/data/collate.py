@@ -5,8 +5,9 @@ Legend: B items, S pixels a side, T tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from rating_train.data.prompt import PromptEncoder
+
+_TENSORS = ("images", "input_ids", "used_tokens", "ratings", "rating_counts")
 
 
 @dataclass
@@ -46,22 +49,16 @@ class Batch:
         return self._map(lambda t: t.to(device, non_blocking=True))
 
     def split(self, items: int) -> list[Batch]:
-        """Micro-batches of ``items`` each, in order; the tensors are views."""
-        return [
-            Batch(
-                self.ids[i : i + items],
-                self.categories[i : i + items],
-                *(t[i : i + items] for t in self._tensors()),
-                cut_tokens=0,
-            )
-            for i in range(0, len(self), items)
-        ]
+        """Micro-batches of ``items`` each, in order; the tensors are views. ``cut_tokens`` stays with the whole."""
+        return [self._take(slice(i, i + items)) for i in range(0, len(self), items)]
 
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return self.images, self.input_ids, self.used_tokens, self.ratings, self.rating_counts
+    def _take(self, part: slice) -> Batch:
+        taken = {name: getattr(self, name)[part] for name in ("ids", "categories", *_TENSORS)}
+        return Batch(**taken, cut_tokens=0)
 
-    def _map(self, f: Any) -> Batch:
-        return Batch(self.ids, self.categories, *(f(t) for t in self._tensors()), cut_tokens=self.cut_tokens)
+    def _map(self, f: Callable[[Tensor], Tensor]) -> Batch:
+        mapped: dict[str, Any] = {name: f(getattr(self, name)) for name in _TENSORS}
+        return dataclasses.replace(self, **mapped)
 
 
 class Collator:
@@ -93,7 +90,7 @@ def decode_square(content: bytes, size_px: int, item_id: str) -> np.ndarray:
         ValueError: the bytes are no image; the message names the item.
     """
     try:
-        image = Image.open(io.BytesIO(content))
+        image: Image.Image = Image.open(io.BytesIO(content))
         if image.size != (size_px, size_px):
             image = image.convert("RGB").resize((size_px, size_px), Image.Resampling.BILINEAR)
         return np.asarray(image.convert("RGB") if image.mode != "RGB" else image)
