@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from rating_train.collectives import on_main
@@ -107,8 +108,6 @@ def open_evaluation(
 
 def _load(dataset: OrderedDataset, ids: Ids, collator: Collator, config: DataConfig) -> Iterator[Batch]:
     """Read (K, B) sample ids as K batches, through ``config.workers`` processes."""
-    import torch
-
     workers = min(config.workers, len(ids))
     dataset.set_batches(ids)
     loader: DataLoader = DataLoader(
@@ -119,6 +118,9 @@ def _load(dataset: OrderedDataset, ids: Ids, collator: Collator, config: DataCon
         prefetch_factor=config.prefetch_batches if workers else None,
         pin_memory=torch.cuda.is_available(),
         drop_last=False,
+        # The loader draws a seed when it starts; from the global generator, that would change the dropout of a
+        # resumed run, and of every run that evaluates in between.
+        generator=torch.Generator().manual_seed(0),
     )
     count = 0
     for batch in loader:

@@ -1,0 +1,152 @@
+"""What several kinds of tests share: small models and datasets, and starting real jobs of several ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The repository's root."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real listings, where they are at hand; they are not part of the project."""
+    folder = Path(os.environ.get("RATING_TRAIN_SHARED", REPO.parent / "shared")) / "data"
+    if not folder.is_dir():
+        pytest.skip("no real listings here (set RATING_TRAIN_SHARED to a folder that holds data/)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small demo: catalogue, tiny model, and shards of 64 pixels (about 250 train, 50 val, 300 in all)."""
+    from rating_train.demo import make_demo
+    from rating_train.prepare import PrepareOptions, prepare
+
+    out = tmp_path_factory.mktemp("demo") / "demo"
+    make_demo(out, items=300, seed=17)
+    prepare(
+        PrepareOptions(
+            source=(str(out / "catalogue" / "catalogue.jsonl"),),
+            images=str(out / "catalogue"),
+            out=str(out / "data"),
+            image_size_px=64,
+            val_fraction=0.2,
+        )
+    )
+    return out
+
+
+class Ranks:
+    """Starts ``torchrun`` jobs on this machine's CPU, each in a session of its own, and ends what is left."""
+
+    def __init__(self) -> None:
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(self, ranks: int, *command: object, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        """Start ``python COMMAND`` on so many ranks and return at once."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})}
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
+            environment.pop(name, None)
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+        ]
+        process = subprocess.Popen(
+            [*launcher, *map(str, command)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=REPO,
+            env=environment,
+            start_new_session=True,
+        )
+        self.started.append(process)
+        return process
+
+    def run(
+        self,
+        ranks: int,
+        *command: object,
+        timeout: float = 240,
+        env: dict[str, str] | None = None,
+        code: int = 0,
+    ) -> str:
+        """Run to the end, expecting exit code ``code`` of the launcher (0, or 1 for any failure); its output."""
+        process = self.start(ranks, *command, env=env)
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.kill(process)
+            output, _ = process.communicate()
+            pytest.fail(f"no end after {timeout} s: {command}\n{output[-6000:]}")
+        assert process.returncode == code, f"exit code {process.returncode}: {command}\n{output[-6000:]}"
+        return output
+
+    def train(self, ranks: int, config: Path, *options: object, **more: object) -> str:
+        """``rating-train train`` on so many ranks."""
+        return self.run(ranks, "-m", "rating_train", "train", config, *options, **more)  # type: ignore[arg-type]
+
+    @staticmethod
+    def kill(process: subprocess.Popen[str]) -> None:
+        """kill -9 of the launcher and all that it started (its ranks live in sessions of their own)."""
+        try:
+            launcher = psutil.Process(process.pid)
+            family = [*launcher.children(recursive=True), launcher]
+        except psutil.NoSuchProcess:
+            return
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(family, timeout=30)
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    """A launcher of jobs; whatever still runs at the end of the test is killed."""
+    launcher = Ranks()
+    yield launcher
+    for process in launcher.started:
+        if process.poll() is None:
+            launcher.kill(process)
+            process.wait(timeout=30)
+
+
+@pytest.fixture
+def tiny_config(demo: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a YAML configuration on the small demo; arguments are nested sections to override."""
+    import yaml
+
+    def write(name: str = "run", **sections: dict[str, object]) -> Path:
+        base: dict[str, object] = {
+            "name": name,
+            "runs_dir": str(tmp_path / "runs"),
+            "data": {"path": str(demo / "data"), "image_px": 64, "text_tokens": 96, "workers": 0},
+            "model": {"backbone": str(demo / "model"), "head_hidden": 16},
+            "batch": {"global_items": 12},
+            "train": {"epochs": 1, "log_every_steps": 1, "eval_every_steps": 0, "log_sample_ids": True},
+        }
+        for section, values in sections.items():
+            merged = base.get(section, {})
+            base[section] = {**merged, **values} if isinstance(merged, dict) else values
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(base))
+        return path
+
+    return write

@@ -1,0 +1,70 @@
+"""What every rank reads and how it is scored, written by rank 0 as JSON. Uses the real shards, loader and evaluator.
+
+Usage: torchrun data_worker.py OUT.json DATA MODEL order|evaluate
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from rating_train import assemble
+from rating_train.cli import leave
+from rating_train.collectives import all_gather
+from rating_train.config.load import config_from_dict
+from rating_train.data.loader import open_evaluation, open_training
+from rating_train.engine.evaluator import evaluate
+from rating_train.engine.predictor import Predictor
+from rating_train.model.regressor import build_regressor
+
+GLOBAL_ITEMS, STEPS, RESUMED_STEP = 12, 45, 17  # 45 steps cross two epoch borders of about 240 items
+
+
+def read_orders(blueprint, world) -> dict:
+    """{workers: ordered ids of every global batch}, and the same from a later step on."""
+    result = {}
+    for workers in (0, 1, 3):
+        config = dataclasses.replace(blueprint.config.data, workers=workers)
+        data = open_training(config, blueprint.prompt, world, GLOBAL_ITEMS, GLOBAL_ITEMS // world.size)
+        for first in (0, RESUMED_STEP):
+            mine = [batch.ids for batch in data.batches(first, STEPS)]
+            whole = [[i for part in parts for i in part] for parts in zip(*all_gather(mine), strict=True)]
+            result[f"workers {workers} from {first}"] = whole
+    return {"orders": result, "samples": data.samples}
+
+
+def score_all(blueprint, world, device, out: Path) -> dict:
+    """Scores of 7, 64 and 101 items."""
+    config = blueprint.config
+    start = blueprint.prompt.layout.image_start
+    model = build_regressor(config.model, blueprint.architecture, config.data.image_px, start, seed=5).eval()
+    predictor = Predictor(model, device=device, autocast=False)
+    result = {}
+    for items in (7, 64, 101):
+        data = open_evaluation(config.data, blueprint.prompt, world, "train", 5, max_items=items)
+        path = out.with_suffix(f".{items}.jsonl")
+        result[str(items)] = evaluate(predictor, data, path).scores.as_dict()
+    return result
+
+
+def main() -> None:
+    out, data, model, what = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+    world, device = assemble.join_job()
+    config = config_from_dict(
+        {
+            "data": {"path": data, "image_px": 64, "text_tokens": 96, "workers": 0, "num_canonical_nodes": 3},
+            "model": {"backbone": model, "head_hidden": 16},
+            "batch": {"global_items": GLOBAL_ITEMS},
+        }
+    )
+    blueprint = assemble.read_blueprint(config)
+    result = read_orders(blueprint, world) if what == "order" else score_all(blueprint, world, device, out)
+    if world.is_main:
+        out.write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
+    leave(0)
