@@ -1,4 +1,4 @@
-"""The command line: one verb, one module. Modules are imported when their verb is called, so `--help` is fast.
+"""The command line: one verb, one module. A verb's module is imported when it is called, so `--help` is fast.
 
 Exit codes: 0 done, or stopped with a checkpoint; 1 a bug (traceback); 2 something the user can mend (one line).
 """
@@ -10,17 +10,20 @@ import importlib
 import os
 import sys
 import traceback
+from pathlib import Path
 
-from rating_train import __version__, log
-from rating_train.errors import EXIT_BUG, EXIT_USER_ERROR, UserError
+from rating_train import __version__, log, run_dir
+from rating_train.config.load import load_config
+from rating_train.config.schema import Config
+from rating_train.errors import EXIT_BUG, EXIT_DONE, EXIT_USER_ERROR, UserError
 
 VERBS = {
-    "demo": ("rating_train.demo", "make the demo catalogue and a tiny model"),
-    "prepare": ("rating_train.prepare", "turn a catalogue and its images into shards"),
-    "train": ("rating_train.train", "train a regressor (under torchrun, Slurm, or alone)"),
-    "evaluate": ("rating_train.evaluate", "score a checkpoint: PLCC, SRCC, RMSE, MAE, CES"),
-    "cost": ("rating_train.cost", "parameters, MACs, FLOPs, C, E and CES of a configuration"),
-    "report": ("rating_train.report", "plots of a run"),
+    "demo": "make the demo catalogue and a tiny model",
+    "prepare": "turn a catalogue and its images into shards",
+    "train": "train a regressor (under torchrun, Slurm, or alone)",
+    "evaluate": "score a checkpoint: PLCC, SRCC, RMSE, MAE, CES",
+    "cost": "parameters, MACs, FLOPs, C, E and CES of a configuration",
+    "report": "plots of a run",
 }
 
 
@@ -30,20 +33,81 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rating-train", description=__import__("rating_train").__doc__)
     parser.add_argument("--version", action="version", version=f"rating-train {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for verb, (module, summary) in VERBS.items():
+    for verb, summary in VERBS.items():
         sub = verbs.add_parser(verb, help=summary, description=summary)
-        if verb in arguments[:1]:  # only the verb that was asked for is imported
-            importlib.import_module(module).add_arguments(sub)
-    args = parser.parse_args(arguments)
-    return leave(_run(args))
+        if verb not in arguments[:1]:  # only the verb that was asked for needs its options
+            continue
+        if verb == "train":
+            _train_arguments(sub)
+        elif verb == "evaluate":
+            _evaluate_arguments(sub)
+        else:
+            importlib.import_module(f"rating_train.{verb}").add_arguments(sub)
+    return leave(_run(parser.parse_args(arguments)))
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file")
+    _add_set(parser)
+    parser.add_argument(
+        "--resume", default="auto", help="auto (default), never, must, or the path of a checkpoint directory"
+    )
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--checkpoint", default="best", help="best (default), latest or a step")
+    parser.add_argument("--split", default="", help="split to score (default: that of the run's evaluations)")
+    _add_set(parser)
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=V", help="override one setting")
+
+
+# The settings are checked before torch is imported: a typo is answered at once.
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = _load(args.config, args.set)
+    from rating_train.train import train
+
+    train(config, args.resume)
+    return EXIT_DONE
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    if not (args.run / run_dir.CONFIG_FILE).is_file():
+        raise UserError(
+            "not a run directory: it has no config.yaml",
+            where=args.run,
+            fix="give the folder that `train` made",
+        )
+    config = _load(args.run / run_dir.CONFIG_FILE, args.set)
+    from rating_train.collectives import on_main
+    from rating_train.evaluate import evaluate_run, render
+
+    row = evaluate_run(args.run, config, args.checkpoint, args.split)
+    on_main(lambda: print(render(row)))
+    return EXIT_DONE
+
+
+def _load(path: str | Path, overrides: list[str]) -> Config:
+    try:
+        return load_config(path, overrides)
+    except UserError as e:
+        e.__dict__["raised_on_all_ranks"] = True  # every rank reads the same file: say it once
+        raise
 
 
 def _run(args: argparse.Namespace) -> int:
-    module = importlib.import_module(VERBS[args.verb][0])
     rank = log.process_rank()
     log.set_up(rank)
+    verbs = {"train": _train, "evaluate": _evaluate}
     try:
-        return module.run(args)
+        if args.verb in verbs:
+            return verbs[args.verb](args)
+        return importlib.import_module(f"rating_train.{args.verb}").run(args)
     except UserError as e:
         if rank == 0 or not getattr(e, "raised_on_all_ranks", False):
             print(f"rating-train {args.verb}: error: {e}", file=sys.stderr)
@@ -71,7 +135,7 @@ def leave(code: int) -> int:
 
     from rating_train.world import disconnect
 
-    if code == 0:  # after a failure others may be gone: do not wait for them
+    if code == EXIT_DONE:  # after a failure others may be gone: do not wait for them
         disconnect()
     logging.shutdown()
     atexit._run_exitfuncs()

@@ -50,7 +50,7 @@ def make_model(out: Path, seed: int) -> None:
 
 
 def demo_architecture(vocabulary: int) -> Architecture:
-    """SmolVLM's layout at a size that a CPU trains in minutes: 0.4 million parameters."""
+    """SmolVLM's layout at a size that a CPU trains in minutes: 0.5 million parameters."""
     return Architecture(
         text=TextArchitecture(
             hidden=96, layers=3, heads=3, kv_heads=1, head_dim=32, mlp=256, vocab=vocabulary

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import time
 from pathlib import Path
@@ -13,7 +12,6 @@ from rating_train.checkpoint import store
 from rating_train.checkpoint.deepspeed_io import consolidated_weights
 from rating_train.checkpoint.state import STATE_FILE, from_json
 from rating_train.collectives import on_main
-from rating_train.config.load import load_config
 from rating_train.config.schema import Config
 from rating_train.data.loader import open_evaluation
 from rating_train.engine.evaluator import evaluate
@@ -25,16 +23,15 @@ from rating_train.scoring.ces import CONVENTIONS
 log = logging.getLogger(__name__)
 
 
-def evaluate_run(run: Path, checkpoint: str, split: str, overrides: list[str]) -> dict[str, Any]:
+def evaluate_run(run: Path, config: Config, checkpoint: str, split: str) -> dict[str, Any]:
     """Score one checkpoint; writes the predictions and a row of eval.jsonl, and returns the row.
 
     Args:
         run: run directory.
+        config: the run's configuration, with what is to differ (another ``data.path``).
         checkpoint: ``best``, ``latest`` or a step.
         split: ``""`` takes the split of the run's own evaluations.
-        overrides: ``a.b=v`` settings, for example another ``data.path``.
     """
-    config = load_config(run / run_dir.CONFIG_FILE, overrides)
     split = split or config.data.eval_split
     world, device = assemble.join_job()
     directory = on_main(lambda: choose_checkpoint(run / run_dir.CHECKPOINTS_DIR, checkpoint))
@@ -124,18 +121,3 @@ def _batch_items(config: Config, ranks: int) -> int:
     if config.eval.micro_items or config.batch.micro_items:
         return config.eval.micro_items or config.batch.micro_items
     return max(1, config.batch.global_items // ranks)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``rating-train evaluate``."""
-    parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("--checkpoint", default="best", help="best (default), latest or a step")
-    parser.add_argument("--split", default="", help="split to score (default: that of the run's evaluations)")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=V", help="override one setting")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Evaluate and print the scores."""
-    row = evaluate_run(args.run, args.checkpoint, args.split, args.set)
-    on_main(lambda: print(render(row)))
-    return 0

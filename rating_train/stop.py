@@ -11,9 +11,12 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from rating_train.collectives import max_over_ranks
+from rating_train.collectives import all_gather, max_over_ranks
 
 log = logging.getLogger(__name__)
+
+# What asks a run to go on later (the scheduler, a limit), unlike a person's Ctrl-C or STOP file.
+REQUEUE_REASONS = ("signal SIGUSR1", "signal SIGTERM", "the time limit")
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
@@ -54,6 +57,8 @@ class StopFlag:
             self.reason = "the time limit"
         return self.reason
 
-    def agreed(self) -> bool:
-        """Whether any rank wants to stop; a collective, called by all ranks at the same step."""
-        return bool(max_over_ranks(1 if self.poll() else 0))
+    def agreed(self) -> str:
+        """The reason, if any rank wants to stop, else ``""``; a collective, called by all at the same step."""
+        if not max_over_ranks(1 if self.poll() else 0):
+            return ""
+        return next(reason for reason in all_gather(self.reason) if reason)

@@ -9,7 +9,6 @@ All that changes from step to step is one ``TrainState``; all that a step needs 
 
 from __future__ import annotations
 
-import argparse
 import logging
 import time
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from rating_train import log as logs
 from rating_train.checkpoint.manager import Checkpointer
 from rating_train.checkpoint.state import Identity, TrainState
 from rating_train.collectives import on_main, sum_over_ranks
-from rating_train.config.load import dump_config, load_config
+from rating_train.config.load import dump_config
 from rating_train.config.resolve import BatchPlan, order_fingerprint_inputs, plan_batch, total_steps
 from rating_train.config.schema import Config
 from rating_train.data.loader import EvaluationData, TrainingData, open_evaluation, open_training
@@ -36,7 +35,7 @@ from rating_train.files import append_json_line, atomic_write_json, atomic_write
 from rating_train.meters import StepMeter, peak_memory_gib
 from rating_train.model.regressor import build_regressor
 from rating_train.seeding import seed_everything
-from rating_train.stop import StopFlag
+from rating_train.stop import REQUEUE_REASONS, StopFlag
 from rating_train.tracking import Tracker, provenance
 from rating_train.world import World
 
@@ -76,7 +75,7 @@ class Job:
 
 
 def train(config: Config, resume: str) -> str:
-    """Train to the end, or until asked to stop; returns "finished", "early stop" or why it stopped.
+    """Train to the end, or until asked to stop; returns "finished", "early stop" or the reason to stop.
 
     Args:
         config: the resolved configuration.
@@ -173,9 +172,15 @@ def loop(job: Job, state: TrainState, tracker: Tracker, stop: StopFlag) -> str:
         if last or (t.eval_every_steps and state.step % t.eval_every_steps == 0):
             best = evaluate_and_record(job, state, tracker)
             meter.reset()  # the next interval's rate is that of training alone
-        stopping = last or (state.step % t.stop_check_steps == 0 and stop.agreed())
+        stopping = stop.agreed() if state.step % t.stop_check_steps == 0 and not last else ""
         exhausted = bool(t.early_stop_evals) and state.evals_since_best >= t.early_stop_evals
-        if best or stopping or exhausted or (t.save_every_steps and state.step % t.save_every_steps == 0):
+        if (
+            best
+            or last
+            or stopping
+            or exhausted
+            or (t.save_every_steps and state.step % t.save_every_steps == 0)
+        ):
             save(job, state, best)
             meter.reset()
         if last:
@@ -184,7 +189,7 @@ def loop(job: Job, state: TrainState, tracker: Tracker, stop: StopFlag) -> str:
             log.info("no better %s in %d evaluations", t.select_metric, state.evals_since_best)
             return "early stop"
         if stopping:
-            return stop.reason or "another rank was asked to stop"
+            return stopping
     bar.close()
     return "finished"
 
@@ -288,22 +293,8 @@ def write_provenance(job: Job, resumed_from: Path | None) -> None:
 
 
 def leave_marker(run: Path, state: TrainState, outcome: str) -> None:
-    """A run that stopped before its end leaves REQUEUE for its launcher. Rank 0."""
+    """A run that something else than a person stopped leaves REQUEUE for its launcher. Rank 0."""
     log.info("%s at step %d", outcome, state.step)
-    if outcome not in ("finished", "early stop"):
+    (run / run_dir.STOP_FILE).unlink(missing_ok=True)  # it has been obeyed
+    if outcome in REQUEUE_REASONS:
         atomic_write_text(run / run_dir.REQUEUE_FILE, f"{outcome} at step {state.step}\n")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``rating-train train``."""
-    parser.add_argument("config", help="YAML file")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=V", help="override one setting")
-    parser.add_argument(
-        "--resume", default="auto", help="auto (default), never, must, or the path of a checkpoint directory"
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    """Train; exit code 0 when finished or stopped with a checkpoint."""
-    train(load_config(args.config, args.set), args.resume)
-    return 0

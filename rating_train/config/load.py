@@ -111,7 +111,7 @@ def _apply_override(target: dict[str, Any], text: str, problems: list[str]) -> N
 def build(cls: type, values: Any, where: str, problems: list[str]) -> Any:
     """An instance of a section from a mapping; problems are appended, and then the result is ``None``."""
     if not isinstance(values, Mapping):
-        problems.append(f"`{where}` is a section, not {_show(values)}")
+        problems.append(f"`{where.rstrip(chr(46))}` is a section, not {_show(values)}")
         return None
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}

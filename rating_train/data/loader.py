@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import logging
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +23,8 @@ from rating_train.data.streams import OrderedDataset, check_split, open_split, s
 from rating_train.world import World
 
 log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1  # prctl: the signal sent to this process when its parent ends
 
 
 @dataclass
@@ -118,6 +123,7 @@ def _load(dataset: OrderedDataset, ids: Ids, collator: Collator, config: DataCon
         prefetch_factor=config.prefetch_batches if workers else None,
         pin_memory=torch.cuda.is_available(),
         drop_last=False,
+        worker_init_fn=_settle_worker,
         # The loader draws a seed when it starts; from the global generator, that would change the dropout of a
         # resumed run, and of every run that evaluates in between.
         generator=torch.Generator().manual_seed(0),
@@ -128,3 +134,17 @@ def _load(dataset: OrderedDataset, ids: Ids, collator: Collator, config: DataCon
         yield batch
     if count != len(ids):
         raise RuntimeError(f"the loader gave {count} of {len(ids)} batches")
+
+
+def _settle_worker(_worker: int) -> None:
+    """Loader processes leave stopping to their rank, and never outlive it.
+
+    A scheduler signals every process of a job. A loader process that died of it would fail the step in which its
+    rank wants to save.
+    """
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(
+        OSError, AttributeError
+    ):  # Linux only; elsewhere torch's own watchdog takes seconds
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,6 +119,10 @@ class PromptEncoder:
         self._field_tokenizer.encode_special_tokens = True
         self._field_tokenizer.no_padding()
         self._field_tokenizer.no_truncation()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._field_tokenizer.encode_special_tokens = True  # which a pickled tokenizer forgets
 
     def encode(self, fields: Mapping[str, str]) -> EncodedPrompt:
         """Token ids of one listing; ``fields`` holds the four of :data:`~rating_train.data.schema.TEXT_FIELDS`."""

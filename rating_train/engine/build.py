@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import torch
 from torch import Tensor
 
@@ -98,6 +97,8 @@ def build_engine(model: RatingRegressor, config: Config, plan: BatchPlan, device
     Raises:
         UserError: DeepSpeed is older than 0.19.5 (silent gradient bugs at stages 0 and 1).
     """
+    import deepspeed  # here, not above: it looks for accelerators, and says so, when it is imported
+
     found = tuple(int(x) for x in deepspeed.__version__.split("+")[0].split(".")[:3])
     if found < MIN_DEEPSPEED:
         raise UserError(
@@ -108,14 +109,14 @@ def build_engine(model: RatingRegressor, config: Config, plan: BatchPlan, device
     groups = param_groups(model, config.optim)
     log.info("optimizer groups\n%s", table(model, groups))
     optimizer = build_optimizer(groups, config, device)
-    _without_shared_memory_collectives()
+    _without_shared_memory_collectives(deepspeed)
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=build_ds_config(config, plan))
     check_fp32_buffers(ds.module)
     return Engine(ds, groups, config, plan, device)
 
 
-def _without_shared_memory_collectives() -> None:
+def _without_shared_memory_collectives(deepspeed: Any) -> None:
     """Keep DeepSpeed's CPU all-reduce out: it compiles C++ at start-up and shares named memory between runs.
 
     Marking the operator as incompatible is what DeepSpeed does itself on a machine without a compiler; gloo

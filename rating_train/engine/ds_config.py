@@ -30,7 +30,8 @@ def build_ds_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": plan.micro_items,
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": config.optim.clip_norm if stage > 0 else 0.0,
-        "bf16": {"enabled": bf16 and stage > 0},
+        # Without the check, stage 2 would apply a step whose gradient is not finite.
+        "bf16": {"enabled": bf16 and stage > 0, "check_grad_overflow": True},
         "fp16": {"enabled": False},
         "torch_autocast": {"enabled": bf16 and stage == 0, "dtype": "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},

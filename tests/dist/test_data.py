@@ -18,7 +18,9 @@ WORKER = Path(__file__).with_name("data_worker.py")
 def orders(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
     folder = tmp_path_factory.mktemp("order")
     for ranks in (1, 2, 4):
-        Ranks().run(ranks, WORKER, folder / f"{ranks}.json", demo / "data", demo / "model", "order", timeout=240)
+        Ranks().run(
+            ranks, WORKER, folder / f"{ranks}.json", demo / "data", demo / "model", "order", timeout=240
+        )
     return {ranks: json.loads((folder / f"{ranks}.json").read_text()) for ranks in (1, 2, 4)}
 
 

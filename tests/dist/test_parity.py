@@ -30,7 +30,9 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("stage", "accumulation", "clip", "frozen"), COMBINATIONS)
-def test_engine_trains_as_plain_pytorch(results: dict, stage: int, accumulation: int, clip: float, frozen: bool) -> None:
+def test_engine_trains_as_plain_pytorch(
+    results: dict, stage: int, accumulation: int, clip: float, frozen: bool
+) -> None:
     row = results[stage, accumulation, clip, frozen]
     tolerance = TOLERANCE[row["precision"]][stage]
     assert row["largest_update"] > 1e-3, "nothing was trained: the comparison would say nothing"

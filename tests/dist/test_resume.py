@@ -18,7 +18,14 @@ from tests.conftest import Ranks
 
 
 def read_log(run: Path) -> list[dict]:
-    timing = {"time", "samples_per_second", "step_seconds", "data_wait_seconds", "data_wait_fraction", "peak_memory_gib"}
+    timing = {
+        "time",
+        "samples_per_second",
+        "step_seconds",
+        "data_wait_seconds",
+        "data_wait_fraction",
+        "peak_memory_gib",
+    }
     rows = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in timing} for row in rows]
 

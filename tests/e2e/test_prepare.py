@@ -105,7 +105,9 @@ def test_round_trip(catalogue: Path, tmp_path: Path) -> None:
 
 def test_workers_do_not_change_a_byte(catalogue: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    fingerprints = {prepare(options(catalogue, out, workers=n))["fingerprint"] for n, out in ((1, one), (2, two))}
+    fingerprints = {
+        prepare(options(catalogue, out, workers=n))["fingerprint"] for n, out in ((1, one), (2, two))
+    }
     assert len(fingerprints) == 1
     a, b = content(one), content(two)
     assert a.pop(MANIFEST_NAME) != b.pop(MANIFEST_NAME), "the manifest names the options"
@@ -191,7 +193,9 @@ def test_too_many_dropped_stops_and_keeps_the_quarantine(catalogue: Path, tmp_pa
     kept = tmp_path / f"data.{QUARANTINE_NAME}"
     assert sorted(p.name for p in tmp_path.iterdir()) == [kept.name, "no_images"]
     rows = list(read_json_lines(kept))
-    assert len(rows) == N // 2 + 1 and rows[0]["reason"] == "image_missing", "it stops when the verdict is certain"
+    assert len(rows) == N // 2 + 1 and rows[0]["reason"] == "image_missing", (
+        "it stops when the verdict is certain"
+    )
 
     source = edited_catalogue(catalogue, tmp_path, lambda lines: [b"junk" for _ in lines])
     with pytest.raises(UserError, match=r"too many records dropped.*bad_json 60"):
@@ -225,7 +229,9 @@ def test_refusals(catalogue: Path, tmp_path: Path) -> None:
     assert not list(out.iterdir()), "an existing folder is never touched, not even an empty one"
 
 
-def test_a_failure_midway_leaves_nothing(catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_midway_leaves_nothing(
+    catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = 0
 
     def break_at_40(path: Path, *args: Any) -> bytes:
@@ -242,7 +248,9 @@ def test_a_failure_midway_leaves_nothing(catalogue: Path, tmp_path: Path, monkey
     assert calls == 40 and not list(tmp_path.iterdir())
 
 
-def test_a_failure_at_the_end_leaves_nothing(catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_at_the_end_leaves_nothing(
+    catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> None:
         raise OSError("no space left on device")
 
@@ -252,7 +260,9 @@ def test_a_failure_at_the_end_leaves_nothing(catalogue: Path, tmp_path: Path, mo
     assert not list(tmp_path.iterdir())
 
 
-def test_a_source_that_changes_is_noticed(catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_changes_is_noticed(
+    catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = Path(edited_catalogue(catalogue, tmp_path, lambda lines: lines))
     scan = prepare_verb.scan
 
@@ -308,7 +318,9 @@ def test_dry_run_counts_and_writes_nothing(catalogue: Path, tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
     real = prepare(options(catalogue, tmp_path / "data"))
     assert dry["kept"] == real["kept"] == N
-    assert {k: v["items"] for k, v in dry["splits"].items()} == {k: v["items"] for k, v in real["splits"].items()}
+    assert {k: v["items"] for k, v in dry["splits"].items()} == {
+        k: v["items"] for k, v in real["splits"].items()
+    }
 
 
 def test_limit_and_test_split(catalogue: Path, tmp_path: Path) -> None:
@@ -330,7 +342,9 @@ def test_command_line(
     assert f"prepared {out}" in printed and "dropped          0" in printed
     assert f"images: {N} of {N}" in caplog.text
     defaults = vars(parser.parse_args(least))
-    assert PrepareOptions(**{**defaults, "source": (source,)}) == PrepareOptions((source,), str(catalogue), out)
+    assert PrepareOptions(**{**defaults, "source": (source,)}) == PrepareOptions(
+        (source,), str(catalogue), out
+    )
 
 
 def test_help_and_dry_run_need_neither_torch_nor_streaming() -> None:
@@ -345,6 +359,8 @@ def test_real_catalogue(tmp_path: Path) -> None:
         pytest.skip("no shared data: set RATING_TRAIN_SHARED to a folder that has data/electronics")
     source = str(folder / "products.jsonl")
     manifest = prepare(
-        PrepareOptions((source,), str(folder), str(tmp_path / "data"), image_size_px=64, limit=300, val_fraction=0.1)
+        PrepareOptions(
+            (source,), str(folder), str(tmp_path / "data"), image_size_px=64, limit=300, val_fraction=0.1
+        )
     )
     assert manifest["kept"] == 300 and manifest["splits"]["val"]["items"] > 0

@@ -68,7 +68,10 @@ def test_a_linear_model_nearly_reaches_the_ceilings(demo: Path) -> None:
     """The signals are where they should be: a mean colour and a bag of words find them."""
     items, n = listings(demo), 600
     rating = np.array([i.rating for i in items])
-    colour = np.stack([np.asarray(Image.open(demo / i.image).convert("RGB"), float).mean((0, 1)) for i in items]) / 255
+    colour = (
+        np.stack([np.asarray(Image.open(demo / i.image).convert("RGB"), float).mean((0, 1)) for i in items])
+        / 255
+    )
     words = np.array([[i.title.split().count(w) for w in PRAISE + BLAME] for i in items], dtype=float)
 
     def held_out_plcc(features: np.ndarray) -> float:

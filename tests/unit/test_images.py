@@ -110,7 +110,9 @@ def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     pixels = square(save(tmp_path / "a.jpg", stored, exif=exif, quality=95))
-    assert pixels[4, 4, 1] < 80 and pixels[4, -4, 1] > 200 and pixels[-4, 4, 1] > 200 and pixels[-4, -4, 1] > 200
+    assert (
+        pixels[4, 4, 1] < 80 and pixels[4, -4, 1] > 200 and pixels[-4, 4, 1] > 200 and pixels[-4, -4, 1] > 200
+    )
 
 
 def test_squash_is_bilinear_over_the_whole_picture(tmp_path: Path) -> None:
@@ -138,7 +140,9 @@ def test_same_bytes_every_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(900, 700), (901, 705)])
-def test_decoding_large_jpegs_at_a_reduced_scale_changes_little(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_decoding_large_jpegs_at_a_reduced_scale_changes_little(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
     smooth = noise(9, 9).resize(size, Image.Resampling.BICUBIC)
     jpeg = save(tmp_path / "a.jpg", smooth, quality=95)
     with Image.open(jpeg) as full:  # the same pixels, decoded whole
@@ -246,7 +250,17 @@ def test_find_by_path_url_and_id(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "image",
-    ["", "absent.jpg", ".", "sub", "http://[", "http://x/..", "a\0b", "x" * 5000, "https://m.example/absent.jpg"],
+    [
+        "",
+        "absent.jpg",
+        ".",
+        "sub",
+        "http://[",
+        "http://x/..",
+        "a\0b",
+        "x" * 5000,
+        "https://m.example/absent.jpg",
+    ],
 )
 def test_missing(tmp_path: Path, image: str) -> None:
     (tmp_path / "sub").mkdir()
@@ -260,13 +274,21 @@ def test_a_path_never_leaves_its_root(tmp_path: Path) -> None:
     outside.write_bytes(b"x")
     (root / "link.jpg").symlink_to(outside)
     (root / "folder").symlink_to(outside.parent)
-    for image in ("../root2/secret.jpg", str(outside), "link.jpg", "folder/secret.jpg", "x/../../root2/secret.jpg"):
+    for image in (
+        "../root2/secret.jpg",
+        str(outside),
+        "link.jpg",
+        "folder/secret.jpg",
+        "x/../../root2/secret.jpg",
+    ):
         assert find_reason(root, image) == "image_outside_root", image
     assert find_reason(root, "", item_id="../root2/secret") == "image_missing"
     assert find_reason(root, "http://x/..%2Froot2%2Fsecret.jpg") == "image_missing"
     (tmp_path / "alias").symlink_to(root)
     (root / "good.jpg").write_bytes(b"x")
-    assert find_image(tmp_path / "alias", "good.jpg", "B1").name == "good.jpg", "the root itself may be a link"
+    assert find_image(tmp_path / "alias", "good.jpg", "B1").name == "good.jpg", (
+        "the root itself may be a link"
+    )
 
 
 def test_circular_links_and_pipes(tmp_path: Path) -> None:
@@ -278,7 +300,9 @@ def test_circular_links_and_pipes(tmp_path: Path) -> None:
 # --- many ---------------------------------------------------------------------------------------------
 
 
-def test_workers_give_the_same_results_in_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_give_the_same_results_in_the_same_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(images, "_CHUNK_ITEMS", 3)
     for i in range(0, 40, 2):  # every other one is missing
         save(tmp_path / f"{i}.png", noise(20, 20, seed=i))

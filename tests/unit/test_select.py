@@ -88,7 +88,11 @@ def test_title_key_forgets_what_tells_variants_apart() -> None:
     ],
 )
 def test_who_stays_together(change: dict[str, Any], together: bool) -> None:
-    first = replace(BASE, title="A title of some length (blue)") if "title" in change else replace(BASE, title="x")
+    first = (
+        replace(BASE, title="A title of some length (blue)")
+        if "title" in change
+        else replace(BASE, title="x")
+    )
     second = replace(BASE, **dict[str, Any]({"id": "B2", "group": "B2", "title": "y"}, **change))
     groups = Groups()
     for item in (first, second):

@@ -174,7 +174,9 @@ def test_byte_order_mark_is_skipped(tmp_path: Path) -> None:
 
 
 def test_gzip_and_torn_gzip(tmp_path: Path) -> None:
-    packed = gzip.compress(b"".join(json.dumps({**GOOD, "parent_asin": f"B{i}"}).encode() + b"\n" for i in range(99)))
+    packed = gzip.compress(
+        b"".join(json.dumps({**GOOD, "parent_asin": f"B{i}"}).encode() + b"\n" for i in range(99))
+    )
     assert len(read_lines(tmp_path, packed, name="a.jsonl.gz")) == 99
     with pytest.raises(UserError, match="cannot read the source"):
         read_lines(tmp_path, packed[:-20], name="b.jsonl.gz")
@@ -267,7 +269,9 @@ def test_reading_a_csv_leaves_the_modules_limit_alone(tmp_path: Path) -> None:
 
 
 def shared_data() -> Path:
-    folder = Path(os.environ.get("RATING_TRAIN_SHARED") or Path(__file__).parents[2].parent / "shared") / "data"
+    folder = (
+        Path(os.environ.get("RATING_TRAIN_SHARED") or Path(__file__).parents[2].parent / "shared") / "data"
+    )
     if not folder.is_dir():
         pytest.skip("no shared data: set RATING_TRAIN_SHARED to a folder that has data/ with real catalogues")
     return folder

@@ -1,0 +1,44 @@
+"""A small random SmolVLM, with a tokenizer trained on a dataset's own training text. One-off; not part of the package.
+
+    python benchmarks/small_model.py DATA OUT
+
+For trying a dataset on a CPU: what `rating-train demo` does for its own catalogue.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from streaming import StreamingDataset
+
+from rating_train.data.demo_tokenizer import IMAGE_TOKEN_ID, PAD_TOKEN_ID, make_tokenizer
+from rating_train.data.schema import TEXT_FIELDS
+from rating_train.model.architecture import Architecture, TextArchitecture, VisionArchitecture
+from rating_train.model.load import save_random_backbone
+
+VOCABULARY = 6144
+
+
+def main() -> None:
+    data, out = sys.argv[1], Path(sys.argv[2])
+    dataset = StreamingDataset(local=data, split="train", batch_size=1)
+    texts = (
+        " ".join(row[k] for k in TEXT_FIELDS) for row in (dataset[i] for i in range(dataset.num_samples))
+    )
+    vocabulary = make_tokenizer(texts, out, VOCABULARY)
+    architecture = Architecture(
+        text=TextArchitecture(
+            hidden=128, layers=3, heads=4, kv_heads=2, head_dim=32, mlp=384, vocab=vocabulary
+        ),
+        vision=VisionArchitecture(hidden=96, layers=3, heads=3, mlp=256, patch=16, image_size=128),
+        scale_factor=2,
+        image_token_id=IMAGE_TOKEN_ID,
+        pad_token_id=PAD_TOKEN_ID,
+        head_hidden=64,
+    )
+    save_random_backbone(architecture, out, seed=17)
+
+
+if __name__ == "__main__":
+    main()

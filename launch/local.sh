@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# Start a verb on all GPUs of this machine, or on 2 CPU processes: torchrun, one node. See --help.
+set -euo pipefail
+
+usage() {
+    cat <<'USAGE'
+usage: launch/local.sh [-n N] train CONFIG [--set A.B=V]... [--resume auto|never|must|PATH]
+       launch/local.sh [-n N] evaluate RUN [--checkpoint best|latest|STEP] [--split SPLIT] [--set A.B=V]...
+
+Starts `rating-train VERB ...` in N processes on this machine, with torchrun.
+
+  -n N         processes: the number of GPUs by default, or 2 where there is none
+  -h, --help   this text; `rating-train VERB --help` has the options of the verb
+
+Environment:
+  RATING_TRAIN_PYTHON  the Python to use (default: active virtual environment, .venv, python3)
+  OMP_NUM_THREADS      threads of each process (default: cores / N)
+
+Stop it with Ctrl-C, or with `touch RUN/STOP`: it saves a checkpoint first. The same command goes on from it.
+USAGE
+}
+
+die_early() {
+    printf 'local.sh: error: %s\n' "$*" >&2
+    exit 2
+}
+
+ranks=""
+while (($#)); do
+    case "$1" in
+        -h | --help)
+            usage
+            exit 0
+            ;;
+        -n)
+            (($# > 1)) || die_early "-n needs a number of processes"
+            ranks="$2"
+            [[ "$ranks" =~ ^[1-9][0-9]*$ ]] || die_early "-n is '$ranks', expected a number of processes from 1 on"
+            shift 2
+            ;;
+        -*) die_early "unknown option $1 (launch/local.sh --help)" ;;
+        *) break ;;
+    esac
+done
+
+verb="${1:-}"
+case "$verb" in
+    train) what="configuration file" ;;
+    evaluate) what="run directory" ;;
+    "") die_early "no verb given: train or evaluate (launch/local.sh --help)" ;;
+    *.yaml | *.yml) die_early "no verb given; for this file: launch/local.sh train $verb" ;;
+    *) die_early "'$verb' does not run in several processes, only train and evaluate do; use: rating-train $*" ;;
+esac
+shift
+subject="${1:-}"
+[[ -n "$subject" && "$subject" != -* ]] || die_early "the first argument of $verb is its $what"
+[[ -e "$subject" ]] || die_early "$what not found: $subject"
+
+# shellcheck source=launch/env.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+
+# A mistake in the settings is said here once, in one line; N processes would all say it, and torchrun would
+# bury it under its own traceback and turn exit code 2 into 1.
+if [[ -f "$subject" ]]; then config="$subject"; else config="$subject/config.yaml"; fi
+"$PYTHON" -c '
+import sys
+from rating_train.config.load import load_config
+from rating_train.errors import UserError
+words = sys.argv[2:]
+overrides = [w[6:] for w in words if w.startswith("--set=")]
+overrides += [after for word, after in zip(words, words[1:]) if word == "--set"]
+try:
+    load_config(sys.argv[1], overrides)
+except UserError as e:
+    raise SystemExit(print(f"local.sh: error: {e}", file=sys.stderr) or 2)
+' "$config" "$@"
+
+if [[ -z "$ranks" ]]; then
+    ranks="$(rt_gpus)"
+    ((ranks > 0)) || ranks=2
+fi
+rt_threads "$ranks"
+exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m rating_train "$verb" "$@"

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Every check of the project: ruff, mypy, pytest. Further arguments go to pytest. See --help.
+set -euo pipefail
+
+usage() {
+    cat <<'USAGE'
+usage: launch/test.sh [PYTEST ARGUMENTS...]
+
+Installs the package with its test tools where they are missing (into the active virtual environment, else
+into .venv), then runs ruff check, ruff format --check, mypy and pytest. All of them run, also after a
+failure; the exit code is 0 only if all passed.
+
+  launch/test.sh                          everything
+  launch/test.sh tests/unit -k schedule   the linters, and some of the tests
+
+Environment:
+  RATING_TRAIN_SKIP_INSTALL=1  install nothing
+  RATING_TRAIN_PYTHON          the Python to use
+USAGE
+}
+
+case "${1:-}" in
+    -h | --help)
+        usage
+        exit 0
+        ;;
+esac
+
+began=$SECONDS
+# shellcheck source=launch/env.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+cd -- "$RATING_TRAIN_ROOT"
+rt_install test
+
+failed=()
+step() {
+    local name="$1" start=$SECONDS
+    shift
+    rt_say "== $name"
+    "$@" || failed+=("$name")
+    rt_say "== $name: $((SECONDS - start)) s"
+}
+
+step "ruff check" "$PYTHON" -m ruff check .
+step "ruff format" "$PYTHON" -m ruff format --check .
+step "mypy" "$PYTHON" -m mypy
+step "pytest" "$PYTHON" -m pytest "$@"
+
+if ((${#failed[@]})); then
+    rt_say "FAILED after $((SECONDS - began)) s: ${failed[*]}"
+    exit 1
+fi
+rt_say "all passed in $((SECONDS - began)) s"

@@ -1,0 +1,70 @@
+"""A loss that is not finite: the step is skipped on every rank, counted, and the run stops if it goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+
+from rating_train.data.schema import Listing
+from rating_train.data.writer import DatasetWriter
+from tests.conftest import Ranks
+
+
+def poisoned_copy(demo: Path, out: Path, poisoned: Iterable[int]) -> None:
+    """The demo's shards with absurd ratings at some places, whose squared error overflows fp32."""
+    from streaming import StreamingDataset
+
+    where = set(poisoned)
+    manifest = json.loads((demo / "data" / "manifest.json").read_text())
+    with DatasetWriter(out, 1 << 26) as writer:
+        for split in ("train", "val"):
+            dataset = StreamingDataset(local=str(demo / "data"), split=split, batch_size=1)
+            for i in range(dataset.num_samples):
+                row = dict(dataset[i])
+                image = row.pop("image")
+                rating = float(row.pop("rating"))
+                if split == "train" and i in where:
+                    rating = 3e38
+                count = int(row.pop("rating_count"))
+                writer.write(
+                    split, Listing(**row, image="", rating=rating, rating_count=count, group=row["id"]), image
+                )
+        writer.commit({"version": manifest["version"]})
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_steps_that_read_a_bad_item_are_skipped_and_counted(
+    stage: int, demo: Path, ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    poisoned_copy(demo, tmp_path / "data", [30])
+    config = tiny_config(
+        data={"path": str(tmp_path / "data"), "shuffle": False}, zero={"stage": stage}, train={"max_steps": 5}
+    )
+    ranks.train(2, config)
+    rows = [json.loads(line) for line in (tmp_path / "runs/run/train.jsonl").read_text().splitlines()]
+    # 12 items a step in stored order: item 30 is read by the third step.
+    assert [r["skipped_steps"] for r in rows] == [0, 0, 1, 1, 1]
+    assert [r["loss"] is None for r in rows] == [False, False, True, False, False]
+    assert rows[2]["grad_norm"] is None and rows[3]["grad_norm"] > 0
+
+
+@pytest.mark.timeout(300)
+def test_too_many_in_a_row_stop_the_run_with_the_last_checkpoint_intact(
+    demo: Path, ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    poisoned_copy(demo, tmp_path / "data", range(24, 240))
+    config = tiny_config(
+        data={"path": str(tmp_path / "data"), "shuffle": False},
+        train={"max_steps": 12, "save_every_steps": 2, "keep_last": 1, "max_skipped_steps": 3},
+    )
+    output = ranks.train(2, config, code=1)
+    assert "4 steps in a row had a loss or gradient that is not finite" in output
+    assert output.count("error:") == 1, "one line for the job, not one per rank"
+    from rating_train.checkpoint import store
+
+    found, skipped = store.newest_valid(tmp_path / "runs/run/checkpoints")
+    assert found is not None and found.step == 4 and not skipped

@@ -1,0 +1,243 @@
+"""The house: layers, doors, no circles, no torch where a login node is, files and functions of a readable size."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from rating_train.cli import VERBS
+from tests.repo.conftest import REPO
+
+pytestmark = pytest.mark.timeout(60)
+
+PACKAGE = "rating_train"
+
+#: Layer of every package and module directly under rating_train/. A module imports only lower layers, and its own
+#: package. A new name must be put here: which layer it is in is a decision.
+LAYERS: dict[int, str] = {
+    0: "errors files",
+    1: "config scoring run_dir log",
+    2: "world collectives seeding stop",
+    3: "data model",
+    4: "engine checkpoint tracking meters assemble",
+    5: "demo prepare train evaluate cost report",
+    6: "cli __main__",
+}
+LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split()}
+
+#: Imports within one layer that are meant: (importer, imported).
+SAME_LAYER = {
+    ("files", "errors"),  # the one error type
+    ("stop", "collectives"),  # the ranks agree on stopping
+    ("__main__", "cli"),
+}
+
+#: Dependency -> the only modules that may import it (a trailing dot opens a whole package).
+DOORS: dict[str, tuple[str, ...]] = {
+    "streaming": ("data.streams", "data.writer"),
+    "deepspeed": ("engine.", "checkpoint.deepspeed_io"),
+    "transformers": ("model.load", "model.vision", "data.prompt"),
+}
+
+#: Modules that import no torch, themselves or through others, when they are imported.
+TORCH_FREE = (
+    "errors files config.schema config.load config.resolve config.document scoring.ces scoring.correlation "
+    "scoring.records run_dir log data.schema data.sources data.select data.images data.demo model.architecture "
+    "model.cost cost report prepare demo cli"
+).split()
+
+READS_ENVIRONMENT = {"world", "log"}
+
+MAX_FILE_LINES = 350
+MAX_FUNCTION_LINES = 60
+#: Longer files, with the length that they may have: none may grow.
+LONG_FILES = {"prepare": 372, "report": 360}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module. ``typing_only``: under ``if TYPE_CHECKING``."""
+
+    target: str
+    line: int
+    typing_only: bool
+
+
+def name_of(path: Path) -> str:
+    """``data.sources`` of rating_train/data/sources.py; ``data`` of rating_train/data/__init__.py."""
+    parts = list(path.relative_to(REPO / PACKAGE).with_suffix("").parts)
+    if parts[-1] == "__init__":
+        parts.pop()
+    return ".".join(parts)
+
+
+FILES = {name_of(p): p for p in sorted((REPO / PACKAGE).rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in FILES.items()}
+
+
+def imports(tree: ast.AST, typing_only: bool = False) -> Iterator[Import]:
+    """All imports of a module, also those inside functions."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, node.lineno, typing_only)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            for alias in node.names:
+                yield Import(f"{node.module}.{alias.name}", node.lineno, typing_only)
+        else:
+            checking = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+            yield from imports(node, typing_only or checking)
+
+
+def resolve(target: str) -> str | None:
+    """The package's module that ``target`` (a module, or a name in one) lies in; ``None`` for others."""
+    if target != PACKAGE and not target.startswith(PACKAGE + "."):
+        return None
+    inner = target.removeprefix(PACKAGE).lstrip(".")
+    while inner not in FILES:
+        inner = inner.rpartition(".")[0]
+    return inner  # "" is rating_train/__init__.py, which holds the version only
+
+
+def internal(name: str) -> list[tuple[str, int]]:
+    """(module, line) of every import that one module has of the package, typing included."""
+    found = ((resolve(i.target), i.line) for i in imports(TREES[name]))
+    return [(target, line) for target, line in found if target]
+
+
+INTERNAL = {name: internal(name) for name in FILES if name}
+top = lambda name: name.partition(".")[0]  # noqa: E731
+
+
+def test_every_module_has_a_layer() -> None:
+    unknown = sorted({top(name) for name in FILES if name} - set(LAYER))
+    gone = sorted(set(LAYER) - {top(name) for name in FILES})
+    assert not unknown, f"give them a layer in LAYERS: {unknown}"
+    assert not gone, f"take them out of LAYERS: {gone}"
+
+
+def test_imports_go_down_only() -> None:
+    wrong = []
+    for name, targets in INTERNAL.items():
+        for target, line in targets:
+            a, b = top(name), top(target)
+            if a == b or LAYER[b] < LAYER[a] or (a, b) in SAME_LAYER:
+                continue
+            wrong.append(f"{FILES[name]}:{line}: {name} (L{LAYER[a]}) imports {target} (L{LAYER[b]})")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_exceptions_are_used() -> None:
+    real = {(top(name), top(target)) for name, targets in INTERNAL.items() for target, _ in targets}
+    assert real >= SAME_LAYER, f"not needed any more: {SAME_LAYER - real}"
+
+
+def test_no_verb_imports_a_verb() -> None:
+    verbs = set(LAYERS[5].split())
+    wrong = [
+        f"{name} imports {target}"
+        for name in verbs
+        for target, _ in INTERNAL[name]
+        if top(target) in verbs and target != name
+    ]
+    assert not wrong
+
+
+def test_one_verb_is_one_module() -> None:
+    assert {module for module, _ in VERBS.values()} == {f"{PACKAGE}.{name}" for name in LAYERS[5].split()}
+    assert all(module == f"{PACKAGE}.{verb}" for verb, (module, _) in VERBS.items())
+
+
+def test_no_circles() -> None:
+    state: dict[str, str] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert state.get(name) != "open", " -> ".join([*path[path.index(name) :], name])
+        if name in state:
+            return
+        state[name] = "open"
+        for target, _ in INTERNAL[name]:
+            if target != name:
+                visit(target, (*path, name))
+        state[name] = "done"
+
+    for name in INTERNAL:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("dependency", DOORS)
+def test_one_dependency_one_door(dependency: str) -> None:
+    wrong = [
+        f"{FILES[name]}:{i.line}"
+        for name, tree in TREES.items()
+        for i in imports(tree)
+        if i.target.partition(".")[0] == dependency
+        and not any(
+            name == door or (door.endswith(".") and name.startswith(door)) for door in DOORS[dependency]
+        )
+    ]
+    assert not wrong, f"{dependency} outside {', '.join(DOORS[dependency])}: {wrong}"
+
+
+def test_a_login_node_loads_no_torch() -> None:
+    modules = [f"{PACKAGE}.{name}" for name in TORCH_FREE]
+    program = (
+        "import importlib, sys\n"
+        f"for name in {modules!r}:\n"
+        "    importlib.import_module(name)\n"
+        "    heavy = {'torch', 'deepspeed', 'streaming', 'transformers'} & set(sys.modules)\n"
+        "    assert not heavy, f'{name} brings in {heavy}'\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=REPO
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_two_lowest_layers_are_torch_free_whole() -> None:
+    low = {name for name in FILES if name and LAYER[top(name)] <= 1 and FILES[name].name != "__init__.py"}
+    assert low <= set(TORCH_FREE), f"add them to TORCH_FREE: {sorted(low - set(TORCH_FREE))}"
+
+
+def test_the_environment_is_read_in_two_places() -> None:
+    wrong = []
+    for name, tree in TREES.items():
+        if name in READS_ENVIRONMENT:
+            continue
+        for node in ast.walk(tree):
+            attribute = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv")
+            imported = isinstance(node, ast.ImportFrom) and node.module == "os"
+            if attribute or (imported and {a.name for a in node.names} & {"environ", "getenv", "putenv"}):
+                wrong.append(f"{FILES[name]}:{node.lineno}")
+    assert not wrong, f"only {sorted(READS_ENVIRONMENT)} read the environment: {wrong}"
+
+
+def test_nothing_of_the_hub_is_trusted_to_run() -> None:
+    wrong = [str(path) for path in FILES.values() if "trust_remote_code" in path.read_text("utf-8")]
+    assert not wrong
+
+
+def test_files_are_of_a_readable_size() -> None:
+    sizes = {name: len(path.read_text("utf-8").splitlines()) for name, path in FILES.items()}
+    wrong = {n: size for n, size in sizes.items() if size > LONG_FILES.get(n, MAX_FILE_LINES)}
+    assert not wrong, f"more than {MAX_FILE_LINES} lines: {wrong}"
+    short = {n for n in LONG_FILES if sizes.get(n, 0) <= MAX_FILE_LINES}
+    assert not short, f"take them out of LONG_FILES: {short}"
+
+
+def test_functions_are_of_a_readable_size() -> None:
+    wrong = [
+        f"{FILES[name]}:{node.lineno} {node.name}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and (node.end_lineno or 0) - node.lineno + 1 > MAX_FUNCTION_LINES
+    ]
+    assert not wrong, f"more than {MAX_FUNCTION_LINES} lines: {wrong}"

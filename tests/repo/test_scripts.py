@@ -1,0 +1,275 @@
+"""Every script parses, explains itself, and starts what it says. A stand-in for Python writes down its arguments."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.repo.conftest import REPO, script_env
+
+pytestmark = pytest.mark.timeout(120)
+
+SCRIPTS = sorted(
+    [*(REPO / "launch").glob("*.sh"), *(REPO / "slurm").glob("*.s*"), REPO / ".ci" / "run"], key=str
+)
+WITH_HELP = [s for s in SCRIPTS if s.parent.name == "launch" and s.name != "env.sh"]
+NAMES = [str(s.relative_to(REPO)) for s in SCRIPTS]
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+# Answers questions about itself truly, and writes down what it is asked to run.
+case "$1" in
+    -c)
+        case "$2" in
+            *device_count*) echo "${FAKE_GPUS:-0}" ;;
+            *) exec "$REAL_PYTHON" "$@" ;;
+        esac
+        ;;
+    *)
+        printf 'OMP_NUM_THREADS=%s %s\\n' "${OMP_NUM_THREADS:-}" "$*" >>"$RECORD"
+        [[ "$*" != *"${FAKE_FAILURE:-nothing fails}"* ]]
+        ;;
+esac
+"""
+
+
+class FakePython:
+    """A stand-in interpreter and what it was asked to run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "python"
+        self.record = folder / "record"
+        self.path.write_text(FAKE_PYTHON)
+        self.path.chmod(0o755)
+
+    def run(
+        self, script: str, *arguments: str, cwd: Path = REPO, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a script with the stand-in; standard input is closed."""
+        more = {
+            "RATING_TRAIN_PYTHON": str(self.path),
+            "REAL_PYTHON": sys.executable,
+            "RECORD": str(self.record),
+        }
+        full = script_env(**more)
+        full.pop("OMP_NUM_THREADS", None)
+        return subprocess.run(
+            ["bash", str(REPO / script), *arguments],
+            env={**full, **env},
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    @property
+    def ran(self) -> list[str]:
+        return self.record.read_text().splitlines() if self.record.exists() else []
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> FakePython:
+    return FakePython(tmp_path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
+def test_bash_can_read_it(script: Path) -> None:
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
+def test_it_is_executable_and_strict(script: Path) -> None:
+    text = script.read_text()
+    if script.name == "env.sh":  # sourced: strictness is its caller's
+        assert text.startswith("# shellcheck shell=bash")
+        return
+    assert text.startswith(("#!/usr/bin/env bash\n", "#!/bin/bash\n"))
+    assert "\nset -euo pipefail\n" in text
+    assert os.access(script, os.X_OK)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
+def test_shellcheck_has_nothing_to_say(script: Path) -> None:
+    shellcheck = shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run([shellcheck, "-x", str(script)], capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", WITH_HELP, ids=[s.name for s in WITH_HELP])
+def test_help(script: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", str(script), "--help"], capture_output=True, text=True, timeout=10, cwd=tmp_path
+    )
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"usage: launch/{script.name}")
+    assert done.stderr == "" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no verb given"),
+        (["configs/demo_cpu.yaml"], "launch/local.sh train configs/demo_cpu.yaml"),
+        (["cost", "configs/demo_cpu.yaml"], "use: rating-train cost configs/demo_cpu.yaml"),
+        (["-n"], "-n needs a number"),
+        (["-n", "0", "train", "configs/demo_cpu.yaml"], "-n is '0'"),
+        (["-n", "two", "train", "configs/demo_cpu.yaml"], "-n is 'two'"),
+        (["--gpus", "2", "train", "configs/demo_cpu.yaml"], "unknown option --gpus"),
+        (["train"], "the first argument of train is its configuration file"),
+        (["train", "--set", "a=b"], "the first argument of train is its configuration file"),
+        (["train", "configs/none.yaml"], "configuration file not found: configs/none.yaml"),
+        (["evaluate", "runs/no-such-run"], "run directory not found: runs/no-such-run"),
+        (["evaluate", "configs"], "configs/config.yaml"),
+        (["train", "configs/demo_cpu.yaml", "--set", "train.epoch=1"], "did you mean `train.epochs`?"),
+        (["train", "configs/demo_cpu.yaml", "--set=zero.stage=7"], "`zero.stage` is 7 (int)"),
+    ],
+)
+def test_local_says_what_is_wrong_in_one_line_and_starts_nothing(
+    fake: FakePython, arguments: list[str], message: str
+) -> None:
+    done = fake.run("launch/local.sh", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("local.sh: error: ")
+    assert fake.ran == []
+
+
+@pytest.mark.parametrize(("gpus", "option", "expected"), [("0", [], 2), ("4", [], 4), ("4", ["-n", "3"], 3)])
+def test_local_starts_torchrun(fake: FakePython, gpus: str, option: list[str], expected: int) -> None:
+    words = ["train", "configs/demo_cpu.yaml", "--set", "train.epochs=1", "--resume", "must"]
+    done = fake.run("launch/local.sh", *option, *words, FAKE_GPUS=gpus)
+    assert done.returncode == 0, done.stderr
+    cores = len(os.sched_getaffinity(0))
+    assert fake.ran == [
+        f"OMP_NUM_THREADS={max(1, cores // expected)} -m torch.distributed.run --standalone "
+        f"--nproc-per-node {expected} -m rating_train {' '.join(words)}"
+    ]
+
+
+def test_local_takes_paths_of_the_folder_it_is_called_from(fake: FakePython, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("name: mine\n")
+    done = fake.run("launch/local.sh", "train", "mine.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert fake.ran[0].endswith("train mine.yaml")
+
+
+def test_variables_that_are_set_stay(fake: FakePython) -> None:
+    fake.run("launch/local.sh", "train", "configs/demo_cpu.yaml", OMP_NUM_THREADS="7")
+    assert fake.ran[0].startswith("OMP_NUM_THREADS=7 ")
+
+
+def test_another_python_is_refused_by_name(tmp_path: Path) -> None:
+    old = tmp_path / "python"
+    old.write_text('#!/usr/bin/env bash\n[[ "$1" == --version ]] && echo Python 3.8.1\nexit 1\n')
+    old.chmod(0o755)
+    for script in ("local.sh train configs/demo_cpu.yaml", "quickstart.sh", "test.sh"):
+        name, *arguments = script.split()
+        done = subprocess.run(
+            ["bash", f"launch/{name}", *arguments],
+            env=script_env(RATING_TRAIN_PYTHON=str(old), QUICKSTART_DIR=str(tmp_path)),
+            cwd=REPO,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        assert done.returncode == 2
+        assert "no Python 3.10, 3.11 or 3.12" in done.stderr and "Python 3.8.1" in done.stderr
+
+
+def test_a_missing_package_is_named_where_nothing_may_be_installed(tmp_path: Path) -> None:
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/usr/bin/env bash\nexec {sys._base_executable} -S -E "$@"\n')  # type: ignore[attr-defined]
+    bare.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "launch/quickstart.sh"],
+        env=script_env(RATING_TRAIN_PYTHON=str(bare), QUICKSTART_DIR=str(tmp_path / "q")),
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 2
+    assert "lacks torch deepspeed" in done.stderr and not (tmp_path / "q").exists()
+
+
+def test_quickstart_refuses_an_argument(fake: FakePython) -> None:
+    done = fake.run("launch/quickstart.sh", "now")
+    assert done.returncode == 2 and "unknown argument 'now'" in done.stderr and fake.ran == []
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    """A folder in which the quickstart finds its first two steps done."""
+    folder = tmp_path / "quickstart"
+    for name in ("demo/catalogue", "demo/model", "demo/data", "runs/demo_cpu"):
+        (folder / name).mkdir(parents=True)
+    (folder / "demo/catalogue/ceilings.json").write_text("{}")
+    (folder / "demo/data/manifest.json").write_text("{}")
+    return folder
+
+
+def test_quickstart_stops_where_training_was_stopped(fake: FakePython, prepared: Path) -> None:
+    (prepared / "runs/demo_cpu/REQUEUE").write_text("signal SIGINT at step 30\n")
+    done = fake.run("launch/quickstart.sh", QUICKSTART_DIR=str(prepared), FAKE_FAILURE="rating_train train")
+    assert done.returncode == 1
+    assert "signal SIGINT at step 30" in done.stdout and "run launch/quickstart.sh again" in done.stdout
+    assert len(fake.ran) == 1, "nothing after the training"
+
+
+def test_quickstart_stops_where_training_failed(fake: FakePython, prepared: Path) -> None:
+    done = fake.run("launch/quickstart.sh", QUICKSTART_DIR=str(prepared), FAKE_FAILURE="rating_train train")
+    assert done.returncode == 1 and "4/5" not in done.stdout and len(fake.ran) == 1
+
+
+def test_quickstart_passes_settings_on(fake: FakePython, prepared: Path) -> None:
+    settings = "train.epochs=2 optim.lr.head=1e-4"
+    done = fake.run("launch/quickstart.sh", QUICKSTART_DIR=str(prepared), QUICKSTART_SET=settings)
+    assert done.returncode == 0, done.stderr
+    train, evaluate, report, check = fake.ran
+    assert train.endswith("configs/demo_cpu.yaml --set train.epochs=2 --set optim.lr.head=1e-4")
+    assert evaluate.endswith("-m rating_train evaluate runs/demo_cpu")
+    assert report.endswith("-m rating_train report runs/demo_cpu")
+    assert check.endswith("demo/catalogue/ceilings.json runs/demo_cpu --enforce")
+
+
+def test_test_sh_runs_every_check_also_after_a_failure(fake: FakePython) -> None:
+    done = fake.run("launch/test.sh", "tests/unit", "-k", "ces", FAKE_FAILURE="-m mypy")
+    assert done.returncode == 1
+    assert [line.split(" ", 1)[1] for line in fake.ran] == [
+        "-m ruff check .",
+        "-m ruff format --check .",
+        "-m mypy",
+        "-m pytest tests/unit -k ces",
+    ]
+    assert "FAILED after" in done.stdout and done.stdout.rstrip().endswith(": mypy")
+
+
+def test_test_sh_passes_when_all_do(fake: FakePython) -> None:
+    done = fake.run("launch/test.sh")
+    assert done.returncode == 0 and "all passed in" in done.stdout
+    assert fake.ran[-1].endswith("-m pytest")
+
+
+def test_ci_runs_test_sh_and_nothing_else(tmp_path: Path) -> None:
+    for folder in (".ci", "launch", "bin"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(REPO / ".ci" / "run", tmp_path / ".ci" / "run")
+    (tmp_path / "launch" / "test.sh").write_text('echo "CI=$CI arguments=$# in=$(wc -c) at=$PWD"\nexit 7\n')
+    python3 = tmp_path / "bin" / "python3"  # has venv, so nothing is installed
+    python3.write_text("#!/usr/bin/env bash\nexit 0\n")
+    python3.chmod(0o755)
+    env = script_env()
+    env["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{env['PATH']}"
+    done = subprocess.run(
+        [str(tmp_path / ".ci" / "run")], env=env, capture_output=True, text=True, timeout=30, cwd="/"
+    )
+    assert done.returncode == 7, done.stderr
+    assert done.stdout == f"CI=true arguments=0 in=0 at={tmp_path}\n"

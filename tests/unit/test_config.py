@@ -1,0 +1,322 @@
+"""Configuration: precedence, types, bounds, and what a configuration implies once ranks and items are known."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rating_train.config.load import config_from_dict, dump_config, load_config
+from rating_train.config.resolve import order_fingerprint_inputs, plan_batch, total_steps
+from rating_train.config.schema import Config, to_dict
+from rating_train.errors import UserError
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def problem(**values: Any) -> str:
+    """The message of the error that these values give."""
+    with pytest.raises(UserError) as error:
+        config_from_dict(values)
+    return str(error.value)
+
+
+# ---- precedence
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path / "a.yaml", "")) == Config()
+    assert load_config(write(tmp_path / "b.yaml", "# only a comment\n")) == Config()
+
+
+def test_defaults_base_chain_file_and_set_in_this_order(tmp_path: Path) -> None:
+    write(
+        tmp_path / "grand.yaml",
+        "name: grand\ntrain: {epochs: 1, seed: 1, keep_last: 1}\nbatch: {global_items: 8}\n",
+    )
+    write(tmp_path / "sub" / "parent.yaml", "base: ../grand.yaml\ntrain: {epochs: 2, seed: 2}\n")
+    path = write(tmp_path / "sub" / "child.yaml", "base: parent.yaml\ntrain: {epochs: 3}\nname: child\n")
+    config = load_config(path, ["train.max_steps=9", "name=told"])
+    assert config.name == "told"  # --set over the file
+    assert config.train.epochs == 3  # the file over its base
+    assert config.train.seed == 2  # a base over its own base
+    assert config.train.keep_last == 1  # from the furthest base
+    assert config.batch.global_items == 8
+    assert config.train.max_steps == 9
+    assert config.train.log_every_steps == Config().train.log_every_steps  # the default
+
+
+def test_the_last_set_wins_and_reaches_nested_sections(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "optim: {lr: {vision: 1e-5, head: 1e-3}}\n")
+    config = load_config(path, ["optim.lr.vision=1e-6", "optim.lr.vision=2e-6", "model.freeze=[connector]"])
+    assert config.optim.lr.vision == 2e-6
+    assert config.optim.lr.head == 1e-3
+    assert config.model.freeze == ["connector"]
+
+
+def test_a_list_is_replaced_not_joined(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", "model: {freeze: [vision, connector]}\n")
+    path = write(tmp_path / "a.yaml", "base: base.yaml\nmodel: {freeze: []}\n")
+    assert load_config(path).model.freeze == []
+
+
+def test_a_circle_of_bases_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", "base: b.yaml\n")
+    write(tmp_path / "b.yaml", "base: c.yaml\n")
+    write(tmp_path / "c.yaml", "base: a.yaml\n")
+    with pytest.raises(UserError, match="circle") as error:
+        load_config(tmp_path / "a.yaml")
+    for name in ("a.yaml", "b.yaml", "c.yaml"):
+        assert name in str(error.value)
+    with pytest.raises(UserError, match="circle"):
+        load_config(write(tmp_path / "self.yaml", "base: self.yaml\n"))
+
+
+def test_a_base_used_twice_is_no_circle(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", "name: base\n")
+    first = write(tmp_path / "a.yaml", "base: base.yaml\n")
+    second = write(tmp_path / "b.yaml", "base: base.yaml\n")
+    assert load_config(first) == load_config(second)
+
+
+def test_a_missing_base_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "base: gone.yaml\n")
+    with pytest.raises(UserError, match="not found") as error:
+        load_config(path)
+    assert "gone.yaml" in str(error.value)
+
+
+def test_what_is_saved_reads_back_equal(tmp_path: Path) -> None:
+    config = config_from_dict(
+        {
+            "name": "a",
+            "optim": {"lr": {"head": 3e-7}, "eps": 1e-12},
+            "zero": {"stage": 3, "extra": {"round_robin_gradients": True}},
+        }
+    )
+    assert load_config(write(tmp_path / "config.yaml", dump_config(config))) == config
+
+
+def test_instances_do_not_share_their_lists() -> None:
+    a, b = Config(), Config()
+    a.model.freeze.append("vision")
+    assert b.model.freeze == [] and Config().model.freeze == []
+
+
+def test_it_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().train.epochs = 3  # type: ignore[misc]
+
+
+# ---- types
+
+
+@pytest.mark.parametrize("text", ["1e-4", "'1e-4'", "0.0001", "1.0e-4", "1E-4"])
+def test_numbers_as_yaml_may_spell_them(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path / "a.yaml", f"optim: {{lr: {{head: {text}}}}}\n")
+    assert load_config(path).optim.lr.head == 1e-4
+    assert load_config(write(tmp_path / "b.yaml", ""), [f"optim.lr.head={text}"]).optim.lr.head == 1e-4
+
+
+def test_pyyaml_still_reads_1e_4_as_text() -> None:
+    assert yaml.safe_load("1e-4") == "1e-4"  # the reason for the coercion; should this end, it may go
+
+
+def test_whole_numbers_may_be_written_as_floats_but_must_be_whole() -> None:
+    assert config_from_dict({"train": {"max_steps": 1e3}}).train.max_steps == 1000
+    assert isinstance(config_from_dict({"train": {"max_steps": 1e3}}).train.max_steps, int)
+    assert "`train.max_steps` is 1.5 (float), expected a whole number" in problem(train={"max_steps": 1.5})
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "expected"),
+    [
+        ("train", "seed", True, "a whole number"),
+        ("train", "epochs", False, "a finite number"),
+        ("train", "epochs", math.inf, "a finite number"),
+        ("train", "epochs", math.nan, "a finite number"),
+        ("train", "epochs", None, "a finite number"),
+        ("data", "shuffle", 1, "true or false"),
+        ("data", "shuffle", "yes", "true or false"),
+        ("data", "path", 5, "text"),
+        ("zero", "stage", True, "one of 0, 1, 2, 3"),
+        ("zero", "stage", 4, "one of 0, 1, 2, 3"),
+        ("zero", "extra", [], "a mapping"),
+        ("model", "freeze", "vision", "a list"),
+        ("model", "freeze", [3], "text"),
+        ("train", "precision", "fp16", "one of bf16, fp32"),
+    ],
+)
+def test_wrong_types_are_refused(section: str, key: str, value: Any, expected: str) -> None:
+    message = problem(**{section: {key: value}})
+    assert f"`{section}.{key}" in message and f"expected {expected}" in message
+
+
+def test_unknown_keys_come_with_the_nearest_name_or_all_names() -> None:
+    assert "unknown key `train.epoch` (did you mean `train.epochs`?)" in problem(train={"epoch": 1})
+    assert "unknown key `optim.lr.haed` (did you mean `optim.lr.head`?)" in problem(optim={"lr": {"haed": 1}})
+    message = problem(loss={"zzz": 1})
+    assert "unknown key `loss.zzz` (known: " in message and "huber_delta" in message
+
+
+def test_all_problems_in_one_error() -> None:
+    message = problem(train={"epoch": 1, "seed": "x"}, zero={"stage": 9}, nme="x")
+    assert message.startswith("4 problems: ")
+    assert "\n" not in message
+
+
+# ---- bounds
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("data", "image_px", 8),
+        ("data", "workers", -1),
+        ("data", "prefetch_batches", 0),
+        ("model", "head_dropout", 1.0),
+        ("optim", "warmup_fraction", 1.5),
+        ("optim", "beta2", 1.0),
+        ("optim", "clip_norm", -1),
+        ("batch", "global_items", 0),
+        ("batch", "micro_items", -1),
+        ("train", "epochs", 0),
+        ("train", "log_every_steps", 0),
+        ("train", "keep_last", 0),
+    ],
+)
+def test_values_out_of_bounds(section: str, key: str, value: float) -> None:
+    message = problem(**{section: {key: value}})
+    assert f"`{section}.{key}` is {value:g}, expected between" in message
+
+
+def test_settings_that_exclude_each_other() -> None:
+    assert "`zero.offload_param` needs `zero.stage` 3" in problem(zero={"stage": 2, "offload_param": True})
+    assert "needs `zero.stage` 1, 2 or 3" in problem(zero={"stage": 0, "offload_optimizer": True})
+    every = ["vision", "connector", "decoder", "head"]
+    assert "nothing would be trained" in problem(model={"freeze": every})
+    assert "holds 'haed', expected any of vision, connector, decoder, head" in problem(
+        model={"freeze": ["haed"]}
+    )
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../up", ".hidden"])
+def test_a_name_that_is_no_folder(name: str) -> None:
+    assert "expected a plain folder name" in problem(name=name)
+
+
+def test_the_defaults_are_within_bounds() -> None:
+    assert config_from_dict({}) == Config() == config_from_dict(to_dict(Config()))
+
+
+# ---- the batch plan
+
+
+@pytest.mark.parametrize(
+    ("global_items", "micro", "ranks", "expected"),
+    [(64, 0, 4, (16, 1)), (64, 8, 4, (8, 2)), (64, 1, 1, (1, 64)), (64, 64, 1, (64, 1)), (6, 3, 1, (3, 2))],
+)
+def test_global_is_ranks_times_micro_times_accumulation(
+    global_items: int, micro: int, ranks: int, expected: tuple[int, int]
+) -> None:
+    plan = plan_batch(global_items, micro, ranks)
+    assert (plan.micro_items, plan.accumulation) == expected
+    assert plan.ranks * plan.micro_items * plan.accumulation == plan.global_items == global_items
+    assert plan.rank_items * ranks == global_items
+
+
+def test_a_global_batch_that_does_not_divide_lists_what_does() -> None:
+    with pytest.raises(UserError) as error:
+        plan_batch(64, 0, 3)
+    message = str(error.value)
+    assert "64 items does not divide over 3 ranks" in message
+    assert "1, 2, 4, 8, 16, 32, 64 ranks" in message
+    assert "batch.global_items=63 or 66" in message
+    for suggestion in (63, 66):
+        plan_batch(suggestion, 0, 3)
+
+
+def test_more_ranks_than_items_suggests_no_empty_batch() -> None:
+    with pytest.raises(UserError) as error:
+        plan_batch(2, 0, 4)
+    assert "batch.global_items=4," in str(error.value)
+
+
+def test_a_micro_batch_that_does_not_divide_lists_what_does() -> None:
+    with pytest.raises(UserError) as error:
+        plan_batch(24, 5, 2)
+    message = str(error.value)
+    assert "rank batch of 12 items (24 over 2 ranks)" in message
+    assert "one of 1, 2, 3, 4, 6, 12" in message and "batch.micro_items=4" in message
+
+
+def test_a_micro_batch_larger_than_the_rank_batch() -> None:
+    with pytest.raises(UserError) as error:
+        plan_batch(24, 16, 2)
+    assert "batch.micro_items=0" in str(error.value)
+
+
+@pytest.mark.parametrize("global_items", range(1, 25))
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_a_plan_is_exact_or_refused(global_items: int, ranks: int) -> None:
+    for micro in range(global_items + 2):
+        try:
+            plan = plan_batch(global_items, micro, ranks)
+        except UserError:
+            continue
+        assert plan.ranks * plan.micro_items * plan.accumulation == global_items
+        assert micro in (0, plan.micro_items)
+
+
+# ---- steps and fingerprints
+
+
+@pytest.mark.parametrize(
+    ("epochs", "items", "batch", "limit", "expected"),
+    [
+        (1, 100, 10, 0, 10),
+        (1, 101, 10, 0, 11),  # the last batch is filled up from the next epoch
+        (5, 101, 10, 0, 51),
+        (0.5, 100, 10, 0, 5),
+        (0.3, 100, 10, 0, 3),  # 0.3 * 100 / 10 is a hair above 3 in floating point
+        (5, 100, 10, 7, 7),
+        (1, 100, 10, 1000, 10),  # a limit above the epochs does not lengthen the run
+        (0.001, 100, 64, 0, 1),
+    ],
+)
+def test_total_steps(epochs: float, items: int, batch: int, limit: int, expected: int) -> None:
+    config = config_from_dict(
+        {"train": {"epochs": epochs, "max_steps": limit}, "batch": {"global_items": batch}}
+    )
+    assert total_steps(config, items) == expected
+
+
+def test_the_order_is_tied_to_what_decides_it_and_to_nothing_else() -> None:
+    reference = order_fingerprint_inputs(Config(), "d")
+    assert order_fingerprint_inputs(Config(), "e") != reference
+    for change in (
+        {"data": {"shuffle_seed": 1}},
+        {"data": {"shuffle": False}},
+        {"data": {"num_canonical_nodes": 2}},
+        {"data": {"shuffle_block_samples": 7}},
+        {"batch": {"global_items": 32}},
+    ):
+        assert order_fingerprint_inputs(config_from_dict(change), "d") != reference
+    for change in (
+        {"data": {"workers": 0, "prefetch_batches": 1}},
+        {"batch": {"micro_items": 4}},
+        {"zero": {"stage": 3}},
+        {"train": {"epochs": 1}},
+        {"optim": {"clip_norm": 0}},
+    ):
+        assert order_fingerprint_inputs(config_from_dict(change), "d") == reference

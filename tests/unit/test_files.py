@@ -1,0 +1,213 @@
+"""Files are whole or absent, lines are whole or left out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from rating_train import files
+from rating_train.errors import UserError
+from rating_train.files import (
+    append_json_line,
+    atomic_write_bytes,
+    atomic_write_json,
+    atomic_write_text,
+    read_json,
+    read_json_lines,
+    sha256_file,
+    sha256_json,
+)
+
+
+def test_a_written_file_holds_exactly_its_content(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    for content in (b"", b"old", bytes(range(256)) * 1000):
+        atomic_write_bytes(path, content)
+        assert path.read_bytes() == content
+    atomic_write_text(path, "größer\n")
+    assert path.read_bytes() == "größer\n".encode()
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+def test_an_interrupted_write_leaves_the_old_file_and_no_rubbish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    path = tmp_path / "a.json"
+    atomic_write_json(path, {"old": True})
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(files.os, moment, interrupt)
+        atomic_write_json(path, {"old": False})
+    assert read_json(path) == {"old": True}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_value_that_is_no_json_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    atomic_write_json(path, {"x": 1})
+    for value in (float("nan"), float("inf"), {1, 2}, object()):
+        with pytest.raises((ValueError, TypeError)):
+            atomic_write_json(path, {"x": value})
+    assert read_json(path) == {"x": 1}
+
+
+KILLED = """
+import sys
+from rating_train.files import atomic_write_text
+n = 0
+while True:
+    n += 1
+    atomic_write_text(sys.argv[1], f"{n} " * 50_000)
+    if n == 3:
+        print("ready", flush=True)
+"""
+
+
+def test_a_process_killed_while_it_writes_leaves_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    whole = 0
+    for _ in range(200):  # a reader beside it never sees a part either
+        words = path.read_text().split()
+        assert len(words) == 50_000 and len(set(words)) == 1
+        whole += 1
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    words = path.read_text().split()
+    assert whole == 200 and len(words) == 50_000 and len(set(words)) == 1
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+
+    def write(letter: str) -> None:
+        for _ in range(20):
+            atomic_write_text(path, letter * 10_000)
+
+    threads = [threading.Thread(target=write, args=(c,)) for c in "abc"]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(set(path.read_text())) == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_reading_json_names_the_file_that_is_missing_or_torn(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"file not found.*absent\.json"):
+        read_json(tmp_path / "absent.json")
+    for content in (b"", b'{"a": ', b"\xff\xfe{}"):
+        (tmp_path / "torn.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"not valid JSON.*torn\.json"):
+            read_json(tmp_path / "torn.json")
+
+
+def test_appended_lines_come_back_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"step": i, "text": "größer 🫖\nnext line\u2028\x85end", "none": None} for i in range(5)]
+    for row in rows:
+        append_json_line(path, row)
+    assert list(read_json_lines(path)) == rows
+    assert path.read_bytes().count(b"\n") == 5
+
+
+def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_json_line(path, {"step": 1})
+    append_json_line(path, {"step": 2, "loss": 0.123})
+    whole = path.read_bytes()
+    for length in range(len('{"step": 1}\n'), len(whole) - 2):
+        path.write_bytes(whole[:length])
+        assert list(read_json_lines(path)) == [{"step": 1}]
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=UnicodeDecodeError,
+    reason="read_json_lines decodes before it looks for a torn last line",
+)
+def test_a_line_torn_inside_a_character_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_json_line(path, {"step": 1})
+    whole = path.read_bytes()
+    path.write_bytes(whole + '{"title": "🫖'.encode()[:-2])
+    assert list(read_json_lines(path)) == [{"step": 1}]
+
+
+def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl:2"):
+        list(read_json_lines(path))
+
+
+def test_a_line_appended_after_a_torn_one_stands_by_itself(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_json_line(path, {"step": 1})
+    with open(path, "ab") as f:
+        f.write(b'{"step": 2, "lo')
+    append_json_line(path, {"step": 3})
+    lines = path.read_text().splitlines()
+    assert json.loads(lines[0]) == {"step": 1} and json.loads(lines[-1]) == {"step": 3}
+    assert len(lines) == 3, "the torn line is ended, not glued to"
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=UserError,
+    reason="append_json_line ends a torn line, and read_json_lines then refuses it",
+)
+def test_whole_lines_around_a_torn_one_that_was_ended_can_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_json_line(path, {"step": 1})
+    with open(path, "ab") as f:
+        f.write(b'{"step": 2, "lo')
+    append_json_line(path, {"step": 3})
+    assert list(read_json_lines(path)) == [{"step": 1}, {"step": 3}]
+
+
+def test_nan_is_refused_and_nothing_is_appended(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_json_line(path, {"loss": 1.0})
+    before = path.read_bytes()
+    with pytest.raises(ValueError):
+        append_json_line(path, {"loss": float("nan")})
+    assert path.read_bytes() == before
+
+
+def test_lines_of_several_processes_stay_whole(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    code = (
+        "import sys; from rating_train.files import append_json_line\n"
+        "for i in range(100): append_json_line(sys.argv[1], {'who': sys.argv[2], 'i': i, 'x': 'y' * 500})"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(path), w]) for w in "ab"]
+    assert [w.wait() for w in writers] == [0, 0]
+    rows = list(read_json_lines(path))
+    for who in "ab":
+        assert [r["i"] for r in rows if r["who"] == who] == list(range(100))
+
+
+def test_checksums_are_sha256(tmp_path: Path) -> None:
+    content = os.urandom((1 << 22) + 17)
+    (tmp_path / "a").write_bytes(content)
+    assert sha256_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+    assert sha256_json({}) == hashlib.sha256(b"{}").hexdigest()
+
+
+def test_a_fingerprint_ignores_the_order_of_keys_and_nothing_else() -> None:
+    assert sha256_json({"a": 1, "b": [1, 2]}) == sha256_json({"b": [1, 2], "a": 1})
+    different = [{"a": 1}, {"a": 2}, {"a": "1"}, {"b": 1}, {"a": [1]}, [["a", 1]], {"a": None}, {"a": 1.5}]
+    assert len({sha256_json(v) for v in different}) == len(different)
