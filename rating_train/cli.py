@@ -35,15 +35,19 @@ def main(argv: list[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, summary in VERBS.items():
         sub = verbs.add_parser(verb, help=summary, description=summary)
-        if verb not in arguments[:1]:  # only the verb that was asked for needs its options
-            continue
-        if verb == "train":
-            _train_arguments(sub)
-        elif verb == "evaluate":
-            _evaluate_arguments(sub)
-        else:
-            importlib.import_module(f"rating_train.{verb}").add_arguments(sub)
+        if verb in arguments[:1]:  # only the verb that was asked for needs its options
+            add_verb_arguments(verb, sub)
     return leave(_run(parser.parse_args(arguments)))
+
+
+def add_verb_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
+    """The options of one verb. Those of `train` and `evaluate` stand here: their modules import torch."""
+    if verb == "train":
+        _train_arguments(parser)
+    elif verb == "evaluate":
+        _evaluate_arguments(parser)
+    else:
+        importlib.import_module(f"rating_train.{verb}").add_arguments(parser)
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:

@@ -69,27 +69,29 @@ def read_json(path: str | Path) -> Any:
 def append_json_line(path: str | Path, value: dict[str, Any]) -> None:
     """Append one object as one line. A single ``write`` of a short line: readers see whole lines.
 
-    A torn last line, left by a crash or a full disk, is ended first, so that it cannot swallow this one.
+    A torn last line, left by a crash or a full disk, is cut off first: it was never whole. One writer at a time.
     """
     line = json.dumps(value, sort_keys=False, allow_nan=False, ensure_ascii=False) + "\n"
     with open(path, "ab+") as f:
-        if f.tell() > 0:
+        size = f.tell()
+        if size > 0:
             f.seek(-1, os.SEEK_END)
             if f.read(1) != b"\n":
-                line = "\n" + line
+                f.seek(0)
+                f.truncate(f.read().rfind(b"\n") + 1)
         f.write(line.encode("utf-8"))
 
 
 def read_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the objects of a JSON-lines file, leaving out a torn last line (a crash while writing)."""
-    with open(path, encoding="utf-8") as f:
-        for number, line in enumerate(f, start=1):
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, start=1):  # split at "\n" alone: text may hold other line ends
             if not line.strip():
                 continue
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError as e:
-                if not line.endswith("\n"):
+            except (json.JSONDecodeError, UnicodeDecodeError) as e:
+                if not line.endswith(b"\n"):
                     return
                 raise UserError(f"not valid JSON ({e})", where=f"{path}:{number}") from e
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rating_train import run_dir
-from rating_train.files import append_json_line, atomic_write_text
+from rating_train.files import append_json_line, atomic_write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +69,11 @@ def _drop_rows_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept, dropped = [], 0
-    for line in path.read_text("utf-8").splitlines(keepends=True):
+    for line in path.read_bytes().splitlines(
+        keepends=True
+    ):  # of bytes: at line ends alone, as they were written
         try:
-            keep = line.endswith("\n") and json.loads(line)["step"] <= step
+            keep = line.endswith(b"\n") and json.loads(line)["step"] <= step
         except (ValueError, KeyError, TypeError):
             keep = False
         if keep:
@@ -80,7 +82,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
             dropped += 1
     if dropped:
         log.info("%s: dropped %d rows after step %d (they will be written again)", path.name, dropped, step)
-        atomic_write_text(path, "".join(kept))
+        atomic_write_bytes(path, b"".join(kept))
 
 
 def provenance(**more: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from rating_train.errors import UserError
+
+_INTEGER = re.compile(r"-?[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def detect(env: Mapping[str, str] | None = None) -> World:
     env = os.environ if env is None else env
     if "RANK" in env or "WORLD_SIZE" in env:
         keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+    elif env.get("SLURM_NTASKS", "1") != "1" and "SLURM_PROCID" in env:
         keys = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
     else:
         return World()
@@ -62,12 +65,17 @@ def detect(env: Mapping[str, str] | None = None) -> World:
             expected="RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, or Slurm with --ntasks-per-node",
             fix="start with torchrun, launch/local.sh or sbatch slurm/train.sbatch",
         )
+    wrong = [f"{k}={env[k]!r}" for k in keys if not _INTEGER.fullmatch(env[k].strip())]
+    if wrong:
+        raise UserError(f"not a number: {', '.join(wrong)}", where="environment", expected="whole numbers")
     rank, size, local_rank, local_size = (int(env[k]) for k in keys)
-    if not (0 <= rank < size and 0 <= local_rank < local_size <= size and size % local_size == 0):
+    in_range = 0 <= rank < size and 0 <= local_rank < local_size <= size and size % local_size == 0
+    if not in_range or local_rank != rank % local_size:
         raise UserError(
             f"rank {rank} of {size}, local rank {local_rank} of {local_size} is no valid place",
             where="environment",
-            expected="the same number of ranks on every node",
+            expected="the same number of ranks on every node, numbered node after node",
+            fix="under Slurm: --ntasks-per-node and --distribution=block",
         )
     return World(rank, size, local_rank, local_size)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,8 @@ from typing import Any
 import torch
 
 from rating_train.checkpoint.store import InvalidCheckpoint
+
+log = logging.getLogger(__name__)
 
 ENGINE_DIR = "engine"
 _RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_")
@@ -48,4 +53,8 @@ def consolidated_weights(directory: Path, stage: int) -> dict[str, torch.Tensor]
         return {k: v.float() for k, v in state["module"].items()}
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    return get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=ENGINE_DIR)
+    said = io.StringIO()  # it prints its progress, in the midst of a command's own output
+    with contextlib.redirect_stdout(said):
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=ENGINE_DIR)
+    log.debug("DeepSpeed: %s", said.getvalue().replace("\n", "; "))
+    return weights

@@ -104,6 +104,9 @@ class Checkpointer:
                 store.verify(path)
             except store.InvalidCheckpoint as e:
                 raise UserError(f"the checkpoint cannot be trusted: {e}", where=path) from e
+            if path.resolve().parent == self.root.resolve():
+                for name in store.set_aside_after(self.root, int(path.name.partition("_")[2])):
+                    log.warning("set aside %s: the run goes back to %s", name, path.name)
             return path
         found, skipped = store.newest_valid(self.root)
         for bad in skipped:

@@ -94,14 +94,18 @@ def commit(temporary: Path, step: int, files: Files) -> Path:
         size = (temporary / name).stat().st_size
         if size != entry["bytes"]:
             raise InvalidCheckpoint(f"{name} has {size} bytes, described with {entry['bytes']}")
-    final = temporary.parent / step_name(step)
-    if final.exists():  # saved before at this step, by a run that was then resumed from an older one
-        discard(final)
     for folder in {(temporary / name).parent for name in files}:
         fsync_path(folder)
     atomic_write_json(temporary / COMPLETE, {"version": VERSION, "step": step, "files": files})
+    final = temporary.parent / step_name(step)
+    old = None
+    if final.exists():  # saved before at this step: it is moved aside, not deleted, until the new one stands
+        old = temporary.with_name(f"{final.name}.tmp-{secrets.token_hex(6)}")
+        os.rename(final, old)
     os.rename(temporary, final)
     fsync_path(final.parent)
+    if old is not None:
+        discard(old)
     return final
 
 
@@ -111,18 +115,29 @@ def verify(directory: Path) -> dict[str, Any]:
     Raises:
         InvalidCheckpoint: anything is missing, torn, of another size, or has other bytes.
     """
-    marker = directory / COMPLETE
+    step, files = _read_marker(directory)
+    if step_name(step) != directory.name:
+        raise InvalidCheckpoint(f"{COMPLETE} is that of step {step}")
+    _verify_files(directory, files)
+    return {"version": VERSION, "step": step, "files": files}
+
+
+def _read_marker(directory: Path) -> tuple[int, Files]:
+    """Step and files of COMPLETE.json, every entry of the right kind."""
     try:
-        content = json.loads(marker.read_text("utf-8"))
-        files = content["files"]
-        if content["version"] != VERSION or not isinstance(files, dict) or not files:
+        content = json.loads((directory / COMPLETE).read_text("utf-8"))
+        step, files = content["step"], content["files"]
+        if content["version"] != VERSION or not isinstance(step, int) or not files:
             raise ValueError("not of this version, or empty")
+        checked = {str(n): {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for n, e in files.items()}
     except FileNotFoundError:
         raise InvalidCheckpoint(f"it has no {COMPLETE}: it was never committed") from None
-    except (ValueError, KeyError, TypeError, OSError) as e:
-        raise InvalidCheckpoint(f"{COMPLETE} cannot be read: {e}") from e
-    if step_name(content["step"]) != directory.name:
-        raise InvalidCheckpoint(f"{COMPLETE} is that of step {content['step']}")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
+        raise InvalidCheckpoint(f"{COMPLETE} cannot be read: {type(e).__name__}: {e}") from e
+    return step, checked
+
+
+def _verify_files(directory: Path, files: Files) -> None:
     for name, entry in files.items():
         path = directory / name
         size = path.stat().st_size if path.is_file() else None
@@ -132,7 +147,6 @@ def verify(directory: Path) -> dict[str, Any]:
     for name, entry in files.items():  # sizes first: they are cheap and find most damage
         if sha256_file(directory / name) != entry["sha256"]:
             raise InvalidCheckpoint(f"{name} does not have the bytes that were saved (SHA-256 differs)")
-    return content
 
 
 def steps_present(root: Path) -> list[tuple[int, Path]]:
@@ -207,10 +221,40 @@ def discard(directory: Path) -> None:
 
 
 def sweep(root: Path) -> list[str]:
-    """Delete temporary directories of saves that never ended; called before a run starts to save."""
+    """Delete temporary directories of saves that never ended; called before a run starts to save.
+
+    One that was complete but for its name (a crash while a checkpoint of the same step was replaced) gets it.
+    """
     removed = []
     for path in sorted(root.iterdir()) if root.is_dir() else []:
-        if path.is_dir() and _TEMPORARY.match(path.name):
+        if not (path.is_dir() and _TEMPORARY.match(path.name)):
+            continue
+        final = root / path.name.partition(".")[0]
+        if not final.exists() and _is_whole(path, final.name):
+            os.rename(path, final)
+            fsync_path(root)
+            log.warning("%s was complete but for its name: taken as %s", path.name, final.name)
+        else:
             shutil.rmtree(path)
             removed.append(path.name)
     return removed
+
+
+def _is_whole(directory: Path, name: str) -> bool:
+    try:
+        step, files = _read_marker(directory)
+        _verify_files(directory, files)
+    except InvalidCheckpoint:
+        return False
+    return step_name(step) == name
+
+
+def set_aside_after(root: Path, step: int) -> list[str]:
+    """Rename checkpoints of later steps to ``abandoned-*``: a run that goes back to ``step`` leaves them behind.
+
+    Otherwise the newest of them would be taken for the newest of the run at the next start.
+    """
+    later = [path for found, path in steps_present(root) if found > step]
+    for path in later:
+        os.rename(path, path.with_name(f"abandoned-{secrets.token_hex(3)}_{path.name}"))
+    return [path.name for path in later]

@@ -13,7 +13,7 @@ def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
     Linear warm-up over ceil(warmup_fraction * total) steps: step k of w uses (k+1)/w, so no step is spent
     at 0. Then linear or cosine decay to ``final_fraction``, which the last step reaches.
     """
-    warmup = math.ceil(config.warmup_fraction * total_steps)
+    warmup = math.ceil(config.warmup_fraction * total_steps - 1e-9)  # 0.07 * 100 is a little above 7
     if step < warmup:
         return (step + 1) / warmup
     if config.schedule == "constant":

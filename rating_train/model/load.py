@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, SmolVLMConfig, SmolVLMForConditionalGeneration
 
@@ -63,7 +64,12 @@ def load_backbone(config: ModelConfig, architecture: Architecture) -> nn.Module:
             attn_implementation="sdpa",
             output_loading_info=True,
         )
-    except (OSError, ValueError) as e:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        SafetensorError,
+    ) as e:  # RuntimeError: tensors of another shape
         raise _not_found(config, e) from e
     check_loading_info(info, config.backbone)
     return model
@@ -128,8 +134,9 @@ def backbone_config(architecture: Architecture) -> SmolVLMConfig:
 
 
 def _not_found(config: ModelConfig, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:400] or type(error).__name__
     return UserError(
-        f"the backbone could not be loaded ({str(error).splitlines()[0]})",
+        f"the backbone could not be loaded ({reason})",
         where=f"model.backbone={config.backbone}",
         expected="a folder with config.json and model.safetensors, or a hub id that can be reached",
         fix="check the path; on a machine without network, download the model once and give its folder",

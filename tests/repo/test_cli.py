@@ -35,11 +35,6 @@ def command(*arguments: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def without_deepspeed(out: str) -> str:
-    """Standard output without the line that DeepSpeed prints there when it is imported on a machine without GPU."""
-    return "".join(line for line in out.splitlines(keepends=True) if "real_accelerator.py" not in line)
-
-
 def one_line_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Run in this process, expecting a user error; its one line."""
     code = cli.main(list(arguments))
@@ -64,7 +59,7 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - started < 5  # 0.05 s on an idle machine
-    for verb, (_, summary) in cli.VERBS.items():
+    for verb, summary in cli.VERBS.items():
         assert verb in done.stdout and summary in done.stdout
 
 
@@ -77,12 +72,12 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as exit:
         cli.main([verb, "--help"])
     assert exit.value.code == 0
-    out = without_deepspeed(capsys.readouterr().out)
+    out = capsys.readouterr().out
     assert out.startswith(f"usage: rating-train {verb}")
-    assert cli.VERBS[verb][1].split()[0] in out
+    assert cli.VERBS[verb].split()[0] in out
 
 
-@pytest.mark.parametrize("verb", ["demo", "prepare", "cost", "report"])
+@pytest.mark.parametrize("verb", cli.VERBS)
 def test_verbs_of_a_login_node_explain_themselves_without_torch(verb: str) -> None:
     program = (
         "import sys\n"
@@ -107,7 +102,7 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.Capture
 
 def test_a_user_error_of_a_process_is_one_line_and_code_2() -> None:
     code, out, err = command("train", "configs/demo_cpu.yaml", "--set", "train.epoch=3")
-    assert code == 2 and without_deepspeed(out) == ""
+    assert code == 2 and out == ""
     assert err.count("\n") == 1 and "Traceback" not in err and "did you mean `train.epochs`?" in err
 
 
@@ -138,7 +133,7 @@ def test_all_problems_of_a_configuration_are_in_one_error(
         "`optim.lr.vision` is 'fast' (str), expected a finite number",
         "`optim.schedule` is 'cosin' (str), expected one of linear, cosine, constant",
         "`train.seed` is True (bool), expected a whole number",
-        "`batch.` is a section, not 64 (int)",
+        "`batch` is a section, not 64 (int)",
         "`zero.stage` is 5 (int), expected one of 0, 1, 2, 3",
         "--set 'nonsense' is not of the form a.b=value",
         str(path),
@@ -155,7 +150,7 @@ def test_yaml_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_run_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "file not found" in one_line_error(capsys, "evaluate", str(tmp_path))
+    assert "not a run directory" in one_line_error(capsys, "evaluate", str(tmp_path))
     one_line_error(capsys, "report", str(tmp_path))
 
 

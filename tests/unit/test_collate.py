@@ -135,7 +135,7 @@ def test_an_image_of_another_mode_becomes_rgb(mode: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [S, 40])
-@pytest.mark.parametrize("damage", ["empty", "text", "head only", "half", "a torn png"])
+@pytest.mark.parametrize("damage", ["empty", "text", "head only", "half", "a torn png", "a broken png"])
 def test_a_corrupt_image_is_an_error_that_names_the_item(damage: str, size: int) -> None:
     whole = jpeg(size)
     png = io.BytesIO()
@@ -146,6 +146,7 @@ def test_a_corrupt_image_is_an_error_that_names_the_item(damage: str, size: int)
         "head only": whole[:60],
         "half": whole[: len(whole) // 2],
         "a torn png": png.getvalue()[:-30],
+        "a broken png": png.getvalue().replace(b"IDAT", b"I\0AT", 1),
     }[damage]
     with pytest.raises(ValueError, match="item 'B00-7'"):
         decode_square(content, S, "B00-7")

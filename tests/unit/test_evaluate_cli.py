@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import pytest
 
-from rating_train import evaluate as verb
 from rating_train.checkpoint import store
 from rating_train.errors import UserError
 from rating_train.evaluate import choose_checkpoint, render
@@ -77,17 +75,6 @@ def test_an_uncommitted_step_is_refused(root: Path) -> None:
         choose_checkpoint(root, "15")
     with pytest.raises(UserError, match=r"no checkpoint latest"):
         choose_checkpoint(root, "latest")
-
-
-def test_the_command_line_asks_for_the_best_checkpoint_by_default() -> None:
-    parser = argparse.ArgumentParser()
-    verb.add_arguments(parser)
-    args = parser.parse_args(["runs/x"])
-    assert (args.run, args.checkpoint, args.split, args.set) == (Path("runs/x"), "best", "", [])
-    more = parser.parse_args(
-        ["runs/x", "--checkpoint", "5", "--split", "test", "--set", "a.b=1", "--set", "c=2"]
-    )
-    assert (more.checkpoint, more.split, more.set) == ("5", "test", ["a.b=1", "c=2"])
 
 
 def test_an_undefined_score_is_shown_with_its_reason_and_never_as_a_number() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, SmolVLMModel
@@ -283,18 +282,14 @@ def test_a_checkpoint_without_an_lm_head_is_fine(edited: Any) -> None:
     load(edited(lambda t: t.pop("lm_head.weight")))
 
 
-@pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="load_backbone lets transformers' RuntimeError through"
-)
 def test_a_checkpoint_with_a_tensor_of_another_shape_is_refused(edited: Any) -> None:
     config = edited(
         lambda t: t.update({"model.connector.modality_projection.proj.weight": torch.zeros(3, 3)})
     )
-    with pytest.raises(UserError, match=r"modality_projection"):
+    with pytest.raises(UserError, match=r"could not be loaded|of another shape"):
         load(config)
 
 
-@pytest.mark.xfail(strict=True, raises=SafetensorError, reason="load_backbone lets SafetensorError through")
 def test_a_torn_checkpoint_is_refused(edited: Any) -> None:
     config = edited(lambda t: None)
     path = Path(config.backbone) / "model.safetensors"

@@ -71,7 +71,6 @@ def test_the_warm_up_takes_the_ceiling_of_its_share(total: int, fraction: float,
     assert got.index(1) == steps - 1
 
 
-@pytest.mark.xfail(strict=True, reason="0.07 * 100 is 7.000000000000001 in floats: one warm-up step too many")
 @pytest.mark.parametrize(("total", "fraction", "steps"), [(100, 0.07, 7), (100, 0.14, 14), (100, 0.28, 28)])
 def test_the_warm_up_has_no_extra_step_by_float_noise(total: int, fraction: float, steps: int) -> None:
     assert factors(total, schedule="constant", warmup_fraction=fraction).index(1) == steps - 1

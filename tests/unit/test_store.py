@@ -26,10 +26,6 @@ FILES = {
     "empty.bin": b"",
 }
 
-DELETED_TOO_EARLY = pytest.mark.xfail(
-    strict=True, reason="commit deletes the old directory of the same step before the new one has its name"
-)
-
 
 def write(directory: Path, files: dict[str, bytes] | None = None) -> None:
     for name, content in (FILES if files is None else files).items():
@@ -122,8 +118,8 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "nth"),
     [
-        pytest.param("replace", 1, marks=DELETED_TOO_EARLY),
-        pytest.param("rename", 1, marks=DELETED_TOO_EARLY),
+        ("replace", 1),
+        ("rename", 1),
         ("rename", 2),
     ],
 )
@@ -239,10 +235,6 @@ def test_a_renamed_directory_is_found(tmp_path: Path) -> None:
     assert "that of step 5" in problem(renamed)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="verify lets KeyError, TypeError and ValueError through for a marker with other keys or types",
-)
 def test_any_changed_byte_of_the_marker_gives_a_verdict_and_no_other_error(tmp_path: Path) -> None:
     """A flipped byte may hit a space, and then the marker is still good; a key, and then it is not."""
     path = save(tmp_path, 5, {"a.pt": b"1234"})

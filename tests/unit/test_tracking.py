@@ -65,11 +65,6 @@ def test_a_torn_last_line_goes_and_the_rows_before_it_stay(tmp_path: Path, torn:
     assert steps(tmp_path) == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=UnicodeDecodeError,
-    reason="_drop_rows_after decodes the whole file: a torn character stops it",
-)
 def test_a_line_torn_inside_a_character_goes_too(tmp_path: Path) -> None:
     track(tmp_path, 0, 3)
     with open(tmp_path / run_dir.TRAIN_LOG, "ab") as f:
@@ -78,9 +73,6 @@ def test_a_line_torn_inside_a_character_goes_too(tmp_path: Path) -> None:
     assert steps(tmp_path) == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="str.splitlines also splits at U+2028, U+2029 and U+0085 inside a JSON string"
-)
 def test_a_row_with_a_unicode_line_separator_in_a_text_is_kept(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, 0, enabled=True)
     tracker.evaluation({"step": 1, "split": "val", "note": "one\u2028two"})

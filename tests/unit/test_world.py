@@ -85,10 +85,6 @@ def test_a_place_that_cannot_be_is_refused(launcher: object, place: tuple[int, i
         detect(launcher(*place))  # type: ignore[operator]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="only block placement is understood, and a cyclic one (rank 1 first on node 1) is not refused",
-)
 @pytest.mark.parametrize("place", [(1, 4, 0, 2), (2, 4, 1, 2), (5, 8, 2, 4)])
 def test_a_local_rank_that_contradicts_the_rank_is_refused(place: tuple[int, int, int, int]) -> None:
     """``node`` is rank // local_size here and in streaming, which holds for local_rank = rank % local_size only."""
@@ -96,7 +92,6 @@ def test_a_local_rank_that_contradicts_the_rank_is_refused(place: tuple[int, int
         detect(torchrun(*place))
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="int() of a launcher's variable is not guarded")
 @pytest.mark.parametrize(
     "env", [torchrun(rank="one"), torchrun(size="8.0"), slurm(local_size="4(x2)"), slurm(size="?")]
 )
