@@ -5,6 +5,8 @@ Imports nothing of the package but ``errors`` and nothing heavy, so that a login
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -69,12 +71,14 @@ def read_json(path: str | Path) -> Any:
 def append_json_line(path: str | Path, value: dict[str, Any]) -> None:
     """Append one object as one line. A single ``write`` of a short line: readers see whole lines.
 
-    A torn last line, left by a crash or a full disk, is cut off first: it was never whole. One writer at a time.
+    A torn last line, left by a crash or a full disk, is cut off first: it was never whole. Several processes may
+    append: they take turns by a lock on the file, so that none takes another's line in the making for a torn one.
     """
     line = json.dumps(value, sort_keys=False, allow_nan=False, ensure_ascii=False) + "\n"
     with open(path, "ab+") as f:
-        size = f.tell()
-        if size > 0:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(f, fcntl.LOCK_EX)
+        if f.seek(0, os.SEEK_END) > 0:
             f.seek(-1, os.SEEK_END)
             if f.read(1) != b"\n":
                 f.seek(0)
