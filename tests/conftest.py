@@ -14,6 +14,10 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 
+# Tests download nothing. Read by the hub's library when it is imported, so it stands here: without it, an unknown
+# model id is asked for again and again for a minute.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 
 @pytest.fixture(scope="session")
 def repo() -> Path:
