@@ -1,8 +1,9 @@
 """ZeRO stages 0 to 3 x accumulation x clipping x freezing against plain PyTorch, on 2 gloo ranks.
 
-Tolerances, absolute for weights after 4 steps whose largest update is about 1e-2, relative for losses. Measured:
-fp32 at most 1.2e-7 everywhere; bf16 at most 2e-7 at stages 1 and 2. Stage 0 (autocast) and stage 3 add up some
-bf16 sums in another order than the reference, seen up to 8e-6 and 1.7e-4.
+Tolerances, absolute for weights after 4 steps whose largest update is about 1e-2, relative for losses. fp32: at most
+1.2e-7 seen everywhere. bf16: most combinations agree as closely, but a master weight that differs in its last fp32
+bit (clipping divides in another order) may round to the neighbouring bf16 value, and the next loss then differs by
+1e-5 to 4e-4. Gradients accumulated in bf16, which this must catch, differ by 4e-3.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import pytest
 
 WORKER = Path(__file__).with_name("parity_worker.py")
 COMBINATIONS = list(itertools.product((0, 1, 2, 3), (1, 2), (0.0, 0.5), (False, True)))
-TOLERANCE = {"fp32": dict.fromkeys(range(4), 1e-6), "bf16": {0: 1e-4, 1: 1e-6, 2: 1e-6, 3: 1e-3}}
+TOLERANCE = {"fp32": 1e-6, "bf16": 1e-3}
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
@@ -34,7 +35,7 @@ def test_engine_trains_as_plain_pytorch(
     results: dict, stage: int, accumulation: int, clip: float, frozen: bool
 ) -> None:
     row = results[stage, accumulation, clip, frozen]
-    tolerance = TOLERANCE[row["precision"]][stage]
+    tolerance = TOLERANCE[row["precision"]]
     assert row["largest_update"] > 1e-3, "nothing was trained: the comparison would say nothing"
     assert row["loss_difference"] < tolerance, row
     assert row["weight_difference"] < tolerance, row
