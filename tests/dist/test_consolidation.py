@@ -1,4 +1,4 @@
-"""`rating-train evaluate` gives the numbers of the run's own evaluation, at every stage and from any number of ranks."""
+"""`rating-train evaluate` gives the numbers of the run's own evaluation, at every stage and precision."""
 
 from __future__ import annotations
 

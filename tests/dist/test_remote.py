@@ -1,0 +1,247 @@
+"""Training from a remote through a cache that is smaller than the dataset: a directory, and a real S3 server."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rating_train.data.remote import Source
+from rating_train.data.streams import fetch_split, open_split
+from rating_train.errors import UserError
+from tests.conftest import Ranks
+from tests.small_shards import flip_a_byte, reshard
+
+LIMIT_MB = 1
+BUCKET = "listings"
+
+
+@pytest.fixture(scope="module")
+def remote(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 3 MB of training shards of 64 KB."""
+    return reshard(demo / "data", tmp_path_factory.mktemp("remote") / "data", 64_000, copies=6)
+
+
+@pytest.fixture(scope="module")
+def s3(remote: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment for an S3 server on a free port of this machine that holds the dataset."""
+    boto3 = pytest.importorskip("boto3")
+    pytest.importorskip("moto.server")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    log = open(tmp_path_factory.mktemp("s3") / "server.log", "wb")  # noqa: SIM115
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log
+    )
+    env = {
+        "S3_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    try:
+        client = boto3.client(
+            "s3",
+            endpoint_url=env["S3_ENDPOINT_URL"],
+            aws_access_key_id="test",
+            aws_secret_access_key="test",
+            region_name="us-east-1",
+        )
+        for attempt in range(100):
+            with contextlib.suppress(Exception):
+                client.create_bucket(Bucket=BUCKET)
+                break
+            assert server.poll() is None and attempt < 99, "the S3 server does not answer"
+            time.sleep(0.2)
+        for file in (f for f in sorted(remote.rglob("*")) if f.is_file()):
+            client.upload_file(str(file), BUCKET, f"data/{file.relative_to(remote)}")
+        yield env
+    finally:
+        server.kill()
+        server.wait()
+        log.close()
+
+
+class Watch:
+    """The largest size of a directory while it is watched, in bytes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.peak = folder, 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.01):
+            size = 0
+            with contextlib.suppress(OSError):
+                for entry in os.scandir(self.folder):
+                    with contextlib.suppress(OSError):
+                        size += entry.stat().st_size
+            self.peak = max(self.peak, size)
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    files = (f for f in sorted(folder.rglob("*")) if f.is_file())
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "train.jsonl").read_text().splitlines()]
+
+
+def train(
+    where: str,
+    name: str,
+    remote: Path,
+    ranks: Ranks,
+    tiny_config: Callable[..., Path],
+    tmp_path: Path,
+    **env: str,
+) -> None:
+    """20 steps on 2 ranks through a small cache; the same losses as from the local directory."""
+    cache = tmp_path / f"cache-{name}"
+    common = {"shuffle_block_samples": 100, "workers": 1, "prefetch_batches": 1}
+    steps = {"max_steps": 20}
+    options = {"path": str(cache), "remote": where, "cache_limit_mb": LIMIT_MB, "predownload_items": 12}
+    config = tiny_config(name, data={**common, **options}, train=steps, eval={"max_items": 12})
+    with Watch(cache / "train") as watch:
+        ranks.train(2, config, env=env)
+    assert 0 < watch.peak <= LIMIT_MB << 20, f"{watch.peak} bytes in the cache"
+    total = sum(f.stat().st_size for f in (remote / "train").iterdir())
+    assert total > 2 * (LIMIT_MB << 20), "the cache is smaller than the dataset"
+    assert len(losses(tmp_path / "runs" / name)) == 20
+    local = tiny_config("local", data={**common, "path": str(remote)}, train=steps, eval={"max_items": 12})
+    ranks.train(2, local)
+    assert losses(tmp_path / "runs" / name) == losses(tmp_path / "runs" / "local")
+
+
+@pytest.mark.timeout(150)
+def test_a_directory_as_remote(
+    remote: Path, ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    before = fingerprint(remote)
+    train(f"file://{remote}", "directory", remote, ranks, tiny_config, tmp_path)
+    assert fingerprint(remote) == before, "the remote is only read"
+
+
+@pytest.mark.timeout(150)
+def test_an_s3_server_as_remote(
+    remote: Path, s3: dict[str, str], ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    train(f"s3://{BUCKET}/data", "s3", remote, ranks, tiny_config, tmp_path, **s3)
+
+
+@pytest.mark.timeout(60)
+def test_a_bucket_that_is_not_there_is_one_line(
+    s3: dict[str, str], ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = tiny_config(data={"path": str(tmp_path / "cache"), "remote": f"s3://{BUCKET}/elsewhere"})
+    output = ranks.train(2, config, code=1, env=s3)
+    (line,) = [line for line in output.splitlines() if "rating-train train: error:" in line]
+    assert f"s3://{BUCKET}/elsewhere/manifest.json" in line and "data.remote" in line
+
+
+# --- the cache in one process --------------------------------------------------------------------------
+
+
+def source(cache: Path, remote: Path, **more: int) -> Source:
+    return Source(str(cache), str(remote), **more)
+
+
+def read(where: Source, ids: np.ndarray) -> list[str]:
+    dataset = open_split(where, "train", 4, fetched=fetch_split(where, "train"))
+    dataset.set_batches(ids)
+    return [sample["id"] for sample in dataset]
+
+
+@pytest.mark.timeout(60)
+def test_a_thrashed_cache_still_gives_every_sample_in_order(remote: Path, tmp_path: Path) -> None:
+    """Each item from another shard, with room for six of them, and fetching more ahead than there is room."""
+    items = json.loads((remote / "manifest.json").read_text())["splits"]["train"]["items"]
+    ids = np.random.default_rng(3).permutation(items)[:200].reshape(-1, 4)
+    expected = [open_split(remote, "train", 4)[int(i)]["id"] for i in ids.reshape(-1)]
+    where = source(tmp_path / "cache", remote, cache_limit_bytes=400_000, predownload_items=40)
+    assert read(where, ids) == expected
+
+
+@pytest.fixture
+def filled(remote: Path, tmp_path: Path) -> Path:
+    """A cache that an earlier job left whole."""
+    cache = tmp_path / "cache"
+    shutil.copytree(remote / "train", cache / "train")
+    shutil.copy(remote / "manifest.json", cache)
+    return cache
+
+
+def test_a_download_that_was_cut_off_is_fetched_again(filled: Path, remote: Path) -> None:
+    shard = filled / "train" / "shard.00001.mds"
+    shard.write_bytes(shard.read_bytes()[:100])
+    (filled / "train" / "shard.00002.mds.tmp").write_bytes(b"half")
+    (filled / "train" / "shard.00002.mds").unlink()
+    assert len(read(source(filled, remote), np.arange(200).reshape(-1, 4))) == 200
+    assert shard.read_bytes() == (remote / "train" / shard.name).read_bytes()
+    assert not list((filled / "train").glob("*.tmp"))
+
+
+def test_a_flipped_byte_in_the_cache_is_named(filled: Path, remote: Path) -> None:
+    shard = filled / "train" / "shard.00001.mds"
+    flip_a_byte(shard, 4000)
+    with pytest.raises(UserError, match=rf"shard train/{shard.name} has xxh64 .*{shard}.*delete this file"):
+        read(source(filled, remote), np.arange(200).reshape(-1, 4))
+
+
+def test_a_flipped_byte_in_the_remote_is_named(remote: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(remote, tmp_path / "copy"))
+    bad = copy / "train" / "shard.00001.mds"
+    flip_a_byte(bad, 4000)
+    with pytest.raises(UserError, match=rf"shard train/{bad.name} does not have the hash.*{bad}"):
+        read(source(tmp_path / "cache", copy), np.arange(200).reshape(-1, 4))
+    assert not (tmp_path / "cache" / "train" / bad.name).exists()
+
+
+@pytest.mark.parametrize("what", ["other dataset", "foreign file", "no index", "remote itself", "in use"])
+def test_a_cache_directory_with_something_else_in_it_is_refused(
+    what: str, filled: Path, remote: Path, demo: Path
+) -> None:
+    where, held = source(filled, remote), None
+    if what == "other dataset":
+        shutil.copy(demo / "data/train/index.json", filled / "train/index.json")
+    elif what == "foreign file":
+        (filled / "train" / "thesis.txt").write_text("the only copy")
+    elif what == "no index":
+        (filled / "train" / "index.json").unlink()
+    elif what == "remote itself":
+        where = source(remote, remote)
+    else:
+        held = fetch_split(where, "train")
+    before = fingerprint(Path(where.path))
+    with pytest.raises(UserError, match=r"does not match|same directory|in use"):
+        fetch_split(where, "train")
+    assert fingerprint(Path(where.path)) == before, "nothing is deleted"
+    del held
+
+
+def test_a_limit_below_four_shards_is_refused(remote: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"at-least four times the largest shard.*data\.cache_limit_mb"):
+        read(source(tmp_path / "cache", remote, cache_limit_bytes=100_000), np.zeros((1, 4), np.int64))
