@@ -63,8 +63,8 @@ def consolidated_weights(directory: Path, stage: int) -> dict[str, torch.Tensor]
         weights = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=ENGINE_DIR)
     log.debug("DeepSpeed: %s", said.getvalue().replace("\n", "; "))
     if stage < 3:  # at stage 1 it leaves out frozen weights (0.19.8); the whole module is in the model states
-        weights = {k: v.float() for k, v in _load(engine / MODEL_STATES)["module"].items()} | weights
-    return weights
+        weights = _load(engine / MODEL_STATES)["module"] | weights
+    return {k: v.float() for k, v in weights.items()}  # frozen weights have no fp32 master
 
 
 def _load(path: Path) -> dict[str, Any]:
