@@ -20,10 +20,11 @@ from rating_train.errors import EXIT_BUG, EXIT_DONE, EXIT_USER_ERROR, UserError
 VERBS = {
     "demo": "make the demo catalogue and a tiny model",
     "prepare": "turn a catalogue and its images into shards",
+    "verify": "check a dataset, every byte of it",
     "train": "train a regressor (under torchrun, Slurm, or alone)",
     "evaluate": "score a checkpoint: PLCC, SRCC, RMSE, MAE, CES",
     "cost": "parameters, MACs, FLOPs, C, E and CES of a configuration",
-    "report": "plots of a run",
+    "report": "plots of a run, or of a dataset",
 }
 
 
@@ -136,11 +137,15 @@ def leave(code: int) -> int:
         return code
     import atexit
     import logging
+    import multiprocessing
 
     from rating_train.world import disconnect
 
     if code == EXIT_DONE:  # after a failure others may be gone: do not wait for them
         disconnect()
+    # Loader processes ignore SIGTERM (see data/loader.py), by which multiprocessing's own exit would wait for them.
+    for child in multiprocessing.active_children():
+        child.kill()
     logging.shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -8,22 +8,22 @@ and so may any key of a row: what cannot be drawn is left out and named, with it
 from __future__ import annotations
 
 import argparse
-import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rating_train import plots
+from rating_train.data.schema import MANIFEST_NAME
 from rating_train.errors import UserError
-from rating_train.files import atomic_write_bytes, atomic_write_json, read_json_lines
+from rating_train.files import atomic_write_json, read_json_lines
 from rating_train.run_dir import EVAL_LOG, PREDICTIONS_DIR, REPORT_DIR, TRAIN_LOG
 from rating_train.scoring.correlation import Scores, per_group, score
 from rating_train.scoring.records import Prediction, deduplicate, read_predictions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 CURVES_FILE = "curves.png"
 SCATTER_FILE = "scatter.png"
@@ -35,9 +35,6 @@ MAX_CATEGORIES = 30
 
 Rows = Sequence[Mapping[str, Any]]
 Curve = tuple[str, Rows, str, str]  # label, rows, key of the number, line style
-
-# Okabe and Ito's colours: told apart also by readers who do not see red and green apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def make_report(run_dir: Path) -> Path:
@@ -194,9 +191,9 @@ def _without_nan(value: Any) -> Any:
 
 
 def _draw_curves(path: Path, run: str, train: Rows, evaluations: Mapping[str, Rows]) -> None:
-    figure = _figure(13.5, 7.2)
+    figure = plots.new_figure(13.5, 7.2)
     grid = figure.subplots(2, 3)
-    figure.suptitle(_plain(run), fontweight="bold")
+    figure.suptitle(plots.plain(run), fontweight="bold")
     _panel(grid[0, 0], "Training loss (MSE)", [("", train, "loss", "-")], smooth=True)
     _panel(grid[0, 1], "Learning rate", _learning_rates(train))
     _panel(grid[0, 2], "Gradient norm", [("", train, "grad_norm", "-")], smooth=True)
@@ -215,7 +212,7 @@ def _draw_curves(path: Path, run: str, train: Rows, evaluations: Mapping[str, Ro
     margin = max(1.0, 0.02 * (max(steps) - min(steps)))
     for axes in grid.flat:
         axes.set_xlim(min(steps) - margin, max(steps) + margin)
-    _save(figure, path)
+    plots.save(figure, path)
 
 
 def _learning_rates(train: Rows) -> list[Curve]:
@@ -248,11 +245,11 @@ def _panel(axes: Axes, title: str, curves: Sequence[Curve], smooth: bool = False
         if not points:
             continue
         steps, values = [step for step, _ in points], [value for _, value in points]
-        colour = _COLOURS[(i % colours if colours else i) % len(_COLOURS)]
+        colour = plots.COLOURS[(i % colours if colours else i) % len(plots.COLOURS)]
         if smooth and len(values) >= 20:
             axes.plot(steps, values, color=colour, lw=1.0, alpha=0.3, label="logged")
             values, label = _moving_mean(values), "moving mean"
-        axes.plot(steps, values, style, color=colour, ms=4, lw=1.6, label=_plain(label))
+        axes.plot(steps, values, style, color=colour, ms=4, lw=1.6, label=plots.plain(label))
         if smooth and min(values) > 0 and max(values) > 8 * min(values):
             axes.set_yscale("log")
     if not axes.lines:
@@ -269,7 +266,7 @@ def _moving_mean(values: Sequence[float]) -> list[float]:
 
 
 def _draw_scatter(path: Path, name: str, predicted: list[float], true: list[float], scores: Scores) -> None:
-    figure = _figure(6.6, 6.0)
+    figure = plots.new_figure(6.6, 6.0)
     axes = figure.subplots()
     # The scale of a rating, widened where a number lies outside of it.
     low, high = min(1.0, *predicted, *true) - 0.1, max(5.0, *predicted, *true) + 0.1
@@ -279,82 +276,68 @@ def _draw_scatter(path: Path, name: str, predicted: list[float], true: list[floa
         bins = axes.hexbin(true, predicted, gridsize=60, bins="log", mincnt=1, extent=square)
         figure.colorbar(bins, ax=axes, label="items", shrink=0.85)
     else:
-        axes.scatter(true, predicted, s=14, alpha=0.45, color=_COLOURS[0], linewidths=0)
+        axes.scatter(true, predicted, s=14, alpha=0.45, color=plots.COLOURS[0], linewidths=0)
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     axes.set(xlabel="true rating (stars)", ylabel="predicted rating (stars)")
     shown = f"PLCC {_shown(scores.plcc)}   SRCC {_shown(scores.srcc)}   RMSE {_shown(scores.rmse)}"
-    axes.set_title(f"{_plain(name)}\n{shown}   n = {scores.n:,}", fontsize=11)
+    axes.set_title(f"{plots.plain(name)}\n{shown}   n = {scores.n:,}", fontsize=11)
     axes.legend(frameon=False, loc="upper left")
-    _save(figure, path)
+    plots.save(figure, path)
 
 
 def _draw_categories(path: Path, name: str, table: Mapping[str, Scores], overall: Scores) -> None:
     """RMSE and PLCC of the largest categories, side by side, the worst RMSE on top."""
     largest = list(table.items())[:MAX_CATEGORIES]
     shown = sorted(largest, key=lambda item: item[1].rmse or 0.0)
-    figure = _figure(11.5, 1.5 + 0.29 * len(shown))
+    figure = plots.new_figure(11.5, 1.5 + 0.29 * len(shown))
     left, right = figure.subplots(1, 2, sharey=True)
     places = range(len(shown))
     for axes, metric, unit in ((left, "rmse", " (stars)"), (right, "plcc", "")):
         values = [getattr(s, metric) for _, s in shown]
-        axes.barh(places, [v or 0.0 for v in values], color=_COLOURS[0], alpha=0.85, height=0.7)
+        axes.barh(places, [v or 0.0 for v in values], color=plots.COLOURS[0], alpha=0.85, height=0.7)
         # Numbers stand in a column beside the bars; a missing bar would read as zero, so it says why.
         beside = axes.get_yaxis_transform()
         for place, value in zip(places, values):
             axes.text(1.01, place, _shown(value), transform=beside, va="center", fontsize=8)
         total = getattr(overall, metric)
         if total is not None:
-            axes.axvline(total, color=_COLOURS[1], lw=1.4, ls="--", label=f"all items {total:.3f}")
+            axes.axvline(total, color=plots.COLOURS[1], lw=1.4, ls="--", label=f"all items {total:.3f}")
             axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderpad=0)
         axes.set_title(f"{metric.upper()}{unit}", loc="left", fontsize=11)
         axes.grid(axis="x", color="0.9")
         axes.set_axisbelow(True)
     left.set_ylim(-0.6, len(shown) - 0.4)
-    left.set_yticks(places, [f"{_plain(category[:40])} ({s.n:,})" for category, s in shown], fontsize=9)
+    left.set_yticks(places, [f"{plots.plain(category[:40])} ({s.n:,})" for category, s in shown], fontsize=9)
     right.tick_params(axis="y", length=0)
     left_out = f" ({MAX_CATEGORIES} largest of {len(table)})" if len(table) > MAX_CATEGORIES else ""
     figure.suptitle(
-        f"{_plain(name)}: error by category{left_out}, number of items in brackets", fontweight="bold"
+        f"{plots.plain(name)}: error by category{left_out}, number of items in brackets", fontweight="bold"
     )
-    _save(figure, path)
+    plots.save(figure, path)
 
 
 def _shown(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.3f}"
 
 
-def _plain(text: str) -> str:
-    """Text that matplotlib shows as it is: two dollar signs would be read as a formula, or fail as one."""
-    return text.replace("$", r"\$")
-
-
-def _figure(width: float, height: float) -> Figure:
-    """A figure of ``width`` x ``height`` inches with no global state (no pyplot, no display)."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    for axes in (a for a in figure.axes if a.get_label() != "<colorbar>"):
-        axes.spines[["top", "right"]].set_visible(False)
-    png = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(png, format="png", dpi=120)
-    atomic_write_bytes(path, png.getvalue())
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``rating-train report``."""
-    parser.add_argument("run", type=Path, nargs="+", help="run directories")
+    parser.add_argument("run", type=Path, nargs="+", help="run directories, or dataset directories")
+    parser.add_argument("--out", type=Path, help="of one dataset: folder of the page (default: DATA.report)")
+    parser.add_argument(
+        "--tokenizer", default="", help="of a dataset: folder or hub id; shows text lengths in tokens too"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw the report of every run and print where it is."""
+    """Draw the report of every run, or the page of every dataset, and print where it is."""
     for directory in args.run:
-        print(make_report(directory))
+        if (directory / MANIFEST_NAME).is_file():
+            from rating_train.data_report import make_data_report
+
+            print(make_data_report(directory, args.out if len(args.run) == 1 else None, args.tokenizer))
+        else:
+            print(make_report(directory))
     return 0

@@ -194,6 +194,8 @@ def _bounds(config: Config) -> Iterable[tuple[str, float, float, float]]:
         ("data.num_canonical_nodes", d.num_canonical_nodes, 1, 1024),
         ("data.workers", d.workers, 0, 256),
         ("data.prefetch_batches", d.prefetch_batches, 1, 1024),
+        ("data.cache_limit_mb", d.cache_limit_mb, 0, inf),
+        ("data.predownload_items", d.predownload_items, 0, inf),
         ("model.head_hidden", m.head_hidden, 1, inf),
         ("model.head_dropout", m.head_dropout, 0, 0.99),
         ("loss.huber_delta", config.loss.huber_delta, 1e-6, inf),
@@ -233,6 +235,7 @@ def check_bounds(config: Config) -> list[str]:
         for key, value, low, high in _bounds(config)
         if not low <= value <= high
     ]
+    problems += _remote_problems(config)
     parts = ("vision", "connector", "decoder", "head")
     for part in config.model.freeze:
         if part not in parts:
@@ -246,4 +249,20 @@ def check_bounds(config: Config) -> list[str]:
         problems.append("`zero.offload_param` needs `zero.stage` 3")
     if not config.name or "/" in config.name or config.name.startswith("."):
         problems.append(f"`name` is {config.name!r}, expected a plain folder name")
+    return problems
+
+
+def _remote_problems(config: Config) -> list[str]:
+    """A cache limit belongs to a remote: on a local dataset it would delete the only copy."""
+    data = config.data
+    problems = []
+    scheme, separator, _ = data.remote.partition("://")
+    if separator and scheme not in ("s3", "gs", "file"):
+        problems.append(f"`data.remote` is {data.remote!r}, expected s3://, gs://, file:// or a directory")
+    if not data.remote and data.cache_limit_mb:
+        problems.append(
+            "`data.cache_limit_mb` needs `data.remote`: it would delete the only copy of `data.path`"
+        )
+    if not data.remote and data.predownload_items:
+        problems.append("`data.predownload_items` needs `data.remote`")
     return problems

@@ -25,7 +25,29 @@ def section(cls: type, doc: str) -> Any:
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: str = setting("data", "Dataset directory made by `rating-train prepare` (it holds manifest.json).")
+    path: str = setting(
+        "data",
+        "Dataset directory made by `rating-train prepare` (it holds manifest.json); with `remote`, the directory "
+        "of each node that caches it.",
+    )
+    remote: str = setting(
+        "",
+        "Where the dataset is, if not at `path`: s3://bucket/folder, gs://bucket/folder or a directory (file:///a/b "
+        "or /a/b). Shards are fetched when they are needed. Empty reads `path` itself and never deletes from it.",
+    )
+    cache_limit_mb: int = setting(
+        0,
+        "Most MiB of one split in the cache, at least four shards; the shard not used for longest makes room. "
+        "0 keeps all. Only with `remote`: it would delete the only copy.",
+    )
+    predownload_items: int = setting(
+        0, "Items whose shards each loader process fetches ahead; 0 takes 8 batches. Only with `remote`."
+    )
+    verify: Literal["first_read", "size"] = setting(
+        "first_read",
+        "Check each shard's hash when the node first reads it (about 3.5 GB/s from memory), or only its size at "
+        "the start. Downloads are always hashed.",
+    )
     train_split: str = setting("train", "Split to train on.")
     eval_split: str = setting("val", "Split to evaluate on while training.")
     image_px: int = setting(

@@ -1,5 +1,8 @@
 """From a file that somebody else made to a square RGB JPEG, or to a reason why not.
 
+Reading (an :class:`ImageStore`) and converting (:func:`square_jpeg`) are two steps, so that a picture may
+come from a folder, an archive or the cache of fetched URLs (``data.image_store`` has these).
+
 Everything about the file is distrusted: where its path leads, its size in bytes and pixels, its format,
 its completeness. Legend: S = side of the stored square in pixels.
 
@@ -13,19 +16,11 @@ import io
 import os
 import stat
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from PIL import Image
-
-from rating_train.errors import UserError
 
 DEFAULT_MAX_PIXELS = 89_000_000  # about Pillow's own threshold: 256 MiB as RGB
 DEFAULT_MAX_BYTES = 64 << 20
@@ -44,7 +39,6 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_CHUNK_ITEMS = 16  # images per task of a worker process: enough to hide the cost of passing them
 
 
 class ImageProblem(Exception):
@@ -56,25 +50,14 @@ class ImageProblem(Exception):
         self.detail = detail
 
 
-class ImageRequest(NamedTuple):
-    """One image to make: ``image`` and ``item_id`` as in a ``Listing``."""
+class ImageStore(Protocol):
+    """Where the bytes of images come from. Picklable, for worker processes: handles are opened where they are used."""
 
-    image: str
-    item_id: str
-
-
-class ImageSpec(NamedTuple):
-    """How images are made: their root folder, side in pixels, JPEG quality, and bounds on the source."""
-
-    root: str
-    size_px: int
-    quality: int = 90
-    max_pixels: int = DEFAULT_MAX_PIXELS
-    max_bytes: int = DEFAULT_MAX_BYTES
+    def read(self, image: str, item_id: str) -> bytes:
+        """The undecoded bytes of a listing's image. Errors: :class:`ImageProblem`, never an ``OSError``."""
+        ...
 
 
-ImageResult = bytes | ImageProblem
-T = TypeVar("T")
 Box = tuple[float, float, float, float]
 
 
@@ -89,12 +72,7 @@ def find_image(root: str | Path, image: str, item_id: str) -> Path:
     Errors: :class:`ImageProblem` with ``image_outside_root`` or ``image_missing``.
     """
     real_root = os.path.realpath(root)
-    names = [_url_name(image) if is_url(image) else image]
-    if os.path.basename(item_id) == item_id:
-        names += [item_id + extension for extension in EXTENSIONS]
-    for name in names:
-        if not name or name in (".", ".."):
-            continue
+    for name in image_names(image, item_id):
         try:
             path = os.path.realpath(os.path.join(real_root, name))
             if os.path.commonpath((real_root, path)) != real_root:
@@ -103,7 +81,20 @@ def find_image(root: str | Path, image: str, item_id: str) -> Path:
                 return Path(path)
         except (OSError, ValueError):  # absent, no permission, a NUL byte, a name too long, a circle of links
             continue
-    raise ImageProblem("image_missing", image[:200] or f"no image is named, and there is no {item_id}.jpg")
+    raise missing(image, item_id)
+
+
+def image_names(image: str, item_id: str) -> list[str]:
+    """The names under which a listing's image is looked for, in this order, whatever the store is."""
+    names = [_url_name(image) if is_url(image) else image]
+    if os.path.basename(item_id) == item_id:
+        names += [item_id + extension for extension in EXTENSIONS]
+    return [name for name in names if name and name not in (".", "..")]
+
+
+def missing(image: str, item_id: str) -> ImageProblem:
+    """The problem of an image that is found under none of its names."""
+    return ImageProblem("image_missing", image[:200] or f"no image is named, and there is no {item_id}.jpg")
 
 
 def is_url(image: str) -> bool:
@@ -125,7 +116,12 @@ def load_square_jpeg(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> bytes:
-    """Read an image file and give it back as the bytes of an S x S RGB JPEG (S = ``size_px``).
+    """:func:`square_jpeg` of a file's bytes, at most ``max_bytes`` of them. Errors: :class:`ImageProblem`."""
+    return square_jpeg(read_bounded(path, max_bytes), size_px, quality, max_pixels)
+
+
+def square_jpeg(data: bytes, size_px: int, quality: int = 90, max_pixels: int = DEFAULT_MAX_PIXELS) -> bytes:
+    """The picture in an image file's bytes as the bytes of an S x S RGB JPEG (S = ``size_px``).
 
     The whole picture is squashed (no crop, no padding) with a bilinear filter; EXIF orientation is
     applied, transparency goes over white, of an animation the first frame counts. A file that already is
@@ -133,7 +129,6 @@ def load_square_jpeg(
 
     Errors: :class:`ImageProblem`. ``max_pixels`` holds before any pixel is decoded.
     """
-    data = _read_bounded(path, max_bytes)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of what is refused or mended here
@@ -148,7 +143,19 @@ def load_square_jpeg(
         raise ImageProblem("image_unreadable", f"{type(e).__name__}: {e}"[:200]) from e
 
 
-def _read_bounded(path: str | Path, max_bytes: int) -> bytes:
+class FolderStore:
+    """Images that lie in a folder, found as :func:`find_image` says; at most ``max_bytes`` each."""
+
+    def __init__(self, root: str | Path, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+        self.root, self.max_bytes = str(root), max_bytes
+
+    def read(self, image: str, item_id: str) -> bytes:
+        """The bytes of the file that was found. Errors: :class:`ImageProblem`."""
+        return read_bounded(find_image(self.root, image, item_id), self.max_bytes)
+
+
+def read_bounded(path: str | Path, max_bytes: int) -> bytes:
+    """A file's bytes, of which there must be at least one. Errors: :class:`ImageProblem`."""
     try:
         with open(path, "rb") as f:
             data = f.read(max_bytes + 1)
@@ -156,6 +163,11 @@ def _read_bounded(path: str | Path, max_bytes: int) -> bytes:
         raise ImageProblem("image_missing", str(path)) from e
     except OSError as e:
         raise ImageProblem("image_unreadable", str(e)) from e
+    return check_size(data, max_bytes)
+
+
+def check_size(data: bytes, max_bytes: int) -> bytes:
+    """``data``, if it is neither empty nor longer than ``max_bytes``. Errors: :class:`ImageProblem`."""
     if not data:
         raise ImageProblem("image_empty", "the file has no bytes")
     if len(data) > max_bytes:
@@ -218,53 +230,3 @@ def _maximum(image: Image.Image) -> float:
 
 
 # --- many images --------------------------------------------------------------------------------------
-
-
-def make_images(requests: Sequence[ImageRequest], spec: ImageSpec) -> list[ImageResult]:
-    """One result per request, in order: JPEG bytes, or the :class:`ImageProblem` that prevented them."""
-    results: list[ImageResult] = []
-    for request in requests:
-        try:
-            path = find_image(spec.root, request.image, request.item_id)
-            results.append(
-                load_square_jpeg(path, spec.size_px, spec.quality, spec.max_pixels, spec.max_bytes)
-            )
-        except ImageProblem as e:
-            results.append(
-                ImageProblem(e.reason, e.detail)
-            )  # without the traceback: it holds the file's bytes
-    return results
-
-
-def iter_images(
-    items: Iterable[T], request: Callable[[T], ImageRequest], spec: ImageSpec, workers: int = 1
-) -> Iterator[tuple[T, ImageResult]]:
-    """Every item with its image, in ``workers`` processes, the order kept.
-
-    At most four chunks per worker are under way, so memory is bounded and a slow reader holds the
-    workers back. One worker means this process. Errors: :class:`UserError` when a worker process dies.
-    """
-    stream = iter(items)
-    chunks = iter(lambda: list(islice(stream, _CHUNK_ITEMS)), [])
-    if workers <= 1:
-        for chunk in chunks:
-            yield from zip(chunk, make_images([request(item) for item in chunk], spec))
-        return
-    # Not "fork": this process may have threads (shard writers, progress bars), which a fork copies badly.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    pending: deque[tuple[list[T], Future[list[ImageResult]]]] = deque()
-    try:
-        for chunk in chunks:
-            pending.append((chunk, pool.submit(make_images, [request(item) for item in chunk], spec)))
-            if len(pending) >= 4 * workers:
-                done, future = pending.popleft()
-                yield from zip(done, future.result())
-        while pending:
-            done, future = pending.popleft()
-            yield from zip(done, future.result())
-    except BrokenProcessPool as e:
-        raise UserError(
-            "an image worker died", where=spec.root, fix="fewer --workers if memory ran out, then run again"
-        ) from e
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

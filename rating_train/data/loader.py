@@ -7,19 +7,21 @@ import ctypes
 import functools
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from rating_train.collectives import on_main
+from rating_train.collectives import all_gather, on_main
 from rating_train.config.schema import DataConfig
 from rating_train.data.collate import Batch, Collator
 from rating_train.data.order import Ids, SampleOrder, digest, epoch_of_step, evaluation_batches, rank_part
 from rating_train.data.prompt import PromptEncoder
-from rating_train.data.streams import OrderedDataset, check_split, open_split, shuffled_epoch
+from rating_train.data.remote import Fetched, Source
+from rating_train.data.streams import OrderedDataset, check_split, fetch_split, open_split, shuffled_epoch
+from rating_train.errors import UserError
 from rating_train.world import World
 
 log = logging.getLogger(__name__)
@@ -79,8 +81,7 @@ def open_training(
     config: DataConfig, prompt: PromptEncoder, world: World, global_items: int, rank_items: int
 ) -> TrainingData:
     """Check and open the training split. A collective."""
-    manifest = on_main(lambda: check_split(config.path, config.train_split))
-    dataset = open_split(config.path, config.train_split, rank_items)
+    manifest, dataset = _open(config, config.train_split, rank_items, world)
     epoch_ids = functools.lru_cache(maxsize=2)(
         lambda epoch: shuffled_epoch(
             dataset.samples_per_shard,
@@ -101,14 +102,50 @@ def open_evaluation(
     config: DataConfig, prompt: PromptEncoder, world: World, split: str, rank_items: int, max_items: int = 0
 ) -> EvaluationData:
     """Check and open a split for evaluation. A collective. ``max_items`` 0 takes the whole split."""
-    on_main(lambda: check_split(config.path, split))
-    dataset = open_split(config.path, split, rank_items)
+    _, dataset = _open(config, split, rank_items, world)
     samples = int(dataset.num_samples)
     if max_items and max_items < samples:
         log.info("evaluating the first %d of %d items of %s", max_items, samples, split)
         samples = max_items
     ids = evaluation_batches(samples, world.rank, world.size, rank_items)
     return EvaluationData(dataset, Collator(prompt, config.image_px), config, samples, ids)
+
+
+def _open(
+    config: DataConfig, split: str, rank_items: int, world: World
+) -> tuple[dict[str, Any], OrderedDataset]:
+    """Check a split, or fetch its index from the remote, and open it: (manifest, dataset). A collective."""
+    source = Source(
+        path=config.path,
+        remote=config.remote,
+        cache_limit_bytes=config.cache_limit_mb << 20,
+        predownload_items=config.predownload_items,
+        verify_hash=config.verify == "first_read",
+    )
+    if not source.remote:
+        manifest = on_main(lambda: check_split(source.path, split))
+        return manifest, open_split(source, split, rank_items, world)
+    fetched = _on_node_leaders(lambda: fetch_split(source, split), world)
+    manifest = on_main(lambda: fetched.manifest if fetched else {})
+    return manifest, open_split(source, split, rank_items, world, fetched)
+
+
+def _on_node_leaders(action: Callable[[], Fetched], world: World) -> Fetched | None:
+    """Run ``action`` on one rank of every node; what fails on any of them is raised on every rank."""
+    result, failure = None, ""
+    if world.local_rank == 0:
+        try:
+            result = action()
+        except UserError as e:
+            failure = str(e)
+        except OSError as e:
+            failure = f"the cache cannot be written ({e})"
+    failures = [text for text in all_gather(failure) if text]
+    if failures:
+        error = UserError(failures[0])
+        error.__dict__["raised_on_all_ranks"] = True
+        raise error
+    return result
 
 
 def _load(dataset: OrderedDataset, ids: Ids, collator: Collator, config: DataConfig) -> Iterator[Batch]:
@@ -128,12 +165,30 @@ def _load(dataset: OrderedDataset, ids: Ids, collator: Collator, config: DataCon
         # resumed run, and of every run that evaluates in between.
         generator=torch.Generator().manual_seed(0),
     )
-    count = 0
-    for batch in loader:
-        count += 1
-        yield batch
+    count, batches = 0, iter(loader)
+    try:
+        for batch in batches:
+            count += 1
+            yield batch
+    except UserError as e:
+        raise _as_raised(e) from None
+    finally:
+        # Now, not when the last traceback is collected: at the end of this process, multiprocessing would send
+        # SIGTERM to loader processes that are left, which they ignore, and wait for them for ever.
+        if workers:
+            batches._shutdown_workers()  # type: ignore[attr-defined]
     if count != len(ids):
         raise RuntimeError(f"the loader gave {count} of {len(ids)} batches")
+
+
+def _as_raised(error: UserError) -> UserError:
+    """The error as a loader process raised it.
+
+    Torch hands it over as an error of the same class whose text is the whole traceback, of which the last line
+    is the error's own.
+    """
+    _, marker, text = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")
+    return UserError(text) if marker else error
 
 
 def _settle_worker(_worker: int) -> None:

@@ -8,7 +8,10 @@ The pieces compose over a stream of records::
 
 Per item only 64-bit hashes are kept (its id, its group, its title), never text.
 
-Reasons given here: ``few_ratings``, ``empty_text``, ``duplicate_id``.
+At scale the same rules run out of core (``data/scan.py``, which also takes the per-category window); what is
+here over a stream is their definition in memory.
+
+Reasons given here: ``few_ratings``, ``no_image``, ``empty_text``, ``duplicate_id``.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from rating_train.data.sources import Record
 
 # Dropped because the user asked for it, not because the record is broken: not held against the limit
 # on dropped records (most of a real catalogue has fewer than ten ratings).
-CHOSEN_REASONS = frozenset({"few_ratings"})
+CHOSEN_REASONS = frozenset({"few_ratings", "no_image", "not_selected"})
 
 # A shorter normalised title ("t shirt") says too little for two listings to be called the same product.
 MIN_TITLE_KEY_CHARS = 12
@@ -36,10 +39,15 @@ _NOT_WORD = re.compile(r"[\W_]+")
 
 @dataclass(frozen=True)
 class Rules:
-    """What a listing must have. ``min_rating_count``: ratings; ``max_text_chars``: characters per field."""
+    """What a listing must have. ``min_rating_count``: ratings; ``max_text_chars``: characters per field.
+
+    ``require_image``: the record itself names a main image. Off by default, because a folder of local images may
+    hold ``<id>.jpg`` for a record that names none.
+    """
 
     min_rating_count: int = 10
     max_text_chars: int = 4000
+    require_image: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,8 @@ def check_listing(listing: Listing, rules: Rules) -> tuple[str, str] | None:
             "few_ratings",
             f"{listing.rating_count} ratings, at least {rules.min_rating_count} are asked for",
         )
+    if rules.require_image and not listing.image:
+        return "no_image", "the record names no main image"
     if not any((listing.title.strip(), listing.description.strip(), listing.features.strip())):
         return "empty_text", "title, description and features are all blank"
     return None
@@ -161,13 +171,18 @@ class Groups:
         return key
 
 
+def split_hash(root: int, seed: str) -> int:
+    """Where a component stands in the order in which splits are taken: 64 bits, ``val`` from the low end."""
+    return hash64("split", seed, f"{root:016x}")
+
+
 def split_of(root: int, fractions: Fractions, seed: str) -> str:
     """``"train"``, ``"val"`` or ``"test"`` of a component: a pure function of its hash and the seed.
 
     ``val`` has the low end of the unit interval and ``test`` follows it, so that asking for a test
     split later leaves the validation items as they were.
     """
-    unit = hash64("split", seed, f"{root:016x}") / 2**64
+    unit = split_hash(root, seed) / 2**64
     if unit < fractions.val:
         return "val"
     return "test" if unit < fractions.val + fractions.test else "train"

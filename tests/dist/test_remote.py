@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rating_train.config.load import config_from_dict
 from rating_train.data.remote import Source
 from rating_train.data.streams import fetch_split, open_split
 from rating_train.errors import UserError
@@ -110,56 +112,39 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "train.jsonl").read_text().splitlines()]
 
 
-def train(
-    where: str,
-    name: str,
-    remote: Path,
-    ranks: Ranks,
-    tiny_config: Callable[..., Path],
-    tmp_path: Path,
-    **env: str,
+@pytest.mark.timeout(240)
+def test_training_through_a_small_cache_is_training_from_the_directory(
+    remote: Path, s3: dict[str, str], ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """20 steps on 2 ranks through a small cache; the same losses as from the local directory."""
-    cache = tmp_path / f"cache-{name}"
-    common = {"shuffle_block_samples": 100, "workers": 1, "prefetch_batches": 1}
-    steps = {"max_steps": 20}
-    options = {"path": str(cache), "remote": where, "cache_limit_mb": LIMIT_MB, "predownload_items": 12}
-    config = tiny_config(name, data={**common, **options}, train=steps, eval={"max_items": 12})
-    with Watch(cache / "train") as watch:
-        ranks.train(2, config, env=env)
-    assert 0 < watch.peak <= LIMIT_MB << 20, f"{watch.peak} bytes in the cache"
+    """20 steps on 2 ranks from the directory itself, from it as a remote, and from the S3 server: the same losses."""
+    before = fingerprint(remote)
     total = sum(f.stat().st_size for f in (remote / "train").iterdir())
     assert total > 2 * (LIMIT_MB << 20), "the cache is smaller than the dataset"
-    assert len(losses(tmp_path / "runs" / name)) == 20
-    local = tiny_config("local", data={**common, "path": str(remote)}, train=steps, eval={"max_items": 12})
-    ranks.train(2, local)
-    assert losses(tmp_path / "runs" / name) == losses(tmp_path / "runs" / "local")
-
-
-@pytest.mark.timeout(150)
-def test_a_directory_as_remote(
-    remote: Path, ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
-) -> None:
-    before = fingerprint(remote)
-    train(f"file://{remote}", "directory", remote, ranks, tiny_config, tmp_path)
+    common: dict[str, object] = {"shuffle_block_samples": 100, "workers": 1, "prefetch_batches": 1}
+    more = {"train": {"max_steps": 20}, "eval": {"max_items": 12}}
+    ranks.train(2, tiny_config("local", data={**common, "path": str(remote)}, **more))
+    expected = losses(tmp_path / "runs/local")
+    assert len(expected) == 20
+    for name, where, env in (("file", f"file://{remote}", {}), ("s3", f"s3://{BUCKET}/data", s3)):
+        cache = tmp_path / f"cache-{name}"
+        options = {"path": str(cache), "remote": where, "cache_limit_mb": LIMIT_MB, "predownload_items": 12}
+        with Watch(cache / "train") as watch:
+            ranks.train(2, tiny_config(name, data={**common, **options}, **more), env=env)
+        assert 0 < watch.peak <= LIMIT_MB << 20, f"{name}: {watch.peak} bytes in the cache"
+        assert losses(tmp_path / "runs" / name) == expected
     assert fingerprint(remote) == before, "the remote is only read"
 
 
-@pytest.mark.timeout(150)
-def test_an_s3_server_as_remote(
-    remote: Path, s3: dict[str, str], ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
-) -> None:
-    train(f"s3://{BUCKET}/data", "s3", remote, ranks, tiny_config, tmp_path, **s3)
-
-
 @pytest.mark.timeout(60)
-def test_a_bucket_that_is_not_there_is_one_line(
-    s3: dict[str, str], ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
+def test_a_bucket_that_is_not_there_is_named(
+    s3: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config(data={"path": str(tmp_path / "cache"), "remote": f"s3://{BUCKET}/elsewhere"})
-    output = ranks.train(2, config, code=1, env=s3)
-    (line,) = [line for line in output.splitlines() if "rating-train train: error:" in line]
-    assert f"s3://{BUCKET}/elsewhere/manifest.json" in line and "data.remote" in line
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    elsewhere = Source(str(tmp_path / "cache"), f"s3://{BUCKET}/elsewhere/")
+    with pytest.raises(UserError, match=rf"not found.*s3://{BUCKET}/elsewhere/manifest\.json.*data\.remote"):
+        fetch_split(elsewhere, "train")
+    assert fetch_split(Source(str(tmp_path / "cache"), f"s3://{BUCKET}/data"), "train").manifest["splits"]
 
 
 # --- the cache in one process --------------------------------------------------------------------------
@@ -180,7 +165,8 @@ def test_a_thrashed_cache_still_gives_every_sample_in_order(remote: Path, tmp_pa
     """Each item from another shard, with room for six of them, and fetching more ahead than there is room."""
     items = json.loads((remote / "manifest.json").read_text())["splits"]["train"]["items"]
     ids = np.random.default_rng(3).permutation(items)[:200].reshape(-1, 4)
-    expected = [open_split(remote, "train", 4)[int(i)]["id"] for i in ids.reshape(-1)]
+    whole = open_split(remote, "train", 4)
+    expected = [whole[int(i)]["id"] for i in ids.reshape(-1)]
     where = source(tmp_path / "cache", remote, cache_limit_bytes=400_000, predownload_items=40)
     assert read(where, ids) == expected
 
@@ -245,3 +231,18 @@ def test_a_cache_directory_with_something_else_in_it_is_refused(
 def test_a_limit_below_four_shards_is_refused(remote: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"at-least four times the largest shard.*data\.cache_limit_mb"):
         read(source(tmp_path / "cache", remote, cache_limit_bytes=100_000), np.zeros((1, 4), np.int64))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"cache_limit_mb": 100}, "needs `data.remote`: it would delete the only copy"),
+        ({"predownload_items": 5}, "needs `data.remote`"),
+        ({"remote": "ftp://host/data"}, "expected s3://, gs://, file:// or a directory"),
+        ({"remote": "s3://bucket/data", "cache_limit_mb": -1}, "`data.cache_limit_mb` is -1"),
+        ({"verify": "never"}, "expected one of first_read, size"),
+    ],
+)
+def test_settings_that_would_lose_data_are_refused(data: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        config_from_dict({"data": data})

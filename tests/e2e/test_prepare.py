@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +20,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from streaming import StreamingDataset
+from streaming import MDSWriter, StreamingDataset
 
 from rating_train import prepare as prepare_verb
-from rating_train.data import images, writer
+from rating_train.data import build, fetch, images, writer
 from rating_train.data.demo import make_catalogue
-from rating_train.data.schema import MANIFEST_NAME, MDS_COLUMNS, QUARANTINE_NAME
+from rating_train.data.image_store import CacheStore
+from rating_train.data.parts import DONE_NAME
+from rating_train.data.schema import MANIFEST_NAME, MDS_COLUMNS, QUARANTINE_NAME, Listing
 from rating_train.errors import UserError
 from rating_train.files import read_json, read_json_lines, sha256_file
 from rating_train.prepare import PrepareOptions, prepare
@@ -229,63 +233,169 @@ def test_refusals(catalogue: Path, tmp_path: Path) -> None:
     assert not list(out.iterdir()), "an existing folder is never touched, not even an empty one"
 
 
-def test_a_failure_midway_leaves_nothing(
+def uninterrupted(catalogue: Path, folder: Path, **changes: Any) -> dict[str, bytes]:
+    """The files of a build that nothing disturbs, but for the manifest (which names ``out``)."""
+    prepare(options(catalogue, folder / "reference", **changes))
+    files = content(folder / "reference")
+    del files[MANIFEST_NAME]
+    return files
+
+
+def shards_of(out: Path) -> dict[str, bytes]:
+    return {name: data for name, data in content(out).items() if name != MANIFEST_NAME}
+
+
+def test_a_failure_midway_is_no_dataset_and_the_same_command_continues(
     catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
 
-    def break_at_40(path: Path, *args: Any) -> bytes:
+    def break_at_40(data: bytes, *args: Any) -> bytes:
         nonlocal calls
         calls += 1
         if calls == 40:
             raise KeyboardInterrupt
-        return whole(path, *args)
+        return whole(data, *args)
 
-    whole = images.load_square_jpeg
-    monkeypatch.setattr(images, "load_square_jpeg", break_at_40)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(options(catalogue, tmp_path / "data"))
-    assert calls == 40 and not list(tmp_path.iterdir())
+    out, whole = tmp_path / "data", images.square_jpeg
+    monkeypatch.setattr(images, "square_jpeg", break_at_40)
+    with pytest.raises(UserError, match=r"stopped by SIGINT.*same command again"):
+        prepare(options(catalogue, out, part_items=16))
+    assert calls == 40 and [p.name for p in tmp_path.iterdir()] == ["data.build"]
+    parts = tmp_path / "data.build" / "parts"
+    assert sorted(p.name for p in parts.iterdir()) == ["part_00000", "part_00001"], (
+        "no temporary folder is left"
+    )
+    prepare(options(catalogue, out, part_items=16))
+    assert calls == 40 + N - 32, "finished parts are not made again"
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]
+    assert shards_of(out) == uninterrupted(catalogue, tmp_path, part_items=16)
 
 
-def test_a_failure_at_the_end_leaves_nothing(
-    catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_failure_at_the_end_is_no_dataset_and_the_same_command_continues(
+    catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def full(*_: Any) -> None:
-        raise OSError("no space left on device")
+        raise OSError(number, "no space left on device")
 
-    monkeypatch.setattr(writer, "atomic_write_json", full)
-    with pytest.raises(OSError, match="no space"):
-        prepare(options(catalogue, tmp_path / "data"))
-    assert not list(tmp_path.iterdir())
+    out = tmp_path / "data"
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "atomic_write_json", full)
+        expected = (
+            pytest.raises(UserError, match=r"disk is full.*make room.*same command")
+            if number == errno.ENOSPC
+            else pytest.raises(OSError, match="no space")
+        )
+        with expected:
+            prepare(options(catalogue, out))
+    assert [p.name for p in tmp_path.iterdir()] == ["data.build"]
+    prepare(options(catalogue, out))
+    assert shards_of(out) == uninterrupted(catalogue, tmp_path)
 
 
+@pytest.mark.parametrize("module", ["scan", "parts"])
 def test_a_source_that_changes_is_noticed(
-    catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:
     source = Path(edited_catalogue(catalogue, tmp_path, lambda lines: lines))
-    scan = prepare_verb.scan
+    where, name = {"scan": (build.scan, "make_plan"), "parts": (build, "build_parts")}[module]
+    whole = getattr(where, name)
 
-    def scan_then_change(*args: Any) -> None:
-        scan(*args)
+    def then_change(*args: Any) -> Any:
+        result = whole(*args)
         lines = source.read_text().splitlines()
         source.write_text("\n".join(lines[:-1]) + "\n")
+        return result
 
-    monkeypatch.setattr(prepare_verb, "scan", scan_then_change)
+    monkeypatch.setattr(where, name, then_change)
+    given = options(catalogue, tmp_path / "data", source=(str(source),))
     with pytest.raises(UserError, match="changed while it was read"):
-        prepare(options(catalogue, tmp_path / "data", source=(str(source),)))
+        prepare(given)
     assert not (tmp_path / "data").exists()
+    monkeypatch.setattr(where, name, whole)
+    with pytest.raises(UserError, match=r"changed sources.*sources was.*remove"):
+        prepare(given)
+
+
+def test_an_unfinished_build_is_not_continued_with_other_options(catalogue: Path, tmp_path: Path) -> None:
+    given = options(catalogue, tmp_path / "data", stage="plan")
+    assert prepare(given)["parts"] == 1
+    with pytest.raises(UserError, match=r"other options.*image_size_px was 32, now 48.*remove .*data\.build"):
+        prepare(options(catalogue, tmp_path / "data", image_size_px=48))
+    more = {"workers": 2, "max_dropped_fraction": 0.1}  # these do not touch the items
+    assert prepare(options(catalogue, tmp_path / "data", **more))["kept"] == N
+
+
+def test_stages_make_the_same_as_one_command(catalogue: Path, tmp_path: Path) -> None:
+    out, small = tmp_path / "data", {"part_items": 7}
+    with pytest.raises(UserError, match="no finished plan"):
+        prepare(options(catalogue, out, stage="parts", **small))
+    assert prepare(options(catalogue, out, stage="plan", **small))["parts"] == 9
+    with pytest.raises(UserError, match=r"--only 0:10: the plan has 9 parts"):
+        prepare(options(catalogue, out, stage="parts", only="0:10", **small))
+    for share in range(4):
+        prepare(options(catalogue, out, stage="parts", only=f"{share}/5", **small))
+    with pytest.raises(UserError, match=r"2 of 9 parts are missing: 7, 8"):
+        prepare(options(catalogue, out, stage="merge", **small))
+    prepare(options(catalogue, out, stage="parts", only="6:9", workers=2, **small))
+    prepare(options(catalogue, out, stage="merge", **small))
+    assert shards_of(out) == uninterrupted(catalogue, tmp_path, **small)
+    assert len(samples(out / "train")) + len(samples(out / "val")) == N
+
+
+@pytest.mark.parametrize("damage", ["shard", "index.json", "quarantine.jsonl", "byte"])
+def test_a_damaged_part_is_named_and_not_merged(catalogue: Path, tmp_path: Path, damage: str) -> None:
+    out, small = tmp_path / "data", {"part_items": 20}
+    for stage in ("plan", "parts"):
+        prepare(options(catalogue, out, stage=stage, **small))
+    part = tmp_path / "data.build" / "parts" / "part_00001"
+    if damage in ("shard", "byte"):
+        (file,) = part.glob("train/*.mds")
+        flipped = bytes([file.read_bytes()[-1] ^ 1])
+        file.write_bytes(file.read_bytes()[:-1] + (flipped if damage == "byte" else b""))
+    elif damage == "index.json":
+        file = part / "train" / damage
+        file.write_bytes(file.read_bytes().replace(b"0", b"1"))
+    else:
+        file = part / damage
+        file.unlink()
+    with pytest.raises(UserError, match=rf"part 1: .*{file.name}.*remove .*part_00001"):
+        prepare(options(catalogue, out, verify_parts=damage == "byte", **small))
+    assert not out.exists()
+    shutil.rmtree(part)
+    prepare(options(catalogue, out, **small))
+    assert shards_of(out) == uninterrupted(catalogue, tmp_path, **small)
+
+
+def test_shards_are_what_streaming_writes(catalogue: Path, tmp_path: Path) -> None:
+    prepare(options(catalogue, tmp_path / "data"))
+    rows = samples(tmp_path / "data" / "train")
+    whole = sorted((tmp_path / "data" / "train").iterdir())
+    limit = 20_000
+    with MDSWriter(
+        columns=MDS_COLUMNS, out=str(tmp_path / "theirs"), hashes=["sha1", "xxh64"], size_limit=limit
+    ) as theirs:
+        ours = writer.SplitWriter(tmp_path / "ours", limit)
+        for row in rows:
+            theirs.write({**row, "rating": np.float32(row["rating"])})
+            row = dict(row)
+            image = row.pop("image")
+            ours.write(Listing(**row, image="", group=""), image)
+        ours.finish()
+    assert len(whole) == 2 and len(list((tmp_path / "ours").iterdir())) > 3
+    assert content(tmp_path / "ours") == content(tmp_path / "theirs")
 
 
 SLOW_BUILD = """
 import sys, time
 from rating_train.data import images
 from rating_train.prepare import PrepareOptions, prepare
-whole = images.load_square_jpeg
+whole = images.square_jpeg
 def slow(*args):
     time.sleep(0.05)
     return whole(*args)
-images.load_square_jpeg = slow
+images.square_jpeg = slow
 prepare(PrepareOptions(source=(sys.argv[1],), images=sys.argv[2], out=sys.argv[3], image_size_px=32, val_fraction=0.25))
 """
 
@@ -294,23 +404,58 @@ def test_a_killed_build_is_no_dataset_and_the_next_one_sweeps_it(catalogue: Path
     out = tmp_path / "data"
     arguments = [str(catalogue / "catalogue.jsonl"), str(catalogue), str(out)]
     slow = subprocess.Popen([sys.executable, "-c", SLOW_BUILD, *arguments])
+    same = options(catalogue, out, shard_size_mb=64)
     try:
         deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("data.tmp-*/train")):
+        while not list(tmp_path.glob("data.build/parts/part_00000.tmp-*/train")):
             assert slow.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         prepare(options(catalogue, tmp_path / "other"))
-        (living,) = tmp_path.glob("data.tmp-*")
-        writer.remove_stale(out)
+        (living,) = tmp_path.glob("data.build/parts/part_00000.tmp-*")
+        with pytest.raises(UserError, match="another command works on this build"):
+            prepare(same)
+        writer.sweep(living.parent, r"part_\d+")
         assert living.exists(), "a living build keeps its folder"
     finally:
         os.kill(slow.pid, signal.SIGKILL)
         slow.wait()
-    assert living.exists() and not out.exists() and not (living / MANIFEST_NAME).exists()
+    assert living.exists() and not out.exists()
+    assert not list(living.parent.rglob(DONE_NAME))
     foreign = tmp_path / "data.tmp-some-other-host-1-00000000"
     foreign.mkdir()
-    prepare(options(catalogue, out))
+    prepare(same)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", foreign.name, "other"]
+
+
+def test_fetched_images_come_from_the_cache(
+    catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def edit(lines: list[dict[str, Any]]) -> list[Any]:
+        for i, line in enumerate(lines):
+            line["image_path"] = f"https://images.example/{line['image_path']}"
+            if i == 3:
+                line["image_path"] = "https://images.example/gone.jpg"
+        return lines
+
+    asked: list[str] = []
+
+    def fetch_all(requests: list[tuple[str, str]], cache: Path, **_: Any) -> None:
+        store = CacheStore(cache)
+        for _, url in requests:
+            asked.append(url)
+            if url.endswith("gone.jpg"):
+                store.put_problem(url, images.ImageProblem("fetch_gone", "404"))
+            else:
+                store.put(url, (catalogue / url.removeprefix("https://images.example/")).read_bytes())
+
+    source = edited_catalogue(catalogue, tmp_path, edit)
+    given = options(catalogue, tmp_path / "data", source=(source,), images="", fetch=True, part_items=9)
+    monkeypatch.setattr(fetch, "fetch_all", fetch_all)
+    manifest = prepare(given)
+    assert manifest["dropped"] == {"fetch_gone": 1} and manifest["kept"] == N - 1
+    assert len(asked) == N and not (tmp_path / "data.build").exists()
+    with pytest.raises(UserError, match="neither --images nor --fetch"):
+        prepare(options(catalogue, tmp_path / "other", images=""))
 
 
 def test_dry_run_counts_and_writes_nothing(catalogue: Path, tmp_path: Path) -> None:

@@ -13,15 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rating_train.data import images
 from rating_train.data.images import (
     ImageProblem,
-    ImageRequest,
-    ImageSpec,
     find_image,
-    iter_images,
     load_square_jpeg,
-    make_images,
 )
 
 S = 32
@@ -295,41 +290,3 @@ def test_circular_links_and_pipes(tmp_path: Path) -> None:
     (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
     os.mkfifo(tmp_path / "pipe.jpg")
     assert find_reason(tmp_path, "loop.jpg") == find_reason(tmp_path, "pipe.jpg") == "image_missing"
-
-
-# --- many ---------------------------------------------------------------------------------------------
-
-
-def test_workers_give_the_same_results_in_the_same_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(images, "_CHUNK_ITEMS", 3)
-    for i in range(0, 40, 2):  # every other one is missing
-        save(tmp_path / f"{i}.png", noise(20, 20, seed=i))
-    spec = ImageSpec(str(tmp_path), S)
-    runs = []
-    for workers in (1, 2):
-        made = iter_images(range(40), lambda i: ImageRequest(f"{i}.png", "-"), spec, workers)
-        runs.append([(i, r if isinstance(r, bytes) else r.reason) for i, r in made])
-    assert runs[0] == runs[1]
-    assert [i for i, _ in runs[0]] == list(range(40))
-    assert [r == "image_missing" for _, r in runs[0]] == [i % 2 == 1 for i in range(40)]
-
-
-def test_the_pool_reads_only_a_little_ahead(tmp_path: Path) -> None:
-    taken = []
-
-    def items() -> Any:
-        for i in range(10_000):
-            taken.append(i)
-            yield i
-
-    made: Any = iter_images(items(), lambda i: ImageRequest("", "-"), ImageSpec(str(tmp_path), S), workers=2)
-    next(made)
-    assert len(taken) <= 4 * 2 * images._CHUNK_ITEMS
-    made.close()
-
-
-def test_make_images_never_raises(tmp_path: Path) -> None:
-    (result,) = make_images([ImageRequest("../x", "B1")], ImageSpec(str(tmp_path / "absent"), S))
-    assert isinstance(result, ImageProblem)

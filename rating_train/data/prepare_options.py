@@ -1,0 +1,213 @@
+"""The options of ``rating-train prepare``: data, checked once with all problems in one error."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rating_train.data.plan import PlanRules
+from rating_train.data.sources import source_kind
+from rating_train.errors import UserError, one_error
+
+STAGES = ("all", "plan", "parts", "merge")
+_RANGE = re.compile(r"(\d+):(\d+)")
+_SHARE = re.compile(r"(\d+)/(\d+)")
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What to make of which sources.
+
+    Attributes:
+        source: catalogue files, read in this order (JSON lines, CSV and so on, also .gz, .zst).
+        images: folder or archive that holds the images; nothing outside it is opened. "" with ``fetch``: all
+            images are URLs.
+        out: the dataset directory to make; it must not exist. ``OUT.build`` beside it holds the work.
+        image_size_px: side of the stored square, in pixels.
+        jpeg_quality: of the stored images, 1 to 95.
+        min_rating_count: listings with fewer ratings are left out.
+        top_per_category: per main category, take so many of the listings with the most ratings; 0 with
+            ``bottom_per_category`` 0 takes everything.
+        bottom_per_category: and so many of those with the fewest.
+        val_items: size of the validation split in listings; None: by ``val_fraction``.
+        test_items: with ``val_items``, the same of the test split.
+        val_fraction: share of the product groups that goes to validation.
+        test_fraction: share of the product groups that goes to the test split.
+        split_seed: any text; another one gives another split.
+        max_text_chars: every text field is cut to this many characters.
+        max_dropped_fraction: stop if more than this share of the records is unusable; those left out by
+            choice are not counted, neither as dropped nor as records.
+        shard_size_mb: upper bound of a shard file, in MiB.
+        part_items: listings per part: what one worker makes at a time, and what a stop loses at most.
+        memory_mb: bound on the memory of sorting the catalogue, in MiB; the result does not depend on it.
+        workers: processes that make parts; the result does not depend on it.
+        limit: read at most this many records in all, for a trial; None reads everything.
+        fetch: fetch images that are URLs into ``OUT.build/fetch`` first.
+        stage: ``all``, or one of ``plan``, ``parts``, ``merge``, for a job array.
+        only: with stage ``parts``, these parts: ``A:B`` (B left out), or ``I/N``, the share I of 0 to N - 1.
+        keep_build: leave ``OUT.build`` where it is after the merge.
+        verify_parts: read all shards of the parts before the merge and compare their SHA-256.
+        dry_run: only scan and count: no image is opened, nothing is left on the disk.
+    """
+
+    source: tuple[str, ...]
+    images: str
+    out: str
+    image_size_px: int = 384
+    jpeg_quality: int = 90
+    min_rating_count: int = 10
+    top_per_category: int = 0
+    bottom_per_category: int = 0
+    val_items: int | None = None
+    test_items: int = 0
+    val_fraction: float = 0.05
+    test_fraction: float = 0.0
+    split_seed: str = "rating_train"
+    max_text_chars: int = 4000
+    max_dropped_fraction: float = 0.5
+    shard_size_mb: int = 64
+    part_items: int = 4096
+    memory_mb: int = 512
+    workers: int = 1
+    limit: int | None = None
+    fetch: bool = False
+    stage: str = "all"
+    only: str = ""
+    keep_build: bool = False
+    verify_parts: bool = False
+    dry_run: bool = False
+
+    @property
+    def rules(self) -> PlanRules:
+        """What is taken of the sources, and how it is split."""
+        names = [f.name for f in dataclasses.fields(PlanRules) if f.name != "require_image"]
+        return PlanRules(**{name: getattr(self, name) for name in names})
+
+    @property
+    def wants_val(self) -> bool:
+        """Whether a validation split is asked for."""
+        return self.val_fraction > 0 if self.val_items is None else self.val_items > 0
+
+    def identity(self) -> dict[str, Any]:
+        """All that the dataset's items depend on: what a build that is continued must have in common."""
+        names = "image_size_px jpeg_quality shard_size_mb fetch images".split()
+        return {
+            **self.rules.recorded(),
+            **{name: getattr(self, name) for name in names},
+            "sources": stamps(self.source),
+        }
+
+    def part_range(self, parts: int) -> range:
+        """The parts to make, of so many. Errors: :class:`UserError` for a range outside them."""
+        if share := _SHARE.fullmatch(self.only):
+            i, n = int(share[1]), int(share[2])
+            return range(parts * i // n, parts * (i + 1) // n)
+        if pair := _RANGE.fullmatch(self.only):
+            if int(pair[2]) > parts:
+                raise UserError(
+                    f"--only {self.only}: the plan has {parts} parts", expected=f"0:{parts} at most"
+                )
+            return range(int(pair[1]), int(pair[2]))
+        return range(parts)
+
+
+def stamps(paths: tuple[str, ...]) -> list[list[Any]]:
+    """Name, size in bytes and time of change of every source."""
+    found = [(path, Path(path).stat()) for path in paths]
+    return [[path, s.st_size, s.st_mtime_ns] for path, s in found]
+
+
+def check_options(options: PrepareOptions) -> None:
+    """All problems of the options in one :class:`UserError`; ``out`` is looked at when it is made."""
+    for path in options.source:
+        source_kind(path)
+    if options.images and not Path(options.images).exists():
+        raise UserError("images folder not found", where=options.images, fix="check --images")
+    # Two samples of the largest possible size (raw pixels, four texts of 4-byte characters) fit a shard.
+    least_mb = math.ceil(2 * (3 * options.image_size_px**2 + 16 * options.max_text_chars) / 2**20)
+    checks = [
+        (bool(options.source), "no source is given"),
+        (len(set(options.source)) == len(options.source), "a source is given twice"),
+        (bool(options.images) or options.fetch, "neither --images nor --fetch is given"),
+        (16 <= options.image_size_px <= 4096, f"image_size_px {options.image_size_px} is not in 16..4096"),
+        (1 <= options.jpeg_quality <= 95, f"jpeg_quality {options.jpeg_quality} is not in 1..95"),
+        *((False, problem) for problem in options.rules.problems()),
+        (
+            0 <= options.max_dropped_fraction <= 1,
+            f"max_dropped_fraction {options.max_dropped_fraction} is not in 0..1",
+        ),
+        (
+            least_mb <= options.shard_size_mb <= 4095,
+            f"shard_size_mb {options.shard_size_mb} is not in {least_mb}..4095 (for this image size)",
+        ),
+        (options.workers >= 1, f"workers {options.workers} is not positive"),
+        (options.stage in STAGES, f"stage {options.stage!r} is not one of {', '.join(STAGES)}"),
+        (not options.only or _is_range(options.only), f"only {options.only!r} is neither A:B nor I/N"),
+        (not options.only or options.stage == "parts", "--only goes with --stage parts"),
+    ]
+    problems = [problem for good, problem in checks if not good]
+    if problems:
+        raise one_error(problems, where="prepare options")
+
+
+def _is_range(only: str) -> bool:
+    pair, share = _RANGE.fullmatch(only), _SHARE.fullmatch(only)
+    return bool(pair and int(pair[1]) <= int(pair[2])) or bool(share and int(share[1]) < int(share[2]))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the verb; the defaults are those of :class:`PrepareOptions`."""
+    default = {f.name: f.default for f in dataclasses.fields(PrepareOptions)}
+    parser.add_argument(
+        "--source",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="catalogues: JSON lines, CSV, also .gz, .zst",
+    )
+    parser.add_argument(
+        "--images",
+        default="",
+        metavar="DIR",
+        help="folder (or archive) with the images; not needed with --fetch",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DATA", help="dataset directory to make; must not exist"
+    )
+    values: tuple[tuple[str, type, str], ...] = (
+        ("image_size_px", int, "side of the stored square, in pixels"),
+        ("jpeg_quality", int, "quality of the stored images, 1 to 95"),
+        ("min_rating_count", int, "leave out listings with fewer ratings"),
+        ("top_per_category", int, "per category, take so many of the most rated (0 and 0: all)"),
+        ("bottom_per_category", int, "per category, take so many of the least rated"),
+        ("val_items", int, "listings for validation, instead of --val-fraction"),
+        ("test_items", int, "listings for the test split, with --val-items"),
+        ("val_fraction", float, "share of the product groups for validation"),
+        ("test_fraction", float, "share of the product groups for the test split"),
+        ("split_seed", str, "another text gives another split"),
+        ("max_text_chars", int, "cut every text field to so many characters"),
+        ("max_dropped_fraction", float, "stop if more than this share of the records is unusable"),
+        ("shard_size_mb", int, "upper bound of a shard file, in MiB"),
+        ("part_items", int, "listings per part"),
+        ("memory_mb", int, "memory for sorting the catalogue, in MiB"),
+        ("workers", int, "processes that make parts"),
+        ("limit", int, "read at most so many records, for a trial"),
+        ("only", str, "with --stage parts: A:B, or I/N for the share I of 0 to N - 1"),
+    )
+    for name, kind, text in values:
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=kind, default=default[name], help=f"{text} (default: {default[name]})")
+    parser.add_argument("--stage", choices=STAGES, default="all", help="one stage only, for a job array")
+    flags = {
+        "fetch": "fetch images that are URLs",
+        "keep_build": "leave the working directory OUT.build in place",
+        "verify_parts": "before merging, compare the SHA-256 of every shard",
+        "dry_run": "only scan and count; nothing is left on the disk",
+    }
+    for name, text in flags.items():
+        parser.add_argument("--" + name.replace("_", "-"), action="store_true", help=text)
