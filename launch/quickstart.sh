@@ -39,6 +39,7 @@ esac
 
 # shellcheck source=launch/env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+# shellcheck disable=SC2119  # no extras here
 rt_install
 where="${QUICKSTART_DIR:-$RATING_TRAIN_ROOT}"
 mkdir -p -- "$where"
