@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -54,15 +57,42 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+SHARED_MEMORY = Path("/dev/shm")
+STREAMING_BLOCK = re.compile(r"\d{6}_[a-z_]+")  # how streaming names its blocks of shared memory
+
+
 class Ranks:
     """Starts ``torchrun`` jobs on this machine's CPU, each in a session of its own, and ends what is left."""
 
     def __init__(self) -> None:
         self.started: list[subprocess.Popen[str]] = []
+        self._shared_memory = set(os.listdir(SHARED_MEMORY))
+        self._folder = tempfile.mkdtemp(
+            prefix="rt-"
+        )  # short: sockets are made in it. Holds streaming's lock files
+
+    def close(self) -> None:
+        """Kill what still runs, and remove the shared memory and lock files that killed jobs left."""
+        for process in self.started:
+            if process.poll() is None:
+                self.kill(process)
+                process.wait(timeout=30)
+        in_use = mapped_files()
+        for name in set(os.listdir(SHARED_MEMORY)) - self._shared_memory:
+            path = SHARED_MEMORY / name
+            if STREAMING_BLOCK.fullmatch(name) and str(path) not in in_use:
+                path.unlink(missing_ok=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def start(self, ranks: int, *command: object, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
         """Start ``python COMMAND`` on so many ranks and return at once."""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})}
+        environment = {
+            **os.environ,
+            "TMPDIR": self._folder,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            **(env or {}),
+        }
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
             environment.pop(name, None)
         launcher = [
@@ -121,15 +151,24 @@ class Ranks:
         psutil.wait_procs(family, timeout=30)
 
 
+def mapped_files() -> set[str]:
+    """Files that some process on this machine has in its memory."""
+    found: set[str] = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # the process has just ended, or is another user's
+            found |= {
+                line.split(maxsplit=5)[5].strip()
+                for line in maps.read_text().splitlines()
+                if "/dev/shm/" in line
+            }
+    return found
+
+
 @pytest.fixture
 def ranks() -> Iterator[Ranks]:
-    """A launcher of jobs; whatever still runs at the end of the test is killed."""
-    launcher = Ranks()
-    yield launcher
-    for process in launcher.started:
-        if process.poll() is None:
-            launcher.kill(process)
-            process.wait(timeout=30)
+    """A launcher of jobs; whatever still runs at the end of the test is killed, and what it left is removed."""
+    with contextlib.closing(Ranks()) as launcher:
+        yield launcher
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -17,10 +18,10 @@ WORKER = Path(__file__).with_name("data_worker.py")
 @pytest.fixture(scope="module")
 def orders(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
     folder = tmp_path_factory.mktemp("order")
-    for ranks in (1, 2, 4):
-        Ranks().run(
-            ranks, WORKER, folder / f"{ranks}.json", demo / "data", demo / "model", "order", timeout=240
-        )
+    with contextlib.closing(Ranks()) as launcher:
+        for ranks in (1, 2, 4):
+            out = folder / f"{ranks}.json"
+            launcher.run(ranks, WORKER, out, demo / "data", demo / "model", "order", timeout=240)
     return {ranks: json.loads((folder / f"{ranks}.json").read_text()) for ranks in (1, 2, 4)}
 
 
@@ -53,7 +54,8 @@ def test_evaluation_gives_each_id_once_and_scipys_numbers_on_1_2_3_ranks(demo: P
     scores_of: dict[int, dict[str, np.ndarray]] = {}
     for ranks in (1, 2, 3):
         out = tmp_path / f"{ranks}.json"
-        Ranks().run(ranks, WORKER, out, demo / "data", demo / "model", "evaluate", timeout=240)
+        with contextlib.closing(Ranks()) as launcher:
+            launcher.run(ranks, WORKER, out, demo / "data", demo / "model", "evaluate", timeout=240)
         reported = json.loads(out.read_text())
         for items in (7, 64, 101):
             rows = [json.loads(line) for line in out.with_suffix(f".{items}.jsonl").read_text().splitlines()]

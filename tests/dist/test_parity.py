@@ -8,6 +8,7 @@ bit (clipping divides in another order) may round to the neighbouring bf16 value
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from pathlib import Path
@@ -24,7 +25,8 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     from tests.conftest import Ranks
 
     out = tmp_path_factory.mktemp("parity") / f"{request.param}.json"
-    Ranks().run(2, WORKER, out, request.param, timeout=400)
+    with contextlib.closing(Ranks()) as ranks:
+        ranks.run(2, WORKER, out, request.param, timeout=400)
     rows = json.loads(out.read_text())
     return {(r["stage"], r["accumulation"], r["clip"], r["frozen"]): r for r in rows}
 
