@@ -1,30 +1,19 @@
 """Which listings become samples, and on which side of the split they fall. Pure: no files, no images.
 
-The pieces compose over a stream of records::
+The rules of one listing, its hashes, and the side of a group. What needs all listings at once (duplicates, groups,
+the window of a category) runs out of core in ``data/scan.py``.
 
-    records = drop_duplicates(apply_rules(read_sources(paths), rules))
-    groups = Groups();  groups.add(listing) for every listing that is left
-    groups.root(listing) -> split_of(root, ...)   once all are added
-
-Per item only 64-bit hashes are kept (its id, its group, its title), never text.
-
-At scale the same rules run out of core (``data/scan.py``, which also takes the per-category window); what is
-here over a stream is their definition in memory.
-
-Reasons given here: ``few_ratings``, ``no_image``, ``empty_text``, ``duplicate_id``.
+Reasons given here: ``few_ratings``, ``no_image``, ``empty_text``.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
-from rating_train.data.schema import TEXT_FIELDS, Dropped, Listing
-from rating_train.data.sources import Record
+from rating_train.data.schema import TEXT_FIELDS, Listing
 
 # Dropped because the user asked for it, not because the record is broken: not held against the limit
 # on dropped records (most of a real catalogue has fewer than ten ratings).
@@ -58,19 +47,6 @@ class Fractions:
     test: float = 0.0
 
 
-def apply_rules(records: Iterable[Record], rules: Rules) -> Iterator[Record]:
-    """Turn listings that break a rule into ``Dropped``; cap the texts of the others."""
-    for record in records:
-        item = record.item
-        if isinstance(item, Listing):
-            refusal = check_listing(item, rules)
-            if refusal is None:
-                item = cap_text(item, rules.max_text_chars)
-            else:
-                item = Dropped(record.source, record.line, item.id, *refusal)
-        yield Record(record.source, record.line, item)
-
-
 def check_listing(listing: Listing, rules: Rules) -> tuple[str, str] | None:
     """(reason, detail) if the listing breaks a rule, else None."""
     if listing.rating_count < rules.min_rating_count:
@@ -90,21 +66,6 @@ def cap_text(listing: Listing, max_chars: int) -> Listing:
     if all(len(getattr(listing, field)) <= max_chars for field in TEXT_FIELDS):
         return listing
     return replace(listing, **{field: getattr(listing, field)[:max_chars] for field in TEXT_FIELDS})
-
-
-def drop_duplicates(records: Iterable[Record]) -> Iterator[Record]:
-    """The first listing of an id wins; later ones become ``Dropped``. Keeps 64 bits per id."""
-    seen: set[int] = set()
-    for record in records:
-        item = record.item
-        if isinstance(item, Listing):
-            key = hash64("id", item.id)
-            if key in seen:
-                item = Dropped(
-                    record.source, record.line, item.id, "duplicate_id", "an earlier record has it"
-                )
-            seen.add(key)
-        yield Record(record.source, record.line, item)
 
 
 def hash64(*parts: str) -> int:
@@ -129,48 +90,6 @@ def title_key(title: str) -> str:
     return ""
 
 
-class Groups:
-    """Listings that must stay on one side of a split: same group, or same title key in a category.
-
-    A union-find over 64-bit hashes. A component is named by its smallest hash, so the result does not
-    depend on the order of the records.
-    """
-
-    def __init__(self) -> None:
-        self._parent: dict[int, int] = {}
-        self._items: Counter[int] = Counter()
-
-    def add(self, listing: Listing) -> None:
-        """Count the listing in, and join its group with those that share its title."""
-        group = hash64("group", listing.group)
-        self._items[group] += 1
-        self._parent.setdefault(group, group)
-        title = title_key(listing.title)
-        if title:
-            key = hash64("title", listing.main_category.casefold(), title)
-            self._parent.setdefault(key, key)
-            a, b = sorted((self._find(group), self._find(key)))
-            self._parent[b] = a
-
-    def root(self, listing: Listing) -> int:
-        """The component of an added listing. Final only after all listings are added."""
-        return self._find(hash64("group", listing.group))
-
-    def sizes(self) -> Counter[int]:
-        """Items per component."""
-        sizes: Counter[int] = Counter()
-        for group, items in self._items.items():
-            sizes[self._find(group)] += items
-        return sizes
-
-    def _find(self, key: int) -> int:
-        parent = self._parent
-        while (above := parent[key]) != key:
-            parent[key] = parent[above]  # path halving
-            key = above
-        return key
-
-
 def split_hash(root: int, seed: str) -> int:
     """Where a component stands in the order in which splits are taken: 64 bits, ``val`` from the low end."""
     return hash64("split", seed, f"{root:016x}")
@@ -186,11 +105,3 @@ def split_of(root: int, fractions: Fractions, seed: str) -> str:
     if unit < fractions.val:
         return "val"
     return "test" if unit < fractions.val + fractions.test else "train"
-
-
-def split_counts(groups: Groups, fractions: Fractions, seed: str) -> Counter[str]:
-    """Items per split, before any image is opened."""
-    counts: Counter[str] = Counter()
-    for root, items in groups.sizes().items():
-        counts[split_of(root, fractions, seed)] += items
-    return counts

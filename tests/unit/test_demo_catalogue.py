@@ -11,9 +11,9 @@ from PIL import Image
 
 from rating_train.data.demo import BLAME, PRAISE, make_catalogue
 from rating_train.data.schema import Listing
-from rating_train.data.select import Groups
 from rating_train.data.sources import read_source
 from rating_train.errors import UserError
+from tests.select_reference import Groups
 
 
 @pytest.fixture(scope="module")

