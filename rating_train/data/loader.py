@@ -38,8 +38,8 @@ class TrainingData:
     collator: Collator
     config: DataConfig
     world: World
-    rank_items: int
     manifest: dict[str, Any]
+    epoch_digest: Callable[[int], str]
 
     @property
     def samples(self) -> int:
@@ -47,7 +47,7 @@ class TrainingData:
 
     def order_digest(self, step: int) -> str:
         """Digest of the order of the epoch in which ``step`` starts."""
-        return digest(self.order.epoch_ids(epoch_of_step(step, self.samples, self.order.global_items)))
+        return self.epoch_digest(epoch_of_step(step, self.samples, self.order.global_items))
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """This rank's batches of the steps [first_step, last_step), in order.
@@ -93,8 +93,10 @@ def open_training(
         )
     )
     order = SampleOrder(int(dataset.num_samples), global_items, epoch_ids)
+    # Asked for at every checkpoint: at 16 million items, hashing an order once per epoch is enough.
+    epoch_digest = functools.lru_cache(maxsize=2)(lambda epoch: digest(epoch_ids(epoch)))
     return TrainingData(
-        dataset, order, Collator(prompt, config.image_px), config, world, rank_items, manifest
+        dataset, order, Collator(prompt, config.image_px), config, world, manifest, epoch_digest
     )
 
 
