@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rating_train.data.image_store import ImageStore, open_store
-from rating_train.data.images import square_jpeg
+from rating_train.catalogue.image_store import ImageStore, open_store
+from rating_train.catalogue.images import square_jpeg
 
 WIDTH, HEIGHT = 1000, 1200
 

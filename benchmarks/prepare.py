@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from rating_train.data.image_store import open_store
-from rating_train.data.images import square_jpeg
-from rating_train.data.part_pool import Event, build_parts
-from rating_train.data.parts import PartSpec
-from rating_train.data.plan import PLAN_NAME, PlanRules
-from rating_train.data.scan import make_plan
+from rating_train.catalogue.image_store import open_store
+from rating_train.catalogue.images import square_jpeg
+from rating_train.catalogue.part_pool import Event, build_parts
+from rating_train.catalogue.parts import PartSpec
+from rating_train.catalogue.plan import PLAN_NAME, PlanRules
+from rating_train.catalogue.scan import make_plan
+from rating_train.catalogue.writer import SplitWriter
 from rating_train.data.schema import MDS_COLUMNS, Listing
-from rating_train.data.writer import SplitWriter
 from rating_train.files import read_json
 
 SIZE_PX, QUALITY, SHARD_BYTES = 384, 90, 64 << 20

@@ -7,8 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from rating_train.data.demo import make_catalogue
-from rating_train.data.demo_tokenizer import IMAGE_TOKEN_ID, PAD_TOKEN_ID, make_tokenizer
+from rating_train.catalogue.demo import make_catalogue
+from rating_train.catalogue.demo_tokenizer import IMAGE_TOKEN_ID, PAD_TOKEN_ID, make_tokenizer
 from rating_train.errors import UserError
 from rating_train.files import read_json_lines
 from rating_train.model.architecture import Architecture, TextArchitecture, VisionArchitecture

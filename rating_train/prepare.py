@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rating_train.data.build import Build, make_plan, manifest_head, split_items
-from rating_train.data.part_pool import FULL, disk_full, stoppable
-from rating_train.data.prepare_options import PrepareOptions, add_arguments, check_options
+from rating_train.catalogue.build import Build, make_plan, manifest_head, split_items
+from rating_train.catalogue.part_pool import FULL, disk_full, stoppable
+from rating_train.catalogue.prepare_options import PrepareOptions, add_arguments, check_options
 
 __all__ = ["PrepareOptions", "add_arguments", "check_options", "prepare", "run", "summary_table"]
 

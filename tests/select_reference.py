@@ -1,13 +1,21 @@
-"""The rules of ``data/select.py`` over a whole catalogue in memory: what ``data/scan.py`` must equal out of core."""
+"""The rules of ``catalogue/select.py`` over a whole catalogue in memory: what ``scan.py`` must equal out of core."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+from rating_train.catalogue.select import (
+    Fractions,
+    Rules,
+    cap_text,
+    check_listing,
+    hash64,
+    split_of,
+    title_key,
+)
+from rating_train.catalogue.sources import Record
 from rating_train.data.schema import Dropped, Listing
-from rating_train.data.select import Fractions, Rules, cap_text, check_listing, hash64, split_of, title_key
-from rating_train.data.sources import Record
 
 
 def apply_rules(records: Iterable[Record], rules: Rules) -> Iterator[Record]:

@@ -1,1 +1,1 @@
-"""Listings: from catalogue files to shards, and from shards to batches."""
+"""Shards, and from shards to batches: the format, the order of the samples, the prompt, the loaders."""

@@ -23,10 +23,10 @@ from PIL import Image
 from streaming import MDSWriter, StreamingDataset
 
 from rating_train import prepare as prepare_verb
-from rating_train.data import build, fetch, images, writer
-from rating_train.data.demo import make_catalogue
-from rating_train.data.image_store import CacheStore
-from rating_train.data.parts import DONE_NAME
+from rating_train.catalogue import build, fetch, images, writer
+from rating_train.catalogue.demo import make_catalogue
+from rating_train.catalogue.image_store import CacheStore
+from rating_train.catalogue.parts import DONE_NAME
 from rating_train.data.schema import MANIFEST_NAME, MDS_COLUMNS, QUARANTINE_NAME, Listing
 from rating_train.errors import UserError
 from rating_train.files import read_json, read_json_lines, sha256_file
@@ -389,7 +389,7 @@ def test_shards_are_what_streaming_writes(catalogue: Path, tmp_path: Path) -> No
 
 SLOW_BUILD = """
 import sys, time
-from rating_train.data import images
+from rating_train.catalogue import images
 from rating_train.prepare import PrepareOptions, prepare
 whole = images.square_jpeg
 def slow(*args):

@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from rating_train.data import http_image
-from rating_train.data.fetch import FetchOptions, FetchProgress, fetch_all
-from rating_train.data.image_store import CacheStore
-from rating_train.data.images import ImageProblem, square_jpeg
+from rating_train.catalogue import http_image
+from rating_train.catalogue.fetch import FetchOptions, FetchProgress, fetch_all
+from rating_train.catalogue.image_store import CacheStore
+from rating_train.catalogue.images import ImageProblem, square_jpeg
 from rating_train.errors import UserError
 
 pytestmark = pytest.mark.timeout(60)
@@ -499,7 +499,7 @@ def test_redirects_that_are_allowed_are_checked_too(
 
 PROGRAM = """
 import sys
-from rating_train.data.fetch import FetchOptions, fetch_all
+from rating_train.catalogue.fetch import FetchOptions, fetch_all
 base, cache, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 urls = [(str(n), f"{base}{n}") for n in range(count)]
 options = FetchOptions(allow_private=True, concurrency=16, per_host=16)

@@ -22,7 +22,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from rating_train.data.parts import DONE_NAME, finished_parts
+from rating_train.catalogue.parts import DONE_NAME, finished_parts
 from rating_train.data.schema import MANIFEST_NAME
 from rating_train.data.streams import check_split
 from tests.conftest import REPO

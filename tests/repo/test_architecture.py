@@ -24,7 +24,7 @@ LAYERS: dict[int, str] = {
     0: "errors files",
     1: "config scoring run_dir log plots",
     2: "world collectives seeding stop",
-    3: "data model",
+    3: "catalogue data model",
     4: "engine checkpoint tracking meters assemble data_report",
     5: "demo prepare verify train evaluate cost report",
     6: "cli __main__",
@@ -35,6 +35,7 @@ LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split(
 SAME_LAYER = {
     ("files", "errors"),  # the one error type
     ("stop", "collectives"),  # the ranks agree on stopping
+    ("catalogue", "data"),  # what is written is what is read: the schema and the shard format
     ("__main__", "cli"),
 }
 
@@ -43,16 +44,16 @@ DOORS: dict[str, tuple[str, ...]] = {
     "streaming": ("data.streams",),
     "deepspeed": ("engine.", "checkpoint.deepspeed_io"),
     "transformers": ("model.load", "model.vision", "data.prompt"),
-    "aiohttp": ("data.http_image",),
-    "yarl": ("data.http_image",),
-    "duckdb": ("data.scan",),
+    "aiohttp": ("catalogue.http_image",),
+    "yarl": ("catalogue.http_image",),
+    "duckdb": ("catalogue.scan",),
 }
 
 #: Modules that import no torch, themselves or through others, when they are imported.
 TORCH_FREE = (
     "errors files config.schema config.load config.resolve config.document scoring.ces scoring.correlation "
-    "scoring.records run_dir log data.schema data.sources data.select data.images data.image_store data.fetch"
-    " data.demo model.architecture "
+    "scoring.records run_dir log data.schema catalogue.sources catalogue.select catalogue.images "
+    "catalogue.image_store catalogue.fetch catalogue.demo catalogue.scan catalogue.rows catalogue.plan catalogue.parts catalogue.merge model.architecture "
     "model.cost cost report prepare demo cli data.mds data.verify data.remote verify data_report plots"
 ).split()
 
@@ -74,7 +75,7 @@ class Import:
 
 
 def name_of(path: Path) -> str:
-    """``data.sources`` of rating_train/data/sources.py; ``data`` of rating_train/data/__init__.py."""
+    """``catalogue.sources`` of rating_train/catalogue/sources.py; ``data`` of rating_train/data/__init__.py."""
     parts = list(path.relative_to(REPO / PACKAGE).with_suffix("").parts)
     if parts[-1] == "__init__":
         parts.pop()

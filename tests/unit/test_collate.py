@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from rating_train.catalogue.demo_tokenizer import make_tokenizer
 from rating_train.data.collate import Batch, Collator, decode_square
-from rating_train.data.demo_tokenizer import make_tokenizer
 from rating_train.data.prompt import PromptEncoder, load_tokenizer
 
 S = 24

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rating_train.data.demo import BLAME, PRAISE, make_catalogue
+from rating_train.catalogue.demo import BLAME, PRAISE, make_catalogue
+from rating_train.catalogue.sources import read_source
 from rating_train.data.schema import Listing
-from rating_train.data.sources import read_source
 from rating_train.errors import UserError
 from tests.select_reference import Groups
 

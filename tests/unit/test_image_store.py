@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from rating_train.data.image_store import (
+from rating_train.catalogue.image_store import (
     CacheStore,
     FolderStore,
     ImageStore,
@@ -25,7 +25,7 @@ from rating_train.data.image_store import (
     ZipStore,
     open_store,
 )
-from rating_train.data.images import ImageProblem
+from rating_train.catalogue.images import ImageProblem
 from rating_train.errors import UserError
 
 FILES = {

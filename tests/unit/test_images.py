@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rating_train.data.images import (
+from rating_train.catalogue.images import (
     ImageProblem,
     find_image,
     load_square_jpeg,

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from rating_train.data.demo_tokenizer import IMAGE_TOKEN_ID, PAD_TOKEN_ID, make_tokenizer
+from rating_train.catalogue.demo_tokenizer import IMAGE_TOKEN_ID, PAD_TOKEN_ID, make_tokenizer
+from rating_train.catalogue.sources import read_source
 from rating_train.data.prompt import (
     END,
     SPECIAL_TOKENS,
@@ -22,7 +23,6 @@ from rating_train.data.prompt import (
     load_tokenizer,
 )
 from rating_train.data.schema import TEXT_FIELDS
-from rating_train.data.sources import read_source
 from rating_train.errors import UserError
 
 V, TEXT = 16, 240

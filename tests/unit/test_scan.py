@@ -14,11 +14,11 @@ from typing import Any
 import duckdb
 import pytest
 
-from rating_train.data import scan, select
-from rating_train.data.plan import alone
-from rating_train.data.scan import PlanRules, make_plan
+from rating_train.catalogue import scan, select
+from rating_train.catalogue.plan import alone
+from rating_train.catalogue.scan import PlanRules, make_plan
+from rating_train.catalogue.sources import read_sources
 from rating_train.data.schema import Dropped, Listing
-from rating_train.data.sources import read_sources
 from rating_train.errors import UserError
 from rating_train.files import read_json, read_json_lines
 from tests import select_reference

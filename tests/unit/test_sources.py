@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from rating_train.data import sources
+from rating_train.catalogue import sources
+from rating_train.catalogue.sources import Record, read_source, read_sources
 from rating_train.data.schema import Dropped, Listing
-from rating_train.data.sources import Record, read_source, read_sources
 from rating_train.errors import UserError
 
 GOOD: dict[str, Any] = {

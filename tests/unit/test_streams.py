@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rating_train.data.demo import make_catalogue
+from rating_train.catalogue.demo import make_catalogue
 from rating_train.data.schema import MANIFEST_NAME
 from rating_train.data.streams import check_split, open_split, read_manifest, shuffled_epoch
 from rating_train.errors import UserError

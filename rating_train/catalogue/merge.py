@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rating_train.data.parts import finished_parts, part_name, verify_part
-from rating_train.data.plan import PLAN_NAME
+from rating_train.catalogue.parts import finished_parts, part_name, verify_part
+from rating_train.catalogue.plan import PLAN_NAME
+from rating_train.catalogue.writer import DatasetWriter, RatingStats
 from rating_train.data.schema import QUARANTINE_NAME
-from rating_train.data.writer import DatasetWriter, RatingStats
 from rating_train.errors import UserError
 from rating_train.files import read_json
 

@@ -27,8 +27,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rating_train.data import select
-from rating_train.data.plan import (
+from rating_train.catalogue import rows, select
+from rating_train.catalogue.plan import (
     MIB_PER_THREAD,
     PART_PATTERN,
     PLAN_NAME,
@@ -43,9 +43,9 @@ from rating_train.data.plan import (
     stamp,
     start_over,
 )
-from rating_train.data.rows import LINE_BITS, OnProgress, Scanned, quarantine_lines, scan_sources, selected
+from rating_train.catalogue.rows import LINE_BITS, OnProgress, Scanned
+from rating_train.catalogue.sources import source_kind
 from rating_train.data.schema import QUARANTINE_NAME, SPLITS
-from rating_train.data.sources import source_kind
 from rating_train.errors import UserError, one_error
 from rating_train.files import atomic_write_json, fsync_path, sha256_json
 
@@ -146,7 +146,7 @@ def make_plan(
         if existing is not None:
             return existing
         work = start_over(folder)
-        scanned = scan_sources(sources, rules, work, on_progress, workers)
+        scanned = rows.scan_sources(sources, rules, work, on_progress, workers)
         try:
             with _database(work, rules, workers) as db:
                 plan = _select(db, rules, work, sum(s.rows for s in scanned), on_progress)
@@ -174,7 +174,7 @@ def make_plan(
 
 @contextmanager
 def _database(work: Path, rules: PlanRules, workers: int) -> Iterator[Any]:
-    """A database in a file (what is not in use leaves the memory), with the split functions of ``data/select``."""
+    """A database in a file (what is not in use leaves the memory), with the split functions of ``catalogue/select``."""
     import duckdb
 
     config: dict[str, Any] = {
@@ -309,7 +309,9 @@ def _write_selection(db: Any, folder: Path, sources: Sequence[str], scanned: Seq
     with open(folder / QUARANTINE_NAME, "w", encoding="utf-8", newline="\n") as out:
         for index, (path, seen) in enumerate(zip(sources, scanned)):
             twice = _of_source(db, "pos, id", "duplicates", index, seen.last_line)
-            out.writelines(quarantine_lines(folder / WORK_NAME / f"dropped_{index:05d}.jsonl", path, twice))
+            out.writelines(
+                rows.quarantine_lines(folder / WORK_NAME / f"dropped_{index:05d}.jsonl", path, twice)
+            )
     for name in (SELECTION_NAME, QUARANTINE_NAME):
         fsync_path(folder / name)
 
@@ -325,7 +327,9 @@ def _write_parts(
 ) -> list[dict[str, Any]]:
     """``part_NNNNN.jsonl`` of ``part_items`` listings (the last may be shorter); name, items and hash of each."""
     lines = itertools.chain.from_iterable(
-        selected(i, path, _of_source(db, "pos, id, split", "picked", i, seen.last_line), rules.max_text_chars)
+        rows.selected(
+            i, path, _of_source(db, "pos, id, split", "picked", i, seen.last_line), rules.max_text_chars
+        )
         for i, (path, seen) in enumerate(zip(sources, scanned))
     )
     parts: list[dict[str, Any]] = []

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from rating_train.data import select
+from rating_train.catalogue import select
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """From a file that somebody else made to a square RGB JPEG, or to a reason why not.
 
 Reading (an :class:`ImageStore`) and converting (:func:`square_jpeg`) are two steps, so that a picture may
-come from a folder, an archive or the cache of fetched URLs (``data.image_store`` has these).
+come from a folder, an archive or the cache of fetched URLs (``catalogue.image_store`` has these).
 
 Everything about the file is distrusted: where its path leads, its size in bytes and pixels, its format,
 its completeness. Legend: S = side of the stored square in pixels.

@@ -22,7 +22,7 @@ import aiohttp
 import yarl
 from aiohttp.abc import AbstractResolver, ResolveResult
 
-from rating_train.data.images import ImageProblem, is_url
+from rating_train.catalogue.images import ImageProblem, is_url
 from rating_train.errors import one_error
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""The two passes over the sources that a plan needs, as streams. What they select is decided in ``data/scan.py``.
+"""The two passes over the sources that a plan needs, as streams. What they select is decided in ``catalogue/scan.py``.
 
 Pass 1 (:func:`scan_sources`) turns every record into one compact line; pass 2 (:func:`selected`) reads the sources
 again beside the ordered list of what was taken. Neither holds more than one record.
@@ -19,10 +19,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rating_train.data import select
-from rating_train.data.plan import PlanRules, changed
+from rating_train.catalogue import select
+from rating_train.catalogue.plan import PlanRules, changed
+from rating_train.catalogue.sources import read_source
 from rating_train.data.schema import Dropped, Listing
-from rating_train.data.sources import read_source
 from rating_train.errors import UserError
 
 NULL_MARK = "\x01"

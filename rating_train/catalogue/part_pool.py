@@ -21,15 +21,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rating_train.data.images import ImageStore
-from rating_train.data.parts import (
+from rating_train.catalogue.images import ImageStore
+from rating_train.catalogue.parts import (
     PartSpec,
     build_part,
     finished_parts,
     read_done,
 )
+from rating_train.catalogue.writer import sweep
 from rating_train.data.schema import Dropped
-from rating_train.data.writer import sweep
 from rating_train.errors import UserError
 
 REPORT_SECONDS = 0.25  # how often a worker says how far it is, and so notices a dead parent

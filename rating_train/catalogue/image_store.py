@@ -2,7 +2,7 @@
 
 Nothing is ever extracted: a member's bytes go to the caller and nowhere else, so a member's name can lead
 nowhere. All stores find a listing's image under the same names, in the same order
-(:func:`~rating_train.data.images.image_names`). An archive is read through an index held in memory: about
+(:func:`~rating_train.catalogue.images.image_names`). An archive is read through an index held in memory: about
 0.3 KB per member of a tar, 0.8 KB of a zip, in every process.
 """
 
@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
-from rating_train.data.images import (
+from rating_train.catalogue.images import (
     DEFAULT_MAX_BYTES,
     FolderStore,
     ImageProblem,
@@ -50,7 +50,7 @@ def open_store(
 
     Args:
         spec: the folder or archive; ``None`` or ``""`` if all images are URLs (``cache`` is then needed).
-        cache: the folder that :func:`rating_train.data.fetch.fetch_all` fills.
+        cache: the folder that :func:`rating_train.catalogue.fetch.fetch_all` fills.
         max_bytes: the most bytes of one image; a larger one is ``image_too_large`` and is not read whole.
 
     Errors: :class:`UserError` for anything else, and for an archive that is damaged or has no random access.

@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rating_train.data import images
-from rating_train.data.images import DEFAULT_MAX_PIXELS, ImageProblem, ImageStore
-from rating_train.data.mds_write import write_synced
-from rating_train.data.plan import PLAN_NAME
+from rating_train.catalogue import images
+from rating_train.catalogue.images import DEFAULT_MAX_PIXELS, ImageProblem, ImageStore
+from rating_train.catalogue.mds_write import write_synced
+from rating_train.catalogue.plan import PLAN_NAME
+from rating_train.catalogue.writer import SplitWriter, make_temporary
 from rating_train.data.schema import QUARANTINE_NAME, SPLITS, Dropped, Listing
-from rating_train.data.writer import SplitWriter, make_temporary
 from rating_train.errors import UserError
 from rating_train.files import fsync_path, read_json, read_json_lines, sha256_file
 

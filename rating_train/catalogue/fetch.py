@@ -1,8 +1,8 @@
 """Images from URLs into a cache: many at once, politely, each at most once, and each with an outcome.
 
-Every URL ends as bytes in the :class:`~rating_train.data.image_store.CacheStore` or as a named problem
+Every URL ends as bytes in the :class:`~rating_train.catalogue.image_store.CacheStore` or as a named problem
 recorded beside them, so that a restart asks only for what was under way. How one request is made, and
-which ones are refused, is in ``data.http_image``.
+which ones are refused, is in ``catalogue.http_image``.
 
 Reasons given here. Final at once: ``fetch_bad_url``, ``fetch_address_refused``, ``fetch_redirect``,
 ``fetch_gone`` (404, 410), ``fetch_refused`` (other statuses), ``fetch_not_an_image``, ``image_too_large``,
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from rating_train.data.http_image import FetchOptions, ImageClient, Transient
-from rating_train.data.image_store import CacheStore
-from rating_train.data.images import ImageProblem
+from rating_train.catalogue.http_image import FetchOptions, ImageClient, Transient
+from rating_train.catalogue.image_store import CacheStore
+from rating_train.catalogue.images import ImageProblem
 from rating_train.errors import UserError
 
 __all__ = ["FetchOptions", "FetchProgress", "fetch_all"]

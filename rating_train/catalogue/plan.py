@@ -1,6 +1,6 @@
 """What a plan is asked for (``PlanRules``) and the folder that holds one: its names, its lock, whether it is finished.
 
-A folder without ``plan.json``, which is written last, is not a plan. What is in it: ``data/scan.py``.
+A folder without ``plan.json``, which is written last, is not a plan. What is in it: ``catalogue/scan.py``.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from rating_train.data.mds_write import INDEX_NAME, ShardWriter, encode_sample, shard_name, write_index
+from rating_train.catalogue.mds_write import INDEX_NAME, ShardWriter, encode_sample, shard_name, write_index
 from rating_train.data.schema import MANIFEST_NAME, QUARANTINE_NAME, SPLITS, Dropped, Listing
 from rating_train.errors import UserError
 from rating_train.files import atomic_write_json, fsync_path, read_json, sha256_file, sha256_json

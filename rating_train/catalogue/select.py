@@ -1,7 +1,7 @@
 """Which listings become samples, and on which side of the split they fall. Pure: no files, no images.
 
 The rules of one listing, its hashes, and the side of a group. What needs all listings at once (duplicates, groups,
-the window of a category) runs out of core in ``data/scan.py``.
+the window of a category) runs out of core in ``catalogue/scan.py``.
 
 Reasons given here: ``few_ratings``, ``no_image``, ``empty_text``.
 """

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rating_train.data.plan import PlanRules
-from rating_train.data.sources import source_kind
+from rating_train.catalogue.plan import PlanRules
+from rating_train.catalogue.sources import source_kind
 from rating_train.errors import UserError, one_error
 
 STAGES = ("all", "plan", "parts", "merge")

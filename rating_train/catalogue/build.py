@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import rating_train
-from rating_train.data import scan
-from rating_train.data.build_dir import BUILD_NAME, BuildDir
-from rating_train.data.image_store import open_store
-from rating_train.data.images import is_url
-from rating_train.data.merge import merge_parts
-from rating_train.data.part_pool import Event, build_parts
-from rating_train.data.parts import PartSpec, finished_parts, part_name, read_done
-from rating_train.data.plan import PLAN_NAME
-from rating_train.data.prepare_options import PrepareOptions, stamps
+from rating_train.catalogue import scan
+from rating_train.catalogue.build_dir import BUILD_NAME, BuildDir
+from rating_train.catalogue.image_store import open_store
+from rating_train.catalogue.images import is_url
+from rating_train.catalogue.merge import merge_parts
+from rating_train.catalogue.part_pool import Event, build_parts
+from rating_train.catalogue.parts import PartSpec, finished_parts, part_name, read_done
+from rating_train.catalogue.plan import PLAN_NAME
+from rating_train.catalogue.prepare_options import PrepareOptions, stamps
+from rating_train.catalogue.tally import Progress, Tally
+from rating_train.catalogue.writer import refuse_existing
 from rating_train.data.schema import (
     MANIFEST_NAME,
     MANIFEST_VERSION,
@@ -28,8 +30,6 @@ from rating_train.data.schema import (
     SPLITS,
     Dropped,
 )
-from rating_train.data.tally import Progress, Tally
-from rating_train.data.writer import refuse_existing
 from rating_train.errors import UserError
 from rating_train.files import read_json, read_json_lines, sha256_json
 
@@ -153,7 +153,7 @@ class Build:
 
     def _fetch(self, wanted: range) -> None:
         """Fetch the URLs of the parts that are still to be made, some parts at a time to bound the memory."""
-        from rating_train.data.fetch import fetch_all  # late: a build of local images needs no client
+        from rating_train.catalogue.fetch import fetch_all  # late: a build of local images needs no client
 
         there = set(finished_parts(self.dir.parts))
         missing = [part for part in wanted if part not in there]
@@ -267,7 +267,7 @@ class Build:
 
 
 def make_plan(options: PrepareOptions, folder: Path) -> dict[str, Any]:
-    """The plan of these options in a folder, with progress; see :func:`rating_train.data.scan.make_plan`."""
+    """The plan of these options in a folder, with progress; see :func:`rating_train.catalogue.scan.make_plan`."""
     bars: dict[str, Progress] = {}
     done = Counter[str]()
 
