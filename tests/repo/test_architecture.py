@@ -51,10 +51,11 @@ DOORS: dict[str, tuple[str, ...]] = {
 
 #: Modules that import no torch, themselves or through others, when they are imported.
 TORCH_FREE = (
-    "errors files config.schema config.load config.resolve config.document scoring.ces scoring.correlation "
-    "scoring.records run_dir log data.schema catalogue.sources catalogue.select catalogue.images "
-    "catalogue.image_store catalogue.fetch catalogue.demo catalogue.scan catalogue.rows catalogue.plan catalogue.parts catalogue.merge model.architecture "
-    "model.cost cost report prepare demo cli data.mds data.verify data.remote verify data_report plots"
+    "errors files config.schema config.load config.resolve config.document scoring.ces "
+    "scoring.correlation scoring.records run_dir log data.schema catalogue.sources catalogue.select "
+    "catalogue.images catalogue.image_store catalogue.fetch catalogue.demo catalogue.scan catalogue.rows "
+    "catalogue.plan catalogue.parts catalogue.merge model.architecture model.cost cost report prepare "
+    "demo cli data.mds data.verify data.remote verify data_report plots "
 ).split()
 
 READS_ENVIRONMENT = {"world", "log"}
