@@ -164,9 +164,9 @@ def main() -> None:
     print(json.dumps(planned, indent=2))
     rate, plain_rate = (options.rows / r["seconds"] for r in (planned, plain))
     print(f"plan: {rate:,.0f} rows/s in {planned['seconds']:.1f} s, {options.workers} workers")
-    print(
-        f"peak: {planned['peak_mib']['self']:.0f} MiB, largest worker {planned['peak_mib']['workers']:.0f} MiB"
-    )
+    own, worker = planned["peak_mib"]["self"], planned["peak_mib"]["workers"]
+    together = own + (options.workers * worker if options.workers > 1 else 0)
+    print(f"peak: {own:.0f} MiB, largest worker {worker:.0f} MiB; at most {together:.0f} MiB together")
     print(
         f"plain gzip + json: {plain_rate:,.0f} rows/s in {plain['seconds']:.1f} s, {plain['peak_mib']['self']:.0f} MiB"
     )

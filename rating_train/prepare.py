@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from rating_train.catalogue.build import Build, make_plan, manifest_head, split_items
-from rating_train.catalogue.part_pool import FULL, disk_full, stoppable
+from rating_train.catalogue.full_disk import disk_full, is_full
+from rating_train.catalogue.part_pool import stoppable
 from rating_train.catalogue.prepare_options import PrepareOptions, add_arguments, check_options
 
 __all__ = ["PrepareOptions", "add_arguments", "check_options", "prepare", "run", "summary_table"]
@@ -51,15 +52,16 @@ def _full_disk_said(out: str) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno not in FULL:
+        if not is_full(e):
             raise
-        raise disk_full(Path(e.filename or out), None) from e
+        raise disk_full(Path(e.filename or out)) from e
 
 
 def run(args: argparse.Namespace) -> int:
     """The verb: :func:`prepare`, then a short table on standard output. Exit code 0."""
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(PrepareOptions)}
-    options = PrepareOptions(**{**given, "source": tuple(args.source)})
+    lists = {"source": tuple(args.source), "fetch_set": tuple(args.fetch_set)}
+    options = PrepareOptions(**{**given, **lists})
     print(summary_table(options.out, prepare(options)))
     return 0
 
@@ -83,6 +85,12 @@ def summary_table(out: str, manifest: dict[str, Any]) -> str:
         lines.append(f"    {name:<7}{entry['items']:>9,}{more}")
     lines.append(f"  dropped  {sum(manifest['dropped'].values()):>9,}")
     lines += [f"    {count:>7,} {reason}" for reason, count in manifest["dropped"].items()]
+    images = manifest.get("images", {})
+    if images.get("listings_with_several"):
+        lines.append(
+            f"  images   {images['listings_with_several']:>9,} listings name several: "
+            f"{images['fell_back_to_a_later_one']:,} took a later one, {images['extra_unused']:,} images left unused"
+        )
     lines.append(f"  product groups {groups['count']:,}, the largest has {groups['largest']:,} items")
     if "parts" in manifest:
         lines.append(f"  parts    {manifest['parts']:>9,}")

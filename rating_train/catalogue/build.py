@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any
 import rating_train
 from rating_train.catalogue import scan
 from rating_train.catalogue.build_dir import BUILD_NAME, BuildDir
+from rating_train.catalogue.fetch_options import parse_fetch_options
 from rating_train.catalogue.image_store import open_store
 from rating_train.catalogue.images import is_url
 from rating_train.catalogue.merge import merge_parts
@@ -63,9 +63,8 @@ class Build:
             try:
                 return self._run()
             except GivenUp:
-                if (
-                    self.options.stage == "all"
-                ):  # the stages of a job array are a day's work: the user removes them
+                # The stages of a job array and what was fetched are a day's work: the user removes them.
+                if self.options.stage == "all" and not self.options.fetch:
                     self.dir.remove()
                 raise
 
@@ -107,7 +106,8 @@ class Build:
             try:
                 plan = make_plan(self.options, self.dir.plan)
             except UserError:
-                self.dir.remove()  # a plan is not continued
+                if not (self.dir.plan / PLAN_NAME).exists():
+                    self.dir.remove()  # an unfinished plan is not continued
                 raise
         self.tally = Tally(plan["read"], Counter(plan["dropped"]))
         self._stop_if_too_many()
@@ -158,11 +158,13 @@ class Build:
         there = set(finished_parts(self.dir.parts))
         missing = [part for part in wanted if part not in there]
         for i in range(0, len(missing), _FETCH_PARTS):
+            # All images of a listing: whether its first one decodes is known only when its part is made.
             requests = [
-                (row["id"], row["image"])
+                (row["id"], image)
                 for part in missing[i : i + _FETCH_PARTS]
                 for row in read_json_lines(self.dir.plan / f"{part_name(part)}.jsonl")
-                if is_url(row["image"])
+                for image in (row["image"], *row.get("more_images", ()))
+                if is_url(image)
             ]
             tally = Tally()
             progress = Progress(f"fetch, parts {missing[i]}...", tally, len(requests))
@@ -174,7 +176,7 @@ class Build:
                 progress.add(news.kept + news.problems - done)
                 done = news.kept + news.problems
 
-            fetch_all(requests, self.dir.cache, on_progress=on_progress)
+            fetch_all(requests, self.dir.cache, parse_fetch_options(self.options.fetch_set), on_progress)
             progress.close()
 
     def _take(self, event: Event) -> None:
@@ -296,7 +298,7 @@ def manifest_head(options: PrepareOptions, plan: Mapping[str, Any]) -> dict[str,
         "created_by": f"rating_train {rating_train.__version__}",
         "image_size_px": options.image_size_px,
         "columns": dict(MDS_COLUMNS),
-        "options": {**dataclasses.asdict(options), "source": list(options.source)},
+        "options": {name: list(v) if isinstance(v, tuple) else v for name, v in vars(options).items()},
         "sources": [{key: entry[key] for key in ("name", "bytes", "rows")} for entry in plan["sources"]],
         "groups": plan["groups"],
     }

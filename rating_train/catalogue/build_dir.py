@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rating_train.catalogue.full_disk import disk_full, is_full
 from rating_train.errors import UserError
 from rating_train.files import atomic_write_json, read_json, sha256_json
 
@@ -48,6 +49,8 @@ class BuildDir:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = self._lock_file(self.path / "lock", fcntl.LOCK_SH if shared else fcntl.LOCK_EX, 0.0)
         except OSError as e:
+            if is_full(e):
+                raise disk_full(self.path) from e
             raise UserError(f"cannot write here ({e})", where=self.path, fix="choose another --out") from e
         try:
             if not shared:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from rating_train.catalogue.http_image import FetchOptions, ImageClient, Transient
+from rating_train.catalogue.fetch_options import FetchOptions
+from rating_train.catalogue.http_image import ImageClient, Transient
 from rating_train.catalogue.image_store import CacheStore
 from rating_train.catalogue.images import ImageProblem
 from rating_train.errors import UserError

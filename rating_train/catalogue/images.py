@@ -67,7 +67,7 @@ def find_image(root: str | Path, image: str, item_id: str) -> Path:
     Args:
         root: the images folder. Nothing outside it is ever opened, whatever ``..`` or links say.
         image: a path relative to ``root``, or an http(s) URL (nothing is fetched), or ``""``.
-        item_id: used for the ``<id>.jpg/.png/.jpeg/.webp`` of last resort.
+        item_id: used for the ``<id>.jpg/.png/.jpeg/.webp`` of last resort; "" has none.
 
     Errors: :class:`ImageProblem` with ``image_outside_root`` or ``image_missing``.
     """
@@ -85,9 +85,12 @@ def find_image(root: str | Path, image: str, item_id: str) -> Path:
 
 
 def image_names(image: str, item_id: str) -> list[str]:
-    """The names under which a listing's image is looked for, in this order, whatever the store is."""
+    """The names under which a listing's image is looked for, in this order, whatever the store is.
+
+    Without an ``item_id`` there is no name of last resort: a listing's other images are to come before it.
+    """
     names = [_url_name(image) if is_url(image) else image]
-    if os.path.basename(item_id) == item_id:
+    if item_id and os.path.basename(item_id) == item_id:
         names += [item_id + extension for extension in EXTENSIONS]
     return [name for name in names if name and name not in (".", "..")]
 
@@ -107,17 +110,6 @@ def _url_name(url: str) -> str:
         return unquote(urlsplit(url).path).rsplit("/", 1)[-1]
     except ValueError:
         return ""
-
-
-def load_square_jpeg(
-    path: str | Path,
-    size_px: int,
-    quality: int = 90,
-    max_pixels: int = DEFAULT_MAX_PIXELS,
-    max_bytes: int = DEFAULT_MAX_BYTES,
-) -> bytes:
-    """:func:`square_jpeg` of a file's bytes, at most ``max_bytes`` of them. Errors: :class:`ImageProblem`."""
-    return square_jpeg(read_bounded(path, max_bytes), size_px, quality, max_pixels)
 
 
 def square_jpeg(data: bytes, size_px: int, quality: int = 90, max_pixels: int = DEFAULT_MAX_PIXELS) -> bytes:
@@ -227,6 +219,3 @@ def _maximum(image: Image.Image) -> float:
     high = image.getextrema()[1]
     assert isinstance(high, int | float)  # one band
     return high
-
-
-# --- many images --------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rating_train.catalogue.image_choice import ImageCounts
 from rating_train.catalogue.parts import finished_parts, part_name, verify_part
 from rating_train.catalogue.plan import PLAN_NAME
 from rating_train.catalogue.writer import DatasetWriter, RatingStats
@@ -32,8 +33,8 @@ def merge_parts(
 
     Args:
         build: fingerprint of the parts to take, as in :class:`PartSpec`.
-        head: more fields of the manifest; ``read``, ``dropped``, ``kept``, ``splits`` and ``fingerprint`` are
-            added here.
+        head: more fields of the manifest; ``read``, ``dropped``, ``kept``, ``images`` (see
+            :class:`~rating_train.catalogue.image_choice.ImageCounts`), ``splits`` and ``fingerprint`` are added here.
         check: called before the manifest is written; what it raises leaves no ``out``.
         verify_hashes: read every shard and compare its SHA-256, not only its size.
 
@@ -42,8 +43,10 @@ def merge_parts(
     plan = read_json(plan_dir / PLAN_NAME)
     done = _all_parts(plan, parts_dir, build, verify_hashes)
     dropped = Counter(plan["dropped"])
+    images = ImageCounts()
     for part in done:
         dropped.update(part["dropped"])
+        images.add(part["images"])
     kept = Counter({name: sum(_count(part, name) for part in done) for name in plan["items"]})
     items, total = sum(part["items"] for part in done), sum(plan["items"].values())
     read = total + sum(plan["dropped"].values())
@@ -67,6 +70,7 @@ def merge_parts(
                 "read": read,
                 "dropped": dict(dropped.most_common()),
                 "kept": sum(kept.values()),
+                "images": images.recorded(),
             }
         )
 

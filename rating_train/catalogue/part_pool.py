@@ -8,7 +8,6 @@ process behind or a half-made part in place.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import signal
@@ -21,6 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rating_train.catalogue.full_disk import SAME_COMMAND, disk_full, is_full
 from rating_train.catalogue.images import ImageStore
 from rating_train.catalogue.parts import (
     PartSpec,
@@ -34,8 +34,6 @@ from rating_train.errors import UserError
 
 REPORT_SECONDS = 0.25  # how often a worker says how far it is, and so notices a dead parent
 DEATH_SECONDS = 15.0  # from a broken pipe to the exit code of the worker
-SAME_COMMAND = "give the same command again: it continues at the first missing part"
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Event(NamedTuple):
@@ -91,20 +89,11 @@ def build_parts(
         else:
             _Pool(job, min(workers, len(missing)), on_event).run(missing)
     except OSError as e:
-        if e.errno not in FULL:
+        if not is_full(e):
             raise
-        raise disk_full(parts_dir, _bytes_needed(parts_dir, spec, part_range)) from e
-
-
-def disk_full(where: Path, needed_bytes: int | None) -> UserError:
-    """The error of a full disk; ``needed_bytes``: an estimate of what is still to be written, if there is one."""
-    expected = f"about {needed_bytes / 2**20:.1f} MiB more" if needed_bytes is not None else ""
-    return UserError(
-        "the disk is full (or the quota is used up)",
-        where=where,
-        expected=expected,
-        fix=f"make room, then {SAME_COMMAND}",
-    )
+        needed = _bytes_needed(parts_dir, spec, part_range)
+        more = f"about {needed / 2**20:.1f} MiB more" if needed is not None else ""
+        raise disk_full(parts_dir, more) from e
 
 
 def _bytes_needed(parts_dir: Path, spec: PartSpec, part_range: range) -> int | None:

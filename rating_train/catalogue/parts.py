@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rating_train.catalogue import images
+from rating_train.catalogue.image_choice import ImageCounts, first_usable
 from rating_train.catalogue.images import DEFAULT_MAX_PIXELS, ImageProblem, ImageStore
 from rating_train.catalogue.mds_write import write_synced
 from rating_train.catalogue.plan import PLAN_NAME
@@ -34,7 +35,7 @@ from rating_train.errors import UserError
 from rating_train.files import fsync_path, read_json, read_json_lines, sha256_file
 
 DONE_NAME = "DONE.json"
-DONE_VERSION = 1
+DONE_VERSION = 2
 
 _LISTING_FIELDS = tuple(Listing.__dataclass_fields__)
 _PART = re.compile(r"part_(\d{5,})")
@@ -106,13 +107,19 @@ def _fill(
 ) -> dict[str, Any]:
     splits: dict[str, SplitWriter] = {}
     dropped: list[Dropped] = []
+    counts = ImageCounts()
     items = 0
+
+    def convert(data: bytes) -> bytes:
+        return images.square_jpeg(data, spec.size_px, spec.quality, spec.max_pixels)
+
     for row in read_json_lines(_input(plan_dir, part)):
-        listing = Listing(**{name: row[name] for name in _LISTING_FIELDS})
+        fields = {name: row[name] for name in _LISTING_FIELDS if name != "more_images"}
+        # These are written only where there are some.
+        listing = Listing(**fields, more_images=tuple(row.get("more_images", ())))
         items += 1
         try:
-            data = store.read(listing.image, listing.id)
-            image = images.square_jpeg(data, spec.size_px, spec.quality, spec.max_pixels)
+            image = first_usable(listing, store, convert, counts)
         except ImageProblem as e:
             dropped.append(Dropped(row["source"], row["line"], listing.id, e.reason, e.detail))
             on_item(dropped[-1])
@@ -135,6 +142,7 @@ def _fill(
         "items": items,
         "splits": {name: vars(splits[name].stats) for name in SPLITS if name in splits},
         "dropped": dict(Counter(d.reason for d in dropped)),
+        "images": counts.recorded(),
         "files": {
             name: {"bytes": (folder / name).stat().st_size, "sha256": sha256}
             for name, sha256 in sorted(hashes.items())

@@ -10,14 +10,15 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from rating_train.catalogue.full_disk import disk_full, is_full
 from rating_train.errors import UserError
 from rating_train.files import read_json
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 PLAN_NAME = "plan.json"
 SELECTION_NAME = "selection.parquet"
 SUMMARY_NAME = "summary.json"
@@ -46,7 +47,8 @@ class PlanRules:
         split_seed: any text; another one gives another split.
         max_text_chars: every text field is cut to this many characters.
         part_items: listings per part file.
-        memory_mb: bound on DuckDB's memory, in MiB; the result does not depend on it.
+        memory_mb: bound on DuckDB's memory, in MiB; the result does not depend on it. The default is enough for 48
+            million rows, and more is hardly faster: what does not fit goes to the disk.
         limit: read at most this many records in all, for a trial; None reads everything.
     """
 
@@ -61,14 +63,14 @@ class PlanRules:
     split_seed: str = "rating_train"
     max_text_chars: int = 4000
     part_items: int = 4096
-    memory_mb: int = 512
+    memory_mb: int = MIN_MEMORY_MB
     limit: int | None = None
 
     def problems(self) -> list[str]:
         """What is impossible about the values, one sentence each."""
         shares = (self.val_fraction, self.test_fraction)
         least = {"max_text_chars": 1, "part_items": 1, "memory_mb": MIN_MEMORY_MB, "limit": 1}
-        counts = {k: v for k, v in asdict(self).items() if isinstance(v, int) and not isinstance(v, bool)}
+        counts = {k: v for k, v in self._values().items() if isinstance(v, int) and not isinstance(v, bool)}
         found = [f"{k} {v} is below {least.get(k, 0)}" for k, v in counts.items() if v < least.get(k, 0)]
         if not (all(0 <= s < 1 for s in shares) and sum(shares) < 1):
             found.append(f"val and test fractions {shares} leave no train")
@@ -78,7 +80,11 @@ class PlanRules:
 
     def recorded(self) -> dict[str, Any]:
         """What decides the result: all but ``memory_mb``."""
-        return {k: v for k, v in asdict(self).items() if k != "memory_mb"}
+        return {k: v for k, v in self._values().items() if k != "memory_mb"}
+
+    def _values(self) -> dict[str, Any]:
+        """The fields named here, and not those that a subclass adds."""
+        return {f.name: getattr(self, f.name) for f in fields(PlanRules)}
 
 
 @contextmanager
@@ -88,6 +94,8 @@ def alone(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
     except OSError as e:
+        if is_full(e):
+            raise disk_full(folder) from e
         raise UserError(f"cannot write here ({e})", where=folder) from e
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

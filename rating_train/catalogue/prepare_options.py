@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rating_train.catalogue.fetch_options import parse_fetch_options
 from rating_train.catalogue.plan import PlanRules
-from rating_train.catalogue.sources import source_kind
+from rating_train.catalogue.sources import read_source
 from rating_train.errors import UserError, one_error
 
 STAGES = ("all", "plan", "parts", "merge")
@@ -19,9 +20,9 @@ _RANGE = re.compile(r"(\d+):(\d+)")
 _SHARE = re.compile(r"(\d+)/(\d+)")
 
 
-@dataclass(frozen=True)
-class PrepareOptions:
-    """What to make of which sources.
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions(PlanRules):
+    """What to make of which sources: the rules of the plan (:class:`PlanRules`), and where and how the rest is done.
 
     Attributes:
         source: catalogue files, read in this order (JSON lines, CSV and so on, also .gz, .zst).
@@ -30,24 +31,12 @@ class PrepareOptions:
         out: the dataset directory to make; it must not exist. ``OUT.build`` beside it holds the work.
         image_size_px: side of the stored square, in pixels.
         jpeg_quality: of the stored images, 1 to 95.
-        min_rating_count: listings with fewer ratings are left out.
-        top_per_category: per main category, take so many of the listings with the most ratings; 0 with
-            ``bottom_per_category`` 0 takes everything.
-        bottom_per_category: and so many of those with the fewest.
-        val_items: size of the validation split in listings; None: by ``val_fraction``.
-        test_items: with ``val_items``, the same of the test split.
-        val_fraction: share of the product groups that goes to validation.
-        test_fraction: share of the product groups that goes to the test split.
-        split_seed: any text; another one gives another split.
-        max_text_chars: every text field is cut to this many characters.
         max_dropped_fraction: stop if more than this share of the records is unusable; those left out by
             choice are not counted, neither as dropped nor as records.
         shard_size_mb: upper bound of a shard file, in MiB.
-        part_items: listings per part: what one worker makes at a time, and what a stop loses at most.
-        memory_mb: bound on the memory of sorting the catalogue, in MiB; the result does not depend on it.
         workers: processes that make parts; the result does not depend on it.
-        limit: read at most this many records in all, for a trial; None reads everything.
         fetch: fetch images that are URLs into ``OUT.build/fetch`` first.
+        fetch_set: ``NAME=VALUE``, settings of :class:`~rating_train.catalogue.fetch_options.FetchOptions`.
         stage: ``all``, or one of ``plan``, ``parts``, ``merge``, for a job array.
         only: with stage ``parts``, these parts: ``A:B`` (B left out), or ``I/N``, the share I of 0 to N - 1.
         keep_build: leave ``OUT.build`` where it is after the merge.
@@ -60,22 +49,11 @@ class PrepareOptions:
     out: str
     image_size_px: int = 384
     jpeg_quality: int = 90
-    min_rating_count: int = 10
-    top_per_category: int = 0
-    bottom_per_category: int = 0
-    val_items: int | None = None
-    test_items: int = 0
-    val_fraction: float = 0.05
-    test_fraction: float = 0.0
-    split_seed: str = "rating_train"
-    max_text_chars: int = 4000
     max_dropped_fraction: float = 0.5
     shard_size_mb: int = 64
-    part_items: int = 4096
-    memory_mb: int = 512
     workers: int = 1
-    limit: int | None = None
     fetch: bool = False
+    fetch_set: tuple[str, ...] = ()
     stage: str = "all"
     only: str = ""
     keep_build: bool = False
@@ -84,9 +62,8 @@ class PrepareOptions:
 
     @property
     def rules(self) -> PlanRules:
-        """What is taken of the sources, and how it is split."""
-        names = [f.name for f in dataclasses.fields(PlanRules) if f.name != "require_image"]
-        return PlanRules(**{name: getattr(self, name) for name in names})
+        """What is taken of the sources, and how it is split: these options without the rest."""
+        return PlanRules(**{f.name: getattr(self, f.name) for f in dataclasses.fields(PlanRules)})
 
     @property
     def wants_val(self) -> bool:
@@ -125,7 +102,9 @@ def stamps(paths: tuple[str, ...]) -> list[list[Any]]:
 def check_options(options: PrepareOptions) -> None:
     """All problems of the options in one :class:`UserError`; ``out`` is looked at when it is made."""
     for path in options.source:
-        source_kind(path)
+        next(
+            read_source(path), None
+        )  # a wrong kind or header shows here, not after hours of the sources before it
     if options.images and not Path(options.images).exists():
         raise UserError("images folder not found", where=options.images, fix="check --images")
     # Two samples of the largest possible size (raw pixels, four texts of 4-byte characters) fit a shard.
@@ -149,8 +128,13 @@ def check_options(options: PrepareOptions) -> None:
         (options.stage in STAGES, f"stage {options.stage!r} is not one of {', '.join(STAGES)}"),
         (not options.only or _is_range(options.only), f"only {options.only!r} is neither A:B nor I/N"),
         (not options.only or options.stage == "parts", "--only goes with --stage parts"),
+        (not options.fetch_set or options.fetch, "--fetch-set goes with --fetch"),
     ]
     problems = [problem for good, problem in checks if not good]
+    try:
+        parse_fetch_options(options.fetch_set)
+    except UserError as e:
+        problems.append(e.what)
     if problems:
         raise one_error(problems, where="prepare options")
 
@@ -202,8 +186,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, kind, text in values:
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, type=kind, default=default[name], help=f"{text} (default: {default[name]})")
+    parser.add_argument(
+        "--fetch-set",
+        nargs="+",
+        default=(),
+        metavar="NAME=VALUE",
+        help="with --fetch: per_host=16, retry_failed=true and so on, see docs/data_at_scale.md",
+    )
     parser.add_argument("--stage", choices=STAGES, default="all", help="one stage only, for a job array")
     flags = {
+        "require_image": "leave out records that name no image, before the window of a category is taken",
         "fetch": "fetch images that are URLs",
         "keep_build": "leave the working directory OUT.build in place",
         "verify_parts": "before merging, compare the SHA-256 of every shard",

@@ -178,7 +178,8 @@ def selected(
         if index << LINE_BITS | line > want[0] or not isinstance(item, Listing) or item.id != want[1]:
             raise changed(path)
         listing = select.cap_text(item, max_text_chars)
-        yield _json_line({**vars(listing), "split": want[2], "source": source, "line": line})
+        fields = {name: value for name, value in vars(listing).items() if name != "more_images" or value}
+        yield _json_line({**fields, "split": want[2], "source": source, "line": line})
         want = next(wanted, None)
         if want is None:
             return

@@ -4,14 +4,13 @@
 pass 1 writes one compact line per record; DuckDB (bounded memory, spilling to the plan's folder) finds duplicates,
 product groups, the per-category window and the split; pass 2 writes the taken listings in source order::
 
-    PLAN/part_00000.jsonl ...  the taken listings: all fields of ``Listing`` and split, source, line
+    PLAN/part_00000.jsonl ...  the taken listings: the fields of ``Listing`` and split, source, line
     PLAN/selection.parquet     id, category, rating, rating_count, image, group, split; in source order
     PLAN/summary.json          per category: rows, dropped by reason, selected, and items per split
     PLAN/quarantine.jsonl      every dropped record with its reason, in source order
     PLAN/plan.json             written last: a directory without it is not a plan
 
-Legend of the columns: pos = source index * 2^40 + line; g, t = 64-bit hashes of the group and of (category, title
-key), NULL where the title says too little; root = the smallest hash of a component, which names it.
+The SQL is in ``catalogue/scan_sql.py``.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rating_train.catalogue import rows, select
+from rating_train.catalogue import rows, scan_sql, select
+from rating_train.catalogue.full_disk import disk_full, is_full
 from rating_train.catalogue.plan import (
     MIB_PER_THREAD,
     PART_PATTERN,
@@ -55,66 +55,6 @@ logger = logging.getLogger(__name__)
 
 BLOCK_LINES = 50_000  # source lines of which the wanted ones are fetched at once: bounds the memory of pass 2
 
-_ROWS = """CREATE TABLE rows AS SELECT * FROM read_csv({files}, auto_detect=false, header=false, delim='\t', quote='',
-    escape='', nullstr='\x01', new_line='\\n', buffer_size=8388608, max_line_size=1048576, columns={{
-    'pos': 'UBIGINT', 'category': 'VARCHAR', 'reason': 'VARCHAR', 'id': 'VARCHAR', 'rating': 'DOUBLE',
-    'rating_count': 'BIGINT', 'image': 'VARCHAR', 'id_hash': 'UBIGINT', 'g': 'UBIGINT', 't': 'UBIGINT'}})"""
-
-# Every statement joins at most two large tables: several at once share the memory and fail instead of spilling.
-
-# The first of an id by source order wins, among the records that keep the rules.
-_ITEMS = """CREATE TABLE dups AS SELECT pos FROM rows JOIN (
-    SELECT id_hash, min(pos) AS first FROM rows WHERE reason IS NULL GROUP BY id_hash HAVING count(*) > 1
-    ) USING (id_hash) WHERE reason IS NULL AND pos <> first;
-CREATE TABLE categories AS SELECT category, row_number() OVER (ORDER BY category) AS c FROM (
-    SELECT DISTINCT category FROM rows WHERE reason IS NULL);
-CREATE TABLE items AS SELECT pos, c, rating_count, id_hash, g, t
-    FROM rows JOIN categories USING (category) ANTI JOIN dups USING (pos) WHERE reason IS NULL;"""
-
-# Only titles that several groups share can join groups; min(g) <> max(g) says so without counting distinct ones.
-_LINKS = """CREATE TABLE shared AS SELECT t FROM items WHERE t IS NOT NULL GROUP BY t HAVING min(g) <> max(g);
-CREATE TABLE edges AS SELECT DISTINCT g, t FROM items SEMI JOIN shared USING (t);
-CREATE TABLE label AS SELECT DISTINCT g, g AS l FROM edges;"""
-
-# Every group takes the smallest label that shares a title with it, then that label's own label (pointer jumping:
-# a chain of n groups needs about log n rounds instead of n).
-_SPREAD = """CREATE OR REPLACE TABLE by_title AS SELECT t, min(l) AS l FROM edges JOIN label USING (g) GROUP BY t;
-CREATE OR REPLACE TABLE near AS SELECT g, min(l) AS l FROM edges JOIN by_title USING (t) GROUP BY g;
-CREATE OR REPLACE TABLE next AS SELECT near.g AS g, least(near.l, coalesce(far.l, near.l)) AS l
-    FROM near LEFT JOIN near AS far ON far.g = near.l;"""
-
-_ROOTS = """CREATE TABLE base AS SELECT g, min(least(g, coalesce(t, g))) AS root FROM items GROUP BY g;
-CREATE TABLE linked AS SELECT l, min(root) AS root FROM label JOIN base USING (g) GROUP BY l;
-CREATE TABLE joined AS SELECT g, root FROM label JOIN linked USING (l);
-CREATE TABLE roots AS SELECT base.g AS g, coalesce(joined.root, base.root) AS root
-    FROM base LEFT JOIN joined USING (g);"""
-
-# One total order per category, so that its two ends never hold the same listing and ties fall the same way always.
-_WINDOW = """CREATE TABLE chosen AS SELECT pos, g FROM (
-    SELECT pos, g, c, row_number() OVER (PARTITION BY c ORDER BY rating_count DESC, id_hash) AS place FROM items
-    ) JOIN (SELECT c, count(*) AS n FROM items GROUP BY c) USING (c) WHERE place <= {top} OR place > n - {bottom}"""
-
-_GROUPS = """CREATE TABLE taken AS SELECT g, count(*) AS items FROM chosen GROUP BY g;
-CREATE TABLE members AS SELECT g, root, items FROM taken JOIN roots USING (g);
-CREATE TABLE groups AS SELECT root, sum(items)::BIGINT AS items FROM members GROUP BY root;"""
-
-_PICKED = """CREATE TABLE member_sides AS SELECT g, root, split FROM members JOIN sides USING (root);
-CREATE TABLE placed AS SELECT pos, root, split FROM chosen JOIN member_sides USING (g);
-CREATE TABLE picked AS SELECT pos, id, category, rating, rating_count, image, root, split
-    FROM rows JOIN placed USING (pos) ORDER BY pos;"""
-
-_SELECTION = """COPY (SELECT id, category, rating, rating_count, image,
-    lpad(lower(to_hex(root)), 16, '0') AS "group", split FROM picked ORDER BY pos)
-    TO {file} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 20480)"""
-
-_SUMMARY = """SELECT category, what, sum(n)::BIGINT FROM (
-    SELECT category, reason AS what, count(*) AS n FROM rows WHERE reason IS NOT NULL GROUP BY ALL
-    UNION ALL SELECT category, 'duplicate_id', count(*) FROM rows SEMI JOIN dups USING (pos) GROUP BY ALL
-    UNION ALL SELECT category, 'not_selected', count(*) FROM items JOIN categories USING (c) GROUP BY ALL
-    UNION ALL SELECT category, 'not_selected', -count(*) FROM picked GROUP BY ALL
-    UNION ALL SELECT category, split, count(*) FROM picked GROUP BY ALL
-    ) GROUP BY ALL HAVING sum(n) <> 0 ORDER BY category NULLS FIRST, what"""
-
 
 def make_plan(
     sources: Sequence[str],
@@ -131,8 +71,6 @@ def make_plan(
     Errors: :class:`UserError` for impossible rules, unreadable or changing sources, a plan of something else at
     ``plan_dir``, another process at work there, too little memory or disk.
     """
-    import duckdb  # late: reading sources and showing help do not need it
-
     problems = rules.problems()
     problems += [] if sources else ["no source is given"]
     problems += [] if len(set(sources)) == len(sources) else ["a source is given twice"]
@@ -145,17 +83,12 @@ def make_plan(
         existing = finished(folder, before, rules)
         if existing is not None:
             return existing
-        work = start_over(folder)
-        scanned = rows.scan_sources(sources, rules, work, on_progress, workers)
-        try:
+        with _work_folder(folder) as work:
+            scanned = rows.scan_sources(sources, rules, work, on_progress, workers)
             with _database(work, rules, workers) as db:
                 plan = _select(db, rules, work, sum(s.rows for s in scanned), on_progress)
                 _write_selection(db, folder, sources, scanned)
                 plan["parts"] = _write_parts(db, folder, sources, scanned, rules, plan["kept"], on_progress)
-        except (duckdb.OutOfMemoryException, duckdb.IOException) as e:
-            said = str(e).partition("\n")[0]
-            fix = "give more memory_mb, or more disk"
-            raise UserError(f"the catalogue could not be sorted ({said})", where=work, fix=fix) from e
         if [stamp(path) for path in sources] != before:
             raise changed(", ".join(sources))
         entries = [{**entry, "rows": s.rows} for entry, s in zip(before, scanned)]
@@ -164,9 +97,33 @@ def make_plan(
         plan["fingerprint"] = sha256_json(
             {**plan, "sources": [{k: v for k, v in e.items() if k != "mtime_ns"} for e in entries]}
         )
-        shutil.rmtree(work)
         atomic_write_json(folder / PLAN_NAME, plan)
         return plan
+
+
+@contextmanager
+def _work_folder(folder: Path) -> Iterator[Path]:
+    """The plan's work folder, removed at the end, also of a failure: what is in it is of no use to the next attempt.
+
+    Errors: :class:`UserError` for a full disk or too little memory, as DuckDB or the file system say it.
+    """
+    import duckdb  # late: reading sources and showing help do not need it
+
+    free = shutil.disk_usage(folder).free
+    try:
+        work = start_over(folder)
+        yield work
+    except (duckdb.Error, OSError) as e:
+        if is_full(e):
+            room = f"more than the {free / 2**20:.1f} MiB that were free when it began"
+            raise disk_full(folder, room, "give the same command again: it makes the plan anew") from e
+        if not isinstance(e, duckdb.OutOfMemoryException | duckdb.IOException):
+            raise
+        said = str(e).partition("\n")[0]
+        fix = "give more --memory-mb"
+        raise UserError(f"the catalogue could not be sorted ({said})", where=folder, fix=fix) from e
+    finally:
+        shutil.rmtree(folder / WORK_NAME, ignore_errors=True)
 
 
 # --- DuckDB ---------------------------------------------------------------------------------------------
@@ -203,27 +160,27 @@ def _select(db: Any, rules: PlanRules, work: Path, read: int, on_progress: OnPro
     """Fill ``dups``, ``chosen`` and ``picked`` from the compact rows; the counts for the plan."""
     files = [str(path) for path in sorted(work.glob("rows_*.tsv"))]
     windowed = rules.top_per_category or rules.bottom_per_category
-    window = _WINDOW.format(top=rules.top_per_category, bottom=rules.bottom_per_category)
+    window = scan_sql.WINDOW.format(top=rules.top_per_category, bottom=rules.bottom_per_category)
     on_progress("select", 0, read)
-    db.execute(_ROWS.format(files=files))
+    db.execute(scan_sql.ROWS.format(files=files))
     for file in files:
         os.unlink(file)
-    db.execute(_ITEMS)
-    db.execute(_LINKS)
+    db.execute(scan_sql.ITEMS)
+    db.execute(scan_sql.LINKS)
     while True:
-        db.execute(_SPREAD)
+        db.execute(scan_sql.SPREAD)
         moved = _one(db, "SELECT count(*) FROM next JOIN label USING (g) WHERE next.l <> label.l")[0]
         db.execute("CREATE OR REPLACE TABLE label AS FROM next")
         if not moved:
             break
-    db.execute(_ROOTS)
+    db.execute(scan_sql.ROOTS)
     db.execute(window if windowed else "CREATE VIEW chosen AS SELECT pos, g FROM items")
-    db.execute(_GROUPS)
+    db.execute(scan_sql.GROUPS)
     if rules.val_items is None:
         db.execute("CREATE TABLE sides AS SELECT root, split_of(root) AS split FROM groups")
     else:
         _split_by_size(db, rules.val_items, rules.test_items)
-    db.execute(_PICKED)
+    db.execute(scan_sql.PICKED)
     splits = dict(db.execute("SELECT split, count(*) FROM picked GROUP BY split").fetchall())
     dropped = Counter(
         dict(
@@ -288,7 +245,7 @@ def _of_source(db: Any, columns: str, table: str, index: int, last_line: int) ->
 def _write_selection(db: Any, folder: Path, sources: Sequence[str], scanned: Sequence[Scanned]) -> None:
     """``selection.parquet``, ``summary.json`` and ``quarantine.jsonl``."""
     categories: dict[str | None, dict[str, Any]] = {}
-    for category, what, count in db.execute(_SUMMARY).fetchall():
+    for category, what, count in db.execute(scan_sql.SUMMARY).fetchall():
         entry = categories.setdefault(
             category,
             {"category": category, "rows": 0, "dropped": {}, "selected": 0, **dict.fromkeys(SPLITS, 0)},
@@ -303,7 +260,7 @@ def _write_selection(db: Any, folder: Path, sources: Sequence[str], scanned: Seq
     threads = _one(db, "SELECT current_setting('threads')")[0]
     db.execute("SET threads = 1")  # several write the same rows in other row groups: not the same bytes
     file = str(folder / SELECTION_NAME).replace("'", "''")
-    db.execute(_SELECTION.format(file=f"'{file}'"))
+    db.execute(scan_sql.SELECTION.format(file=f"'{file}'"))
     db.execute(f"SET threads = {threads}")
     db.execute("CREATE TABLE duplicates AS SELECT pos, id FROM rows SEMI JOIN dups USING (pos) ORDER BY pos")
     with open(folder / QUARANTINE_NAME, "w", encoding="utf-8", newline="\n") as out:

@@ -5,8 +5,8 @@ corrupt line, a wrong type or an impossible rating becomes a :class:`Dropped` wi
 source that cannot be read as a whole (absent, torn archive, header without the needed columns) is a
 :class:`UserError`.
 
-Reasons given here: ``not_utf8``, ``bad_json``, ``bad_csv``, ``line_too_long``, ``bad_id``, ``bad_type``,
-``missing_field``, ``bad_rating``, ``bad_rating_count``.
+Reasons given here: ``not_utf8``, ``bad_json``, ``bad_csv``, ``line_too_long``; the others by
+``catalogue/record.py``.
 """
 
 from __future__ import annotations
@@ -16,19 +16,17 @@ import gzip
 import importlib
 import io
 import json
-import math
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from rating_train.data.schema import RATING_MAX, RATING_MIN, Dropped, Listing
+from rating_train.catalogue.record import is_clean, to_listing
+from rating_train.data.schema import Dropped, Listing
 from rating_train.errors import UserError
 
 MAX_LINE_BYTES = 16 << 20  # a longer line is not a listing but a broken file; bounds the memory
-MAX_ID_CHARS = 256
-MAX_RATING_COUNT = 2**63 - 1  # stored as int64
 
 _BOM = b"\xef\xbb\xbf"
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -45,9 +43,11 @@ _CSV_COLUMNS: dict[str, tuple[str, ...]] = {
     "average_rating": ("rating", "average_rating"),
     "rating_number": ("rating_count", "rating_number"),
     "image_path": ("image", "image_path"),
+    "image_paths": ("image_paths",),
     "group_id": ("group_id",),
 }
-_CSV_REQUIRED = ("parent_asin", "average_rating", "rating_number")
+_CSV_RATINGS = ("average_rating", "rating_number")
+_CSV_REQUIRED = ("parent_asin", *_CSV_RATINGS)
 
 
 class Record(NamedTuple):
@@ -56,15 +56,6 @@ class Record(NamedTuple):
     source: str
     line: int
     item: Listing | Dropped
-
-
-class _Refused(Exception):
-    """Internal: a record is not a listing. Never leaves this module."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
 
 
 def read_sources(paths: Iterable[str]) -> Iterator[Record]:
@@ -173,7 +164,7 @@ def _parse_json_line(raw: bytes, source: str, line: int) -> Listing | Dropped:
         return Dropped(source, line, "", "bad_json", str(e))
     if not isinstance(value, dict):
         return Dropped(source, line, "", "bad_json", f"an object is needed, got {type(value).__name__}")
-    return _build(value, source, line)
+    return to_listing(value, source, line)
 
 
 # --- CSV ----------------------------------------------------------------------------------------------
@@ -208,6 +199,12 @@ def _csv_columns(header: list[str], source: str) -> dict[str, int]:
         if found:
             columns[field] = found[0]
     missing = ["|".join(_CSV_COLUMNS[f]) for f in _CSV_REQUIRED if f not in columns]
+    fix = ""
+    if not columns.keys() >= {*_CSV_RATINGS}:
+        fix = (
+            "add these columns, matched by the id (the item metadata of Amazon Reviews 2023 has both); "
+            "listings without ratings can be neither trained on nor scored"
+        )
     if not {"title", "description", "features"} & columns.keys():
         missing.append("title, description or features")
     if missing:
@@ -215,7 +212,8 @@ def _csv_columns(header: list[str], source: str) -> dict[str, int]:
             f"CSV header lacks {'; '.join(missing)}",
             where=source,
             expected="id|parent_asin, title, description, features, main_category, rating|average_rating, "
-            "rating_count|rating_number, image|image_path, and perhaps group_id",
+            "rating_count|rating_number, image|image_path or image_paths, and perhaps group_id",
+            fix=fix,
         )
     return columns
 
@@ -226,11 +224,11 @@ def _parse_csv_row(
     if len(row) != width:
         return Dropped(source, line, "", "bad_csv", f"{len(row)} columns, the header has {width}")
     values: dict[str, Any] = {field: row[i] for field, i in columns.items()}
-    if not all(_is_clean(v) for v in values.values()):
+    if not all(is_clean(v) for v in values.values()):
         return Dropped(source, line, "", "not_utf8", "undecodable bytes")
     for field in ("average_rating", "rating_number"):
         values[field] = _number(values[field])
-    return _build({k: v for k, v in values.items() if v != ""}, source, line)
+    return to_listing({k: v for k, v in values.items() if v != ""}, source, line)
 
 
 def _number(text: str) -> float | str:
@@ -239,112 +237,3 @@ def _number(text: str) -> float | str:
         return float(text) if text.strip() else ""
     except ValueError:
         return text
-
-
-# --- both ---------------------------------------------------------------------------------------------
-
-
-def _build(record: dict[str, Any], source: str, line: int) -> Listing | Dropped:
-    item_id = ""
-    try:
-        item_id = _id(record.get("parent_asin"))
-        group = record.get("group_id")
-        return Listing(
-            id=item_id,
-            title=_text(record, "title"),
-            description=_text(record, "description"),
-            features=_text(record, "features"),
-            main_category=_text(record, "main_category"),
-            image=_image(record),
-            rating=_rating(record.get("average_rating")),
-            rating_count=_rating_count(record.get("rating_number")),
-            group=item_id if group is None else _clean(f"{group}"),
-        )
-    except _Refused as e:
-        return Dropped(source, line, item_id, e.reason, _clean(e.detail))
-
-
-def _id(value: Any) -> str:
-    if value is None:
-        raise _Refused("missing_field", "parent_asin")
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise _Refused("bad_id", f"parent_asin is of type {type(value).__name__}")
-    item_id = str(value).strip()
-    if not item_id:
-        raise _Refused("missing_field", "parent_asin")
-    if len(item_id) > MAX_ID_CHARS or not item_id.isprintable():
-        raise _Refused("bad_id", f"{len(item_id)} characters: {item_id[:40]!a}")
-    return item_id
-
-
-def _text(record: dict[str, Any], field: str) -> str:
-    value = record.get(field)
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return _clean(value)
-    if isinstance(value, list) and all(v is None or isinstance(v, str) for v in value):
-        return _clean(" ".join(v for v in value if v))
-    raise _Refused("bad_type", f"{field} is neither text nor a list of texts")
-
-
-def _rating(value: Any) -> float:
-    if value is None:
-        raise _Refused("missing_field", "average_rating")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _Refused("bad_rating", f"not a number: {ascii(value)[:60]}")
-    if not RATING_MIN <= value <= RATING_MAX:  # False for NaN as well; compares huge integers exactly
-        raise _Refused("bad_rating", f"{ascii(value)[:60]} is outside [{RATING_MIN:g}, {RATING_MAX:g}]")
-    return float(value)
-
-
-def _rating_count(value: Any) -> int:
-    if value is None:
-        raise _Refused("missing_field", "rating_number")
-    whole = isinstance(value, int) or (
-        isinstance(value, float) and math.isfinite(value) and value == int(value)
-    )
-    if isinstance(value, bool) or not whole or not 0 <= value <= MAX_RATING_COUNT:
-        raise _Refused("bad_rating_count", f"not a count: {ascii(value)[:60]}")
-    return int(value)
-
-
-def _image(record: dict[str, Any]) -> str:
-    """The local path where the source has one, else the main image's URL, else ``""``."""
-    path = record.get("image_path")
-    if path is not None and not isinstance(path, str):
-        raise _Refused("bad_type", "image_path is not text")
-    return _clean(path) if path else _clean(_main_image_url(record.get("images")))
-
-
-def _main_image_url(images: Any) -> str:
-    """URL of the MAIN picture (the first one if none is so named): ``hi_res``, else ``large``.
-
-    ``images`` is either a dict of parallel lists or a list of dicts; both shapes are in circulation.
-    """
-    if not images:
-        return ""
-    if isinstance(images, dict):
-        lists = {k: v for k, v in images.items() if isinstance(v, list)}
-        variants = lists.get("variant", [])
-        at = variants.index("MAIN") if "MAIN" in variants else 0
-        main = {k: v[at] for k, v in lists.items() if at < len(v)}
-    elif isinstance(images, list) and all(isinstance(entry, dict) for entry in images):
-        main = next((entry for entry in images if entry.get("variant") == "MAIN"), images[0])
-    else:
-        raise _Refused("bad_type", "images is neither a dict of lists nor a list of dicts")
-    urls = [url for url in (main.get("hi_res"), main.get("large")) if isinstance(url, str) and url]
-    return urls[0] if urls else ""
-
-
-def _is_clean(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _clean(text: str) -> str:
-    """Replace lone surrogates (valid in JSON escapes, impossible in UTF-8) by ``?``."""
-    return text if _is_clean(text) else text.encode("utf-8", "replace").decode("utf-8")

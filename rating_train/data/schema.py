@@ -42,6 +42,7 @@ class Listing:
     ``rating`` is the average star rating in [1, 5]; ``rating_count`` the number of ratings behind it;
     ``image`` a path relative to the images folder (or a URL); ``group`` names the variants of one
     product, which must stay on one side of a split (the id where the source has no groups).
+    ``more_images`` are further ones, in the order in which they are tried if ``image`` cannot be used.
     """
 
     id: str
@@ -53,6 +54,7 @@ class Listing:
     rating: float
     rating_count: int
     group: str
+    more_images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

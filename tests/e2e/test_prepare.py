@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import dataclasses
 import errno
 import io
 import json
@@ -27,6 +29,7 @@ from rating_train.catalogue import build, fetch, images, writer
 from rating_train.catalogue.demo import make_catalogue
 from rating_train.catalogue.image_store import CacheStore
 from rating_train.catalogue.parts import DONE_NAME
+from rating_train.catalogue.plan import PlanRules
 from rating_train.data.schema import MANIFEST_NAME, MDS_COLUMNS, QUARANTINE_NAME, Listing
 from rating_train.errors import UserError
 from rating_train.files import read_json, read_json_lines, sha256_file
@@ -170,6 +173,122 @@ def test_several_sources_and_duplicates_across_them(catalogue: Path, tmp_path: P
     manifest = prepare(options(catalogue, tmp_path / "data", source=both))
     assert manifest["dropped"] == {"duplicate_id": 5}
     assert [s["rows"] for s in manifest["sources"]] == [N, 5]
+
+
+def challenge_csv(catalogue: Path, folder: Path, cells: dict[int, str], ratings: bool = True) -> str:
+    """The catalogue in the challenge's columns, the images of some rows replaced."""
+    lines = [json.loads(line) for line in (catalogue / "catalogue.jsonl").read_text().splitlines()]
+    columns = ["parent_asin", "main_category", "title", "features", "description", "image_paths"]
+    columns += ["average_rating", "rating_number"] if ratings else []
+    with open(folder / "input.csv", "w", newline="") as f:
+        rows = csv.DictWriter(f, columns, extrasaction="ignore")
+        rows.writeheader()
+        for i, line in enumerate(lines):
+            texts = {name: " ".join(line[name] or []) for name in ("features", "description")}
+            rows.writerow({**line, **texts, "image_paths": cells.get(i, line["image_path"])})
+    return str(folder / "input.csv")
+
+
+def packed_images(catalogue: Path, folder: Path, kind: str) -> str:
+    """The images, and some that cannot be used, as a folder or an archive."""
+    root = folder / "root"
+    (root / "images").mkdir(parents=True)
+    for path in (catalogue / "images").iterdir():  # not <id>.jpg, which is found without a name
+        shutil.copy(path, root / "images" / path.name.replace("B0DEMO", "p"))
+    whole = (root / "images" / "p00010.jpg").read_bytes()
+    for name, data in {"empty.jpg": b"", "torn.jpg": whole[:500], "page.jpg": b"<html>"}.items():
+        (root / "images" / name).write_bytes(data)
+    return str(root) if kind == "folder" else shutil.make_archive(str(folder / "images"), kind, root)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_the_challenges_csv_takes_the_first_usable_image(catalogue: Path, tmp_path: Path, kind: str) -> None:
+    a, b = "images/p00002.jpg", "images/p00003.jpg"
+    cells = {
+        **{i: f"images/p{i + 1:05d}.jpg" for i in range(N)},
+        0: f"{a};{b}",
+        1: f"images/torn.jpg;images/gone.jpg;{b};{a}",
+        2: f"../outside.jpg;images/empty.jpg;images/page.jpg;{a}",
+        3: "images/torn.jpg;images/gone.jpg",
+        4: "images/gone.jpg",
+        5: "",
+    }
+    source, store = challenge_csv(catalogue, tmp_path, cells), packed_images(catalogue, tmp_path, kind)
+    given = {"source": (source,), "images": store, "part_items": 4, "require_image": True}
+    manifest = prepare(options(catalogue, tmp_path / "data", **given))
+    assert manifest["dropped"] == {"no_image": 1, "image_none_usable": 1, "image_missing": 1}
+    assert manifest["images"] == {
+        "listings_with_several": 4,
+        "fell_back_to_a_later_one": 2,
+        "extra_unused": 2,
+        "refused": {
+            "image_empty": 1,
+            "image_missing": 2,
+            "image_not_an_image": 1,
+            "image_outside_root": 1,
+            "image_unreadable": 2,
+        },
+    }
+    named = {row["id"]: row for row in read_json_lines(tmp_path / "data" / QUARANTINE_NAME)}
+    several = named["B0DEMO00004"]
+    assert (several["reason"], several["line"]) == ("image_none_usable", 5)
+    for said in ("images/torn.jpg: image_unreadable (", "images/gone.jpg: image_missing ("):
+        assert said in several["detail"]
+    got = {s["id"]: s["image"] for split in manifest["splits"] for s in samples(tmp_path / "data" / split)}
+    assert len(got) == manifest["kept"] == N - 3
+    first, second = got["B0DEMO00001"], got["B0DEMO00002"]
+    assert got["B0DEMO00003"] == first != second, "the file a, and the file b"
+    printed = prepare_verb.summary_table("data", manifest)
+    assert "4 listings name several: 2 took a later one, 2 images left unused" in printed
+
+
+def test_the_file_of_last_resort_comes_after_all_images_that_are_named(
+    catalogue: Path, tmp_path: Path
+) -> None:
+    one, two, three = (catalogue / "images" / f"B0DEMO0000{n}.jpg" for n in (1, 2, 3))
+    root = tmp_path / "root"
+    root.mkdir()
+    for name, path in (("named", one), (two.stem, two), (one.stem, three)):
+        shutil.copy(path, root / f"{name}.jpg")
+    source = challenge_csv(catalogue, tmp_path, {0: "gone.jpg;named.jpg", 1: "gone.jpg;also-gone.jpg"})
+    given = options(catalogue, tmp_path / "data", source=(source,), images=str(root), limit=2)
+    manifest = prepare(given)
+    got = {s["id"]: s["image"] for split in manifest["splits"] for s in samples(tmp_path / "data" / split)}
+    expected = {one.stem: one, two.stem: two}  # of the first, not what lies under <id>.jpg
+    assert got == {name: images.square_jpeg(path.read_bytes(), S) for name, path in expected.items()}
+
+
+def test_the_challenges_csv_without_ratings_is_refused(
+    catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = challenge_csv(catalogue, tmp_path, {}, ratings=False)
+    monkeypatch.setattr(build, "make_plan", lambda *_: pytest.fail("it is refused before anything is read"))
+    with pytest.raises(UserError, match=r"lacks rating\|average_rating; .*rating_number.*add these columns"):
+        prepare(options(catalogue, tmp_path / "data", source=(str(catalogue / "catalogue.jsonl"), source)))
+    assert [p.name for p in tmp_path.iterdir()] == ["input.csv"]
+
+
+def test_the_window_is_over_listings_that_name_an_image(catalogue: Path, tmp_path: Path) -> None:
+    """The most and the least rated ones have no image: with ``require_image`` the next ones take their places."""
+
+    def edit(lines: list[dict[str, Any]]) -> list[Any]:
+        for i, line in enumerate(lines):
+            line.update(main_category="Toys", rating_number=1000 - i)
+            if i in (0, 1, N - 1):
+                line.update(image_path=None, images=[])
+        return lines
+
+    source = edited_catalogue(catalogue, tmp_path, edit)
+    given = {"source": (source,), "top_per_category": 5, "bottom_per_category": 4, "stage": "plan"}
+    for required, places in (
+        (False, [*range(5), *range(N - 4, N)]),
+        (True, [*range(2, 7), *range(N - 5, N - 1)]),
+    ):
+        out = tmp_path / f"data-{required}"
+        counts = prepare(options(catalogue, out, require_image=required, **given))
+        rows = read_json_lines(Path(f"{out}.build") / "plan" / "part_00000.jsonl")
+        assert [row["line"] - 1 for row in rows] == places
+        assert counts["dropped"].get("no_image", 0) == (3 if required else 0)
 
 
 def test_variants_stay_on_one_side(catalogue: Path, tmp_path: Path) -> None:
@@ -439,7 +558,7 @@ def test_fetched_images_come_from_the_cache(
 
     asked: list[str] = []
 
-    def fetch_all(requests: list[tuple[str, str]], cache: Path, **_: Any) -> None:
+    def fetch_all(requests: list[tuple[str, str]], cache: Path, *_: Any) -> None:
         store = CacheStore(cache)
         for _, url in requests:
             asked.append(url)
@@ -487,8 +606,10 @@ def test_command_line(
     assert f"prepared {out}" in printed and "dropped          0" in printed
     assert f"images: {N} of {N}" in caplog.text
     defaults = vars(parser.parse_args(least))
+    assert PrepareOptions(**defaults).rules == PlanRules(), "the same defaults"
+    assert set(defaults) == {f.name for f in dataclasses.fields(PrepareOptions)}, "every option has a flag"
     assert PrepareOptions(**{**defaults, "source": (source,)}) == PrepareOptions(
-        (source,), str(catalogue), out
+        source=(source,), images=str(catalogue), out=out
     )
 
 
@@ -505,7 +626,12 @@ def test_real_catalogue(tmp_path: Path) -> None:
     source = str(folder / "products.jsonl")
     manifest = prepare(
         PrepareOptions(
-            (source,), str(folder), str(tmp_path / "data"), image_size_px=64, limit=300, val_fraction=0.1
+            source=(source,),
+            images=str(folder),
+            out=str(tmp_path / "data"),
+            image_size_px=64,
+            limit=300,
+            val_fraction=0.1,
         )
     )
     assert manifest["kept"] == 300 and manifest["splits"]["val"]["items"] > 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import os
+import signal
 import socket
 import socketserver
 import struct
@@ -23,9 +25,13 @@ from PIL import Image
 
 from rating_train.catalogue import http_image
 from rating_train.catalogue.fetch import FetchOptions, FetchProgress, fetch_all
+from rating_train.catalogue.fetch_options import parse_fetch_options
 from rating_train.catalogue.image_store import CacheStore
 from rating_train.catalogue.images import ImageProblem, square_jpeg
+from rating_train.data.schema import MANIFEST_NAME, QUARANTINE_NAME
 from rating_train.errors import UserError
+from rating_train.files import read_json, read_json_lines
+from tests.conftest import REPO
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -562,3 +568,157 @@ def test_a_cache_that_cannot_be_written_stops_the_fetch(
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         fetch(server, tmp_path / "file", ["good/1"])
+
+
+# --- the whole command ----------------------------------------------------------------------------------
+
+GOOD = 150
+
+
+class FetchingPrepare:
+    """``rating-train prepare --fetch`` of one listing per URL, started as a user does, killed at the end."""
+
+    def __init__(self, folder: Path, listings: dict[str, list[str]]) -> None:
+        self.out, self.source = folder / "data", folder / "catalogue.jsonl"
+        self.cache = CacheStore(folder / "data.build" / "fetch")
+        self.process: subprocess.Popen[str] | None = None
+        with open(self.source, "w") as f:
+            for n, (item_id, urls) in enumerate(listings.items()):
+                line = {
+                    "parent_asin": item_id,
+                    "title": f"thing {n}",
+                    "average_rating": 4,
+                    "rating_number": 20,
+                }
+                image = {"image_paths": urls} if len(urls) > 1 else {"images": [{"large": urls[0]}]}
+                f.write(json.dumps({**line, **image}) + "\n")
+
+    def start(self, **settings: Any) -> subprocess.Popen[str]:
+        """In a session of its own; ``settings`` are those of :class:`FetchOptions` that differ from the test's."""
+        values = {name: v for name, v in vars(options(**settings)).items() if v != vars(FetchOptions())[name]}
+        command = [
+            *(sys.executable, "-m", "rating_train", "prepare", "--source", self.source, "--out", self.out),
+            *("--image-size-px", 32, "--part-items", 50, "--shard-size-mb", 1, "--max-text-chars", 200),
+            *("--fetch", "--fetch-set", *(f"{n}={str(v).lower()}" for n, v in values.items())),
+        ]
+        self.process = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=REPO,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        return self.process
+
+    def finish(self, code: int = 0, **settings: Any) -> str:
+        said, _ = self.start(**settings).communicate(timeout=60)
+        assert self.process is not None and self.process.returncode == code, said[-3000:]
+        return said
+
+    def kill(self) -> None:
+        """kill -9 of all its processes."""
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(20)
+
+    def reasons(self) -> dict[str, str]:
+        """Of the dataset that was made: what the quarantine says, by id; everything has a detail."""
+        rows = list(read_json_lines(self.out / QUARANTINE_NAME))
+        assert all(row["detail"] for row in rows)
+        return {row["id"]: row["reason"] for row in rows}
+
+
+@pytest.fixture
+def listings(server: HostileServer) -> dict[str, list[str]]:
+    """Of every case one, many good ones around them, two with one URL, and two with several."""
+    paths = [f"good/{n}" for n in range(GOOD)]
+    for place, path in enumerate(CASES):
+        paths.insert(place * 3, path)
+    paths.append("good/0")
+    made = {f"F{n:04d}": [server.url(path)] for n, path in enumerate(paths)}
+    made["SEVERAL"] = [server.url(p) for p in ("status/404", "bomb/b.png", "good/900", "good/901")]
+    made["NONE"] = [server.url(p) for p in ("status/410", "html/b.jpg")]
+    return made
+
+
+@pytest.mark.timeout(120)
+def test_prepare_with_fetch_killed_midway_goes_on_without_asking_twice(
+    server: HostileServer, tmp_path: Path, listings: dict[str, list[str]]
+) -> None:
+    server.delay_s = 0.1
+    prepare = FetchingPrepare(tmp_path, listings)
+    urls = sorted({url for several in listings.values() for url in several})
+    path = lambda url: "/" + url.split("/", 3)[3]  # noqa: E731
+    try:
+        prepare.start()
+        deadline = time.monotonic() + 40
+        while (
+            sum(prepare.cache.has(u) for u in urls) < 30
+            or sum(bool(prepare.cache.problem(u)) for u in urls) < 10
+        ):
+            assert prepare.process and prepare.process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        prepare.kill()
+        kept = [url for url in urls if prepare.cache.has(url)]
+        failed = [url for url in urls if prepare.cache.problem(url)]
+        then = server.count.copy()
+        assert len(kept) >= 30 and len(failed) >= 10 and len(kept) + len(failed) < len(urls), "in the middle"
+        final = {problem.reason for url in failed if (problem := prepare.cache.problem(url))}
+        assert {"fetch_gone", "fetch_refused", "fetch_not_an_image"} <= final
+
+        printed = prepare.finish()
+    finally:
+        prepare.kill()
+    assert {u: server.count[path(u)] - then[path(u)] for u in kept + failed} == dict.fromkeys(
+        kept + failed, 0
+    )
+    most = {path(u): 4 for u in urls} | {f"/good/{n}": 2 for n in range(GOOD)}
+    assert all(1 <= server.count[p] <= most[p] for p in most), "each URL was asked for, none again and again"
+
+    expected = {
+        item: reason
+        for item, (url, *more) in listings.items()
+        if not more and (reason := CASES.get(path(url)[1:], ("",))[0])
+    }
+    expected |= {"NONE": "image_none_usable"}
+    expected |= {
+        item: "image_too_large" for item, several in listings.items() if several == [server.url("bomb/a.png")]
+    }
+    assert prepare.reasons() == expected, "every item ends kept or named"
+    manifest = read_json(prepare.out / MANIFEST_NAME)
+    assert manifest["kept"] == len(listings) - len(expected) and "prepared" in printed
+    assert manifest["images"] == {
+        "listings_with_several": 2,
+        "fell_back_to_a_later_one": 1,
+        "extra_unused": 1,
+        "refused": {"fetch_gone": 2, "fetch_not_an_image": 1, "image_too_large": 1},
+    }
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("data")] == ["data"]
+
+
+def test_prepare_with_fetch_refuses_private_addresses_by_itself(
+    server: HostileServer, tmp_path: Path
+) -> None:
+    prepare = FetchingPrepare(tmp_path, {"A": [server.url("good/1")], "B": [server.url("good/2")]})
+    try:
+        said = prepare.finish(code=2, allow_private=False)
+    finally:
+        prepare.kill()
+    assert "fetch_address_refused" in said and "Traceback" not in said
+    assert not server.count, "nothing was asked for"
+    assert "too many records dropped" in said and prepare.cache.problem(server.url("good/2")), (
+        "what was found out by fetching outlives a build that is given up"
+    )
+
+
+def test_settings_of_the_command_line() -> None:
+    given = ["per_host=16", "backoff_s=2", "allow_private=true", "user_agent=a=b", "per_host=4"]
+    assert parse_fetch_options(given) == FetchOptions(
+        per_host=4, backoff_s=2.0, allow_private=True, user_agent="a=b"
+    )
+    assert parse_fetch_options(()) == FetchOptions()
+    with pytest.raises(UserError, match=r"4 problems: .*perhost=1.*retries.*allow_private=1.*retries=x"):
+        parse_fetch_options(["perhost=1", "retries", "allow_private=1", "retries=x"])
+    with pytest.raises(UserError, match="retries -1"):
+        parse_fetch_options(["retries=-1"])

@@ -14,9 +14,11 @@ import pytest
 from PIL import Image
 
 from rating_train.catalogue.images import (
+    DEFAULT_MAX_BYTES,
     ImageProblem,
     find_image,
-    load_square_jpeg,
+    read_bounded,
+    square_jpeg,
 )
 
 S = 32
@@ -26,6 +28,10 @@ RED, WHITE = (200, 30, 30), (255, 255, 255)
 def save(path: Path, image: Image.Image, **options: Any) -> Path:
     image.save(path, **options)
     return path
+
+
+def load_square_jpeg(path: Path, size: int, max_bytes: int = DEFAULT_MAX_BYTES, **options: Any) -> bytes:
+    return square_jpeg(read_bounded(path, max_bytes), size, **options)
 
 
 def square(path: Path, size: int = S, **options: Any) -> np.ndarray:

@@ -110,6 +110,8 @@ def test_absent_and_null_texts_are_empty(tmp_path: Path) -> None:
         ({"images": "http://x"}, "bad_type"),
         ({"images": ["http://x"]}, "bad_type"),
         ({"image_path": 3}, "bad_type"),
+        ({"image_paths": 3}, "bad_type"),
+        ({"image_paths": ["a.jpg", None]}, "bad_type"),
         ({"average_rating": ...}, "missing_field"),
         ({"average_rating": None}, "missing_field"),
         ({"average_rating": "good"}, "bad_rating"),
@@ -226,6 +228,50 @@ def test_csv_other_names_and_group(tmp_path: Path) -> None:
     header = "group_id,parent_asin,title,average_rating,rating_number,image_path\n"
     (record,) = read_csv(tmp_path, "g7,B1,T,5,10,\n", header)
     assert record.item == Listing("B1", "T", "", "", "", "", 5.0, 10, "g7")
+
+
+CHALLENGE = "parent_asin,main_category,title,features,description,image_paths"
+
+
+@pytest.mark.parametrize(
+    ("cell", "paths"),
+    [
+        ("images/1.jpg", ["images/1.jpg"]),
+        ("images/1.jpg;images/2.png", ["images/1.jpg", "images/2.png"]),
+        (" images/1.jpg ; a b.png;; ;images/1.jpg;", ["images/1.jpg", "a b.png"]),
+        ('"a,b.jpg;c.jpg"', ["a,b.jpg", "c.jpg"]),
+        ("https://x.example/I/1.jpg;2.jpg", ["https://x.example/I/1.jpg", "2.jpg"]),
+        ("", [""]),
+        (" ; ;", [""]),
+    ],
+)
+def test_csv_with_several_images(tmp_path: Path, cell: str, paths: list[str]) -> None:
+    header = CHALLENGE + ",average_rating,rating_number\n"
+    (record,) = read_csv(tmp_path, f"B1,Toys,T,f,d,{cell},4.5,12\n", header)
+    item = listing(record.item)
+    assert [item.image, *item.more_images] == paths
+    assert (item.id, item.main_category, item.features, item.rating_count) == ("B1", "Toys", "f", 12)
+
+
+def test_one_image_path_comes_before_several(tmp_path: Path) -> None:
+    item = listing(read_one(tmp_path, image_path="b.jpg", image_paths=["a.jpg", "b.jpg"]))
+    assert (item.image, item.more_images) == ("b.jpg", ("a.jpg",))
+
+
+@pytest.mark.parametrize(
+    ("more", "missing"),
+    [
+        ("", "rating|average_rating; rating_count|rating_number"),
+        (",rating", "rating_count|rating_number"),
+        (",rating_number", "rating|average_rating"),
+    ],
+)
+def test_a_csv_without_ratings_is_refused_with_what_to_do(tmp_path: Path, more: str, missing: str) -> None:
+    with pytest.raises(UserError) as error:
+        read_csv(tmp_path, "", CHALLENGE + more + "\n")
+    assert error.value.what == f"CSV header lacks {missing}"
+    assert "add these columns, matched by the id" in error.value.fix
+    assert str(tmp_path) in error.value.where
 
 
 @pytest.mark.parametrize(
