@@ -76,15 +76,17 @@ def evaluation_row(
     }
 
 
-def join_job(log_file: Any = None) -> tuple[worlds.World, Any]:
+def join_job(log_file: Any = None, timeout_minutes: float = 10.0) -> tuple[worlds.World, Any]:
     """Detect the world, connect to the process group, set up the log of this rank; returns (world, device).
 
-    ``log_file``: a function of the rank that gives its log file, or ``None``.
+    Args:
+        log_file: a function of the rank that gives its log file, or ``None``.
+        timeout_minutes: of every collective.
     """
     world = worlds.detect()
     file: Path | None = log_file(world.rank) if log_file else None
     logs.set_up(world.rank, file)
-    device = worlds.connect(world)
+    device = worlds.connect(world, timeout_minutes)
     nodes = f", {world.nodes} nodes" if world.nodes > 1 else ""
     on_main(lambda: log.info("%d ranks%s on %s", world.size, nodes, device.type))
     return world, device

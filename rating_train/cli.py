@@ -25,6 +25,7 @@ VERBS = {
     "evaluate": "score a checkpoint: PLCC, SRCC, RMSE, MAE, CES",
     "cost": "parameters, MACs, FLOPs, C, E and CES of a configuration",
     "report": "plots of a run, or of a dataset",
+    "status": "how far a run is, and which checkpoints are whole",
 }
 
 

@@ -35,11 +35,12 @@ def evaluate_run(run: Path, config: Config, checkpoint: str, split: str) -> dict
     split = split or config.data.eval_split
     world, device = assemble.join_job()
     directory = on_main(lambda: choose_checkpoint(run / run_dir.CHECKPOINTS_DIR, checkpoint))
-    step = from_json(on_main(lambda: read_json(directory / STATE_FILE))).step
+    content = on_main(lambda: read_json(directory / STATE_FILE))
+    step, stage = from_json(content).step, content["identity"]["topology"]["zero_stage"]
     log.info("evaluating %s on %s", directory, split)
     blueprint = assemble.read_blueprint(config)
     data = open_evaluation(config.data, blueprint.prompt, world, split, _batch_items(config, world.size))
-    weights = consolidated_weights(directory, config.zero.stage)
+    weights = consolidated_weights(directory, stage)
     start = blueprint.prompt.layout.image_start
     predictor = load_predictor(config, blueprint.architecture, start, weights, device)
     started = time.monotonic()

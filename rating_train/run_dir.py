@@ -9,12 +9,15 @@
       eval.jsonl             one line per evaluation         (append-only)
       predictions/           predictions of every evaluation (JSON lines)
       checkpoints/           step_00000500/ ..., best.json, latest.json
-      logs/rank_00000.log    one log per rank
+      logs/rank_00000.log    one log per rank; stacks_00000.txt where it got stuck
       tensorboard/           the same numbers as event files
       samples/               ids read by every step of every rank, if train.log_sample_ids is set
       report/                plots made by `rating-train report`
       STOP                   made by a person: stop at the next step border, with a checkpoint
       REQUEUE                made by a run that stopped before its end and wants to go on
+      HUNG                   made by the first rank that gave up for want of progress; removed at the next start
+      LOCK                   who is using the run now (rating_train/run_lock.py)
+      heartbeat.json         what that job was doing last; stays when it ends
 """
 
 from __future__ import annotations
@@ -33,11 +36,19 @@ REPORT_DIR = "report"
 SAMPLES_DIR = "samples"
 STOP_FILE = "STOP"
 REQUEUE_FILE = "REQUEUE"
+HUNG_FILE = "HUNG"
+LOCK_FILE = "LOCK"
+HEARTBEAT_FILE = "heartbeat.json"
 
 
 def rank_log(run: Path, rank: int) -> Path:
     """The log file of one rank."""
     return run / LOGS_DIR / f"rank_{rank:05d}.log"
+
+
+def stacks_file(run: Path, rank: int) -> Path:
+    """Where one rank writes the stacks of its threads when it no longer gets anywhere."""
+    return run / LOGS_DIR / f"stacks_{rank:05d}.txt"
 
 
 def samples_file(run: Path, rank: int) -> Path:

@@ -10,7 +10,10 @@ import torch
 
 
 def seed_everything(seed: int, rank: int) -> None:
-    """Seed Python, NumPy and torch. Ranks differ, so that their dropout masks do."""
+    """Seed Python, NumPy and torch, each rank differently.
+
+    Nothing that trains draws from these generators today (dropout has keys of its own, see ``model/head.py``).
+    """
     combined = (seed * 1_000_003 + rank) % 2**32
     random.seed(combined)
     np.random.seed(combined)

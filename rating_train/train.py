@@ -11,67 +11,33 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from rating_train import assemble, run_dir
 from rating_train import log as logs
-from rating_train.checkpoint.manager import Checkpointer
-from rating_train.checkpoint.state import Identity, TrainState
+from rating_train.checkpoint.manager import Saved, SaveFailed
+from rating_train.checkpoint.state import TrainState
 from rating_train.collectives import on_main, sum_over_ranks
 from rating_train.config.load import dump_config
-from rating_train.config.resolve import BatchPlan, order_fingerprint_inputs, plan_batch, total_steps
 from rating_train.config.schema import Config
-from rating_train.data.loader import EvaluationData, TrainingData, open_evaluation, open_training
-from rating_train.engine.build import Engine, build_engine
 from rating_train.engine.evaluator import evaluate
 from rating_train.engine.schedule import lr_factor
 from rating_train.errors import UserError
 from rating_train.files import append_json_line, atomic_write_json, atomic_write_text
+from rating_train.guards import Guards, guard
+from rating_train.job import Job, assemble_job, restore
 from rating_train.meters import StepMeter, peak_memory_gib
-from rating_train.model.regressor import build_regressor
-from rating_train.seeding import seed_everything
-from rating_train.stop import REQUEUE_REASONS, StopFlag
+from rating_train.stop import REQUEUE_REASONS
 from rating_train.tracking import Tracker, provenance
-from rating_train.world import World
+from rating_train.world import scheduled_job
 
 log = logging.getLogger(__name__)
 
 LARGER_IS_BETTER = {"plcc": True, "srcc": True, "rmse": False, "mae": False}
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that stays the same while training."""
-
-    config: Config
-    run: Path
-    world: World
-    plan: BatchPlan
-    blueprint: assemble.Blueprint
-    data: TrainingData
-    eval_data: EvaluationData
-    engine: Engine
-    checkpointer: Checkpointer
-    total_steps: int
-
-    def identity(self, step: int) -> Identity:
-        """What a checkpoint of ``step`` is tied to."""
-        config = self.config
-        return Identity(
-            order=order_fingerprint_inputs(config, self.data.manifest["fingerprint"]),
-            order_digest=self.data.order_digest(step),
-            engine={
-                "ranks": self.world.size,
-                "zero_stage": config.zero.stage,
-                "precision": config.train.precision,
-                "freeze": sorted(config.model.freeze),
-            },
-        )
 
 
 def train(config: Config, resume: str) -> str:
@@ -83,80 +49,37 @@ def train(config: Config, resume: str) -> str:
     """
     started = time.monotonic()
     run = Path(config.runs_dir) / config.name
-    world, device = assemble.join_job(lambda rank: run_dir.rank_log(run, rank))
-    on_main(lambda: run_dir.make(run))
-    deadline = started + 60 * config.train.time_limit_minutes if config.train.time_limit_minutes else None
-    with StopFlag(run / run_dir.STOP_FILE, deadline, world.is_main) as stop:
+    world, device = assemble.join_job(
+        lambda rank: run_dir.rank_log(run, rank), config.train.collective_timeout_minutes
+    )
+    with guard(run, config.train, world, scheduled_job(), started) as guards:
         job = assemble_job(config, run, world, device)
         state, path = restore(job, resume)
         on_main(lambda: write_provenance(job, path))
         tracker = Tracker(run, state.step, enabled=world.is_main)
         try:
-            outcome = loop(job, state, tracker, stop)
+            outcome = loop(job, state, tracker, guards)
         finally:
             tracker.close()
+        guards.lock.update(outcome=outcome)
         on_main(lambda: leave_marker(run, state, outcome))
     return outcome
 
 
-def assemble_job(config: Config, run: Path, world: World, device: torch.device) -> Job:
-    """Check everything that can be checked first, then open the data, then build the model and the engine."""
-    plan = plan_batch(config.batch.global_items, config.batch.micro_items, world.size)
-    seed_everything(config.train.seed, world.rank)
-    blueprint = assemble.read_blueprint(config)
-    prompt = blueprint.prompt
-    data = open_training(config.data, prompt, world, plan.global_items, plan.rank_items)
-    eval_items = config.eval.micro_items or plan.micro_items
-    eval_data = open_evaluation(
-        config.data, prompt, world, config.data.eval_split, eval_items, config.eval.max_items
-    )
-    model = build_regressor(
-        config.model,
-        blueprint.architecture,
-        config.data.image_px,
-        prompt.layout.image_start,
-        config.train.seed,
-    )
-    engine = build_engine(model, config, plan, device)
-    checkpointer = Checkpointer(
-        run / run_dir.CHECKPOINTS_DIR, world, config.train.keep_last, config.train.keep_every_steps
-    )
-    steps = total_steps(config, data.samples)
-    log.info(
-        "%d items, %d steps of %d = %d ranks x %d x %d accumulation; evaluating %d items",
-        data.samples, steps, plan.global_items, plan.ranks, plan.micro_items, plan.accumulation, eval_data.samples,
-    )  # fmt: skip
-    return Job(config, run, world, plan, blueprint, data, eval_data, engine, checkpointer, steps)
-
-
-def restore(job: Job, resume: str) -> tuple[TrainState, Path | None]:
-    """The state to go on from: the newest checkpoint that verifies, or step 0."""
-    path = job.checkpointer.find(resume)
-    if path is None:
-        log.info("starting at step 0")
-        return TrainState(), None
-    content = job.checkpointer.read_state(path)
-    identity = job.identity(content["train_state"]["step"])
-    state = job.checkpointer.restore(job.engine.ds, path, content, identity)
-    if content["total_steps"] != job.total_steps:
-        log.warning(
-            "the run now has %d steps, not %d: the schedule follows", job.total_steps, content["total_steps"]
-        )
-    log.info("going on from step %d of %d (%s)", state.step, job.total_steps, path)
-    return state, path
-
-
-def loop(job: Job, state: TrainState, tracker: Tracker, stop: StopFlag) -> str:
+def loop(job: Job, state: TrainState, tracker: Tracker, guards: Guards) -> str:
     """Train from ``state.step`` on; returns why it ended."""
     t = job.config.train
     meter = StepMeter()
+    saver = Saver(job, state, guards)
     watched = job.world.is_main and logs.on_terminal()
     bar = tqdm(total=job.total_steps, initial=state.step, unit="step", disable=not watched)
+    guards.beat("training", state.step, job.total_steps)
     for batch in meter.timed(job.data.batches(state.step, job.total_steps)):
         loss = job.engine.step(batch, state.step, job.total_steps)
         state.record_step(job.plan.global_items, job.engine.step_skipped)
         meter.add(loss, job.plan.global_items, batch.cut_tokens)
         bar.update()
+        guards.beat("training", state.step, job.total_steps)
         if t.log_sample_ids:
             append_json_line(
                 run_dir.samples_file(job.run, job.world.rank), {"step": state.step, "ids": batch.ids}
@@ -168,20 +91,20 @@ def loop(job: Job, state: TrainState, tracker: Tracker, stop: StopFlag) -> str:
             row = log_row(job, state, meter)
             tracker.train(row)
             bar.set_postfix(loss=row["loss"], refresh=False)
-        best = False
+        best = evaluated = False
         if last or (t.eval_every_steps and state.step % t.eval_every_steps == 0):
-            best = evaluate_and_record(job, state, tracker)
+            best, evaluated = evaluate_and_record(job, state, tracker, guards), True
             meter.reset()  # the next interval's rate is that of training alone
-        stopping = stop.agreed() if state.step % t.stop_check_steps == 0 and not last else ""
         exhausted = bool(t.early_stop_evals) and state.evals_since_best >= t.early_stop_evals
-        if (
-            best
-            or last
-            or stopping
-            or exhausted
-            or (t.save_every_steps and state.step % t.save_every_steps == 0)
-        ):
-            save(job, state, best)
+        saving = (
+            last or exhausted or best or bool(t.save_every_steps and state.step % t.save_every_steps == 0)
+        )
+        saver.settle_if_done()
+        # After an evaluation or a save too: a signal that came meanwhile is honoured right after.
+        border = evaluated or saving or state.step % t.stop_check_steps == 0
+        stopping = guards.agreed_to_stop() if border and not last else ""
+        if saving or stopping:
+            saver.save(best, final=last or exhausted or bool(stopping))
             meter.reset()
         if last:
             break
@@ -192,6 +115,51 @@ def loop(job: Job, state: TrainState, tracker: Tracker, stop: StopFlag) -> str:
             return stopping
     bar.close()
     return "finished"
+
+
+class Saver:
+    """When a save may fail, and what is said of one that did not. Its methods are collectives."""
+
+    def __init__(self, job: Job, state: TrainState, guards: Guards) -> None:
+        self.job, self.state, self.guards = job, state, guards
+        self.failed_in_a_row = 0
+
+    def save(self, best: bool, final: bool) -> None:
+        """Begin a checkpoint of this step; a ``final`` one is committed before this returns.
+
+        Raises:
+            SaveFailed: a final save, or too many in a row.
+        """
+        job, state = self.job, self.state
+        self.guards.beat("saving", state.step, job.total_steps)
+        identity = job.identity(state.step)
+        self._try(lambda: job.checkpointer.settle(), final=False)
+        self._try(lambda: job.checkpointer.save(job.engine.ds, state, identity, job.total_steps, best), final)
+        if final:
+            self._try(job.checkpointer.settle, final)
+            job.checkpointer.close()
+        self.guards.beat("training", state.step, job.total_steps)
+
+    def settle_if_done(self) -> None:
+        """Commit the save under way, if all ranks have written it."""
+        self._try(self.job.checkpointer.settle_if_done, final=False)
+
+    def _try(self, action: Callable[[], Saved | None], final: bool) -> None:
+        try:
+            saved = action()
+        except SaveFailed as e:
+            self.failed_in_a_row += 1
+            if final or self.failed_in_a_row > self.job.config.train.max_failed_saves:
+                raise
+            level = logging.ERROR if self.job.world.is_main else logging.INFO  # all say the same: it is shown once
+            log.log(level, "%s; training goes on (train.max_failed_saves)", e)
+            return
+        if saved is not None:
+            self.failed_in_a_row = 0
+            log.info(
+                "saved %s: %.1f MiB; training stood still for %.2f s, the whole took %.2f s",
+                saved.path, saved.bytes / 2**20, saved.blocked_seconds, saved.seconds,
+            )  # fmt: skip
 
 
 def check_skipped(job: Job, state: TrainState) -> None:
@@ -246,11 +214,16 @@ def log_row(job: Job, state: TrainState, meter: StepMeter) -> dict[str, Any]:
     return row
 
 
-def evaluate_and_record(job: Job, state: TrainState, tracker: Tracker) -> bool:
+def evaluate_and_record(job: Job, state: TrainState, tracker: Tracker, guards: Guards) -> bool:
     """Evaluate, write the row and the predictions; returns whether it is the best so far."""
     started = time.monotonic()
     split = job.config.data.eval_split
-    result = evaluate(job.engine.predict, job.eval_data, run_dir.predictions_file(job.run, split, state.step))
+    result = evaluate(
+        job.engine.predict,
+        job.eval_data,
+        run_dir.predictions_file(job.run, split, state.step),
+        lambda _items: guards.beat("evaluating", state.step, job.total_steps),
+    )
     row = assemble.evaluation_row(
         job.blueprint,
         result.scores,
@@ -265,15 +238,6 @@ def evaluate_and_record(job: Job, state: TrainState, tracker: Tracker) -> bool:
     shown = {k: "undefined" if row[k] is None else f"{row[k]:.4f}" for k in ("plcc", "srcc", "rmse", "mae")}
     log.info("evaluation at step %d: %s%s", state.step, shown, " (best)" if best else "")
     return best
-
-
-def save(job: Job, state: TrainState, best: bool) -> None:
-    """Commit a checkpoint of this step."""
-    saved = job.checkpointer.save(job.engine.ds, state, job.identity(state.step), job.total_steps, best)
-    rate = saved.bytes / 2**20 / max(saved.seconds, 1e-9)
-    log.info(
-        "saved %s: %.1f MiB in %.2f s (%.0f MiB/s)", saved.path, saved.bytes / 2**20, saved.seconds, rate
-    )
 
 
 def write_provenance(job: Job, resumed_from: Path | None) -> None:

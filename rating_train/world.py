@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from rating_train.errors import UserError
+from rating_train.processes import die_with_parent
 
 _INTEGER = re.compile(r"-?[0-9]+")
 
@@ -80,6 +81,38 @@ def detect(env: Mapping[str, str] | None = None) -> World:
     return World(rank, size, local_rank, local_size)
 
 
+@dataclass(frozen=True)
+class ScheduledJob:
+    """What the launcher says about the job as a whole.
+
+    Args:
+        id: names the job through all of its restarts; ``""`` without a launcher.
+        restart: how often the launcher has started it again.
+        ends_at: when the scheduler will end it, in seconds since 1970; ``None`` where nobody says.
+    """
+
+    id: str = ""
+    restart: int = 0
+    ends_at: float | None = None
+
+
+def scheduled_job(env: Mapping[str, str] | None = None) -> ScheduledJob:
+    """The job of Slurm (SLURM_JOB_ID, SLURM_RESTART_COUNT, SLURM_JOB_END_TIME) or of torchrun's agent."""
+    env = os.environ if env is None else env
+
+    def number(name: str) -> int | None:
+        text = env.get(name, "").strip()
+        return int(text) if _INTEGER.fullmatch(text) else None
+
+    if env.get("SLURM_JOB_ID"):
+        restart, ends_at = number("SLURM_RESTART_COUNT"), number("SLURM_JOB_END_TIME")
+        return ScheduledJob(f"slurm {env['SLURM_JOB_ID']}", restart or 0, ends_at or None)
+    if env.get("TORCHELASTIC_RUN_ID"):
+        restart = number("TORCHELASTIC_RESTART_COUNT")
+        return ScheduledJob(f"torchrun {env['TORCHELASTIC_RUN_ID']}", restart or 0)
+    return ScheduledJob()
+
+
 def export(world: World, env: MutableMapping[str, str] | None = None) -> None:
     """Write the world back in torchrun's words, which DeepSpeed and streaming read, and set defaults."""
     env = os.environ if env is None else env
@@ -117,6 +150,10 @@ def connect(world: World, timeout_minutes: float = 10.0) -> torch.device:
     Every collective that waits longer than ``timeout_minutes`` fails instead of hanging for ever.
     """
     export(world)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun's ranks are in sessions of their own: if its agent is killed, they would train on unseen, and
+        # a second job beside them.
+        die_with_parent()
     device = device_of(world)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -1,89 +1,216 @@
-"""The door to DeepSpeed's checkpoint files: engine shards out, in, and consolidated to one state dict."""
+"""The door to DeepSpeed's checkpoint files: engine shards out, in (also on another number of ranks), consolidated.
+
+Why another number of ranks does not go through DeepSpeed's universal format (as of 0.19.8): its converter writes
+every parameter three times to the disk before anything is loaded; its loader fails on a rank that has no share of
+some optimizer group, which is the rule for the head's biases on many GPUs, leaves out frozen weights, and at stage 3
+gives every group the weight decay of the first. Reading the shards directly has none of these, and needs no disk.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import io
+import copy
 import logging
-import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from rating_train.checkpoint.shards import MASTER, MOMENTS, Shards, write_flat, write_per_parameter
 from rating_train.checkpoint.store import InvalidCheckpoint
 
 log = logging.getLogger(__name__)
 
 ENGINE_DIR = "engine"
 MODEL_STATES = "mp_rank_00_model_states.pt"
-_RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_")
+Shard = dict[str, Any]  # path within a checkpoint -> content
 
 
-def write_shards(ds: Any, directory: Path) -> None:
-    """Every rank writes its part of weights, fp32 master weights and optimizer state. A collective."""
-    ds.save_checkpoint(str(directory), tag=ENGINE_DIR, save_latest=False)
+def capture_shards(ds: Any) -> Shard:
+    """This rank's part of weights, fp32 master weights and optimizer state, copied to memory. A collective.
 
+    DeepSpeed's own saving with its files caught on their way to the disk: nothing is written, so that a full disk
+    or a slow one can neither fail nor stall one rank between DeepSpeed's barriers.
 
-def read_shards(ds: Any, directory: Path) -> None:
-    """Load what :func:`write_shards` wrote, for the same ranks and stage. A collective.
-
-    Only verified directories come here: these files are pickles.
+    Returns:
+        content of each file that DeepSpeed would write, by its path within a checkpoint; all tensors on the CPU,
+        sharing nothing with the engine.
     """
-    loaded, _ = ds.load_checkpoint(
-        str(directory), tag=ENGINE_DIR, load_module_strict=True, load_lr_scheduler_states=False
+    catcher = _Catcher()
+    own = ds.checkpoint_engine
+    ds.checkpoint_engine = catcher
+    ds._copy_recovery_script = lambda _path: None  # scripts that consolidate: `consolidated_weights` does
+    try:
+        ds.save_checkpoint("unused", tag=ENGINE_DIR, save_latest=False)
+    finally:
+        ds.checkpoint_engine = own
+        del ds._copy_recovery_script
+    return catcher.files
+
+
+class _Catcher:
+    """What DeepSpeed calls a checkpoint engine: receives states and paths, here to keep copies of the states."""
+
+    def __init__(self) -> None:
+        self.files: Shard = {}
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[f"{ENGINE_DIR}/{Path(path).name}"] = copy_to_memory(state_dict)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Nothing is written."""
+
+    def create(self, info: Any) -> None:
+        """Nothing is written."""
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+    def is_decoupled(self) -> bool:
+        return False
+
+    def is_data_parallel_writer(self, dp_rank: int) -> bool:
+        return dp_rank == 0
+
+    def preserves_storage_sharing(self) -> bool:
+        return False
+
+
+def copy_to_memory(state: Any) -> Any:
+    """A deep copy of nested containers; tensors as compact copies on the CPU."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    if isinstance(state, dict):
+        copied = copy.copy(state)
+        for key, value in state.items():
+            copied[key] = copy_to_memory(value)
+        return copied
+    if type(state) in (list, tuple):
+        return type(state)(copy_to_memory(value) for value in state)
+    return copy.deepcopy(state)
+
+
+def tensor_bytes(state: Any) -> int:
+    """Bytes of all tensors in nested containers: what a file of it takes, but for some KiB."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(tensor_bytes(value) for value in values)
+
+
+def read_shards(ds: Any, directory: Path, saved_stage: int, saved_ranks: int) -> None:
+    """Load what :func:`capture_shards` gave, once it is on the disk. A collective.
+
+    The same stage and number of ranks go through DeepSpeed's own loading, anything else through
+    :class:`~.shards.Shards`. Only verified directories come here: these files are pickles.
+    """
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in ds.optimizer.param_groups]
+    stage = ds.zero_optimization_stage()
+    if saved_stage == stage and (stage == 0 or saved_ranks == dist.get_world_size()):
+        loaded, _ = ds.load_checkpoint(
+            str(directory), tag=ENGINE_DIR, load_module_strict=True, load_lr_scheduler_states=False
+        )
+        if loaded is None:
+            raise InvalidCheckpoint(f"DeepSpeed found no shards in {directory / ENGINE_DIR}")
+    else:
+        _read_resharded(ds, Shards(directory / ENGINE_DIR, saved_stage))
+    # The configuration decides on betas and weight decay, not the checkpoint.
+    for group, own in zip(ds.optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
+@torch.no_grad()
+def _read_resharded(ds: Any, shards: Shards) -> None:
+    """Fill this rank's parts of master weights and moments, then recompute the weights that the model uses."""
+    names = {id(p): name for name, p in ds.module.named_parameters()}
+    optimizer, rank, ranks = ds.optimizer, dist.get_rank(), dist.get_world_size()
+    stage3 = ds.zero_optimization_stage() == 3
+    if stage3:
+        optimizer.checkpoint_event_prologue()  # every parameter is in parts from here on
+    for params, master in zip(*_groups_and_masters(optimizer), strict=True):
+        state = _adam_state(optimizer.optimizer, master, shards.steps())
+        for key, target in ((MASTER, master.data), *((key, state[key]) for key in MOMENTS)):
+            whole = _whole(shards, [names[id(p)] for p in params], key)
+            if stage3:
+                write_per_parameter(target, rank, ranks, whole)
+            else:
+                write_flat(target, rank, whole)
+    _restore_frozen(ds, shards.frozen(), stage3)
+    if stage3:
+        _copy_masters_to_stage3_weights(optimizer)
+        optimizer.checkpoint_event_epilogue()  # small parameters are gathered again
+    else:
+        optimizer.update_lp_params()
+    for name, value in shards.counters.items():
+        setattr(ds, name, value)
+
+
+def _adam_state(adam: torch.optim.Optimizer, master: torch.Tensor, steps: torch.Tensor) -> dict[str, Any]:
+    """AdamW's state of one vector, made where the first step has not made it yet; its count is ``steps``."""
+    state: dict[str, Any] = adam.state[master]
+    for key in MOMENTS:
+        state.setdefault(key, torch.zeros_like(master))
+    state["step"] = steps.to(master.device if adam.defaults.get("fused") else "cpu")
+    return state
+
+
+def _groups_and_masters(optimizer: Any) -> tuple[list[Any], list[Any]]:
+    """Parameters of every group in their flat order, and this rank's fp32 master vector of every group."""
+    for groups, masters in (
+        ("fp16_groups", "fp32_partitioned_groups_flat"),  # stage 3
+        ("bf16_groups", "fp32_groups_flat_partition"),  # stage 1 in bf16
+        ("bit16_groups", "single_partition_of_fp32_groups"),  # stages 1 and 2
+    ):
+        if hasattr(optimizer, groups):
+            return getattr(optimizer, groups), getattr(optimizer, masters)
+    raise RuntimeError(
+        f"unknown ZeRO optimizer {type(optimizer).__name__}: cannot load another topology into it"
     )
-    if loaded is None:
-        raise InvalidCheckpoint(f"DeepSpeed found no shards in {directory / ENGINE_DIR}")
 
 
-def writer_of(name: str) -> int:
-    """The rank that wrote a file of a checkpoint: that in its name, else rank 0."""
-    match = _RANK_FILE.search(name) or re.search(r"rank_(\d+)\.pt$", name)
-    return int(match.group(1)) if match else 0
+def _whole(shards: Shards, names: list[str], key: str) -> Iterator[tuple[int, Any]]:
+    for name in names:
+        yield shards.places[name].shape.numel(), lambda name=name: shards.read(name, key)
+
+
+def _restore_frozen(ds: Any, frozen: dict[str, torch.Tensor], stage3: bool) -> None:
+    parameters = {name: p for name, p in ds.module.named_parameters() if name in frozen}
+    if not stage3:
+        for name, parameter in parameters.items():
+            parameter.copy_(frozen[name])
+        return
+    import deepspeed
+
+    for name, parameter in parameters.items():  # one by one: gathered, no more than one is whole at a time
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if dist.get_rank() == 0:
+                parameter.copy_(frozen[name])
+
+
+def _copy_masters_to_stage3_weights(optimizer: Any) -> None:
+    """As DeepSpeed's own loading of stage 3 ends: fp32 parts become the parts that the model computes with."""
+    groups = zip(
+        optimizer.fp32_partitioned_groups_flat,
+        optimizer.fp16_partitioned_groups_flat,
+        optimizer.fp16_partitioned_groups,
+        strict=True,
+    )
+    for master, flat, parts in groups:
+        flat.data.copy_(master.data)
+        for part, values in zip(parts, optimizer.unflatten(flat, parts), strict=True):
+            part.data = values.data
 
 
 def consolidated_weights(directory: Path, stage: int) -> dict[str, torch.Tensor]:
     """The whole model's weights in fp32 on the CPU, from the shards of any stage and any number of ranks.
 
-    Stages 1 to 3 give the fp32 master weights.
+    Stages 1 to 3 give the fp32 master weights; frozen weights have none, and are widened.
     """
     engine = directory / ENGINE_DIR
     if stage == 0:
-        return {k: v.float() for k, v in _load(engine / MODEL_STATES)["module"].items()}
-    bf16_optimizer = sorted(
-        engine.glob("bf16_zero_pp_rank_*_optim_states.pt"), key=lambda p: writer_of(p.name)
-    )
-    if stage == 1 and bf16_optimizer:  # which DeepSpeed's own consolidation (0.19.8) refuses
-        return _join_partitions(_load(engine / MODEL_STATES), [_load(p) for p in bf16_optimizer])
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    said = io.StringIO()  # it prints its progress, in the midst of a command's own output
-    with contextlib.redirect_stdout(said):
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=ENGINE_DIR)
-    log.debug("DeepSpeed: %s", said.getvalue().replace("\n", "; "))
-    if stage < 3:  # at stage 1 it leaves out frozen weights (0.19.8); the whole module is in the model states
-        weights = _load(engine / MODEL_STATES)["module"] | weights
-    return {k: v.float() for k, v in weights.items()}  # frozen weights have no fp32 master
-
-
-def _load(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=False)  # verified bytes only come here
-
-
-def _join_partitions(model: dict[str, Any], ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """fp32 master weights of DeepSpeed's BF16_Optimizer (stage 1): flat groups, cut evenly over the ranks.
-
-    Args:
-        model: the model states: bf16 weights (frozen ones too), and names and shapes of every optimizer group.
-        ranks: the optimizer states of all ranks, in rank order.
-    """
-    weights = {k: v.float() for k, v in model["module"].items()}
-    partitions = [r["optimizer_state_dict"]["single_partition_of_fp32_groups"] for r in ranks]
-    for group, shapes in enumerate(model["param_shapes"]):
-        flat = torch.cat([p[group].detach() for p in partitions])
-        offset = 0
-        for name, shape in shapes.items():
-            weights[name] = flat[offset : offset + shape.numel()].reshape(shape).clone()
-            offset += shape.numel()
-    return weights
+        module = torch.load(engine / MODEL_STATES, map_location="cpu", weights_only=False)["module"]
+        return {name: value.float() for name, value in module.items()}
+    shards = Shards(engine, stage)
+    weights = {name: value.float() for name, value in shards.frozen().items()}
+    return weights | {name: shards.read(name, MASTER) for name in shards.places}

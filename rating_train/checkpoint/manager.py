@@ -1,9 +1,21 @@
-"""Saving and restoring by all ranks together: decide on rank 0, broadcast, act everywhere."""
+"""Saving and restoring by all ranks together: decide on rank 0, broadcast, act everywhere.
+
+A save has two halves. Training stands still for the first only::
+
+    save     copy this rank's state to memory; rank 0 makes the temporary directory; a thread of each rank writes,
+             fsyncs and hashes its own files into it
+    settle   once all threads are done, at a step border: rank 0 commits, points, and has its thread prune
+
+Threads never take part in collectives, and never are two saves under way.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import shutil
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +24,9 @@ import torch
 
 from rating_train import seeding
 from rating_train.checkpoint import store
-from rating_train.checkpoint.deepspeed_io import read_shards, write_shards, writer_of
+from rating_train.checkpoint.deepspeed_io import Shard, capture_shards, read_shards, tensor_bytes
 from rating_train.checkpoint.state import STATE_FILE, Identity, TrainState, check_identity, from_json, to_json
-from rating_train.collectives import all_or_none, gather, on_main
+from rating_train.collectives import all_gather, gather, max_over_ranks, on_main, sum_over_ranks
 from rating_train.errors import UserError
 from rating_train.files import atomic_write_json, read_json
 from rating_train.world import World
@@ -22,58 +34,162 @@ from rating_train.world import World
 log = logging.getLogger(__name__)
 
 
+class SaveFailed(UserError):
+    """A save that left nothing behind; the checkpoints before it are as they were. Raised on all ranks alike.
+
+    Or, where the message says so, one that left a whole checkpoint which latest.json or best.json does not name.
+    """
+
+
 @dataclass(frozen=True)
 class Saved:
-    """A committed checkpoint: where, how many bytes over all ranks, how many seconds training stood still."""
+    """A committed checkpoint.
+
+    Args:
+        bytes: over all ranks.
+        blocked_seconds: how long training stood still for the copy to memory.
+        seconds: from its beginning to its commit.
+    """
 
     path: Path
     bytes: int
+    blocked_seconds: float
     seconds: float
 
 
 @dataclass(frozen=True)
+class _UnderWay:
+    """A save between its two halves. ``best``: the metric's value, if it is the best so far."""
+
+    step: int
+    best: bool
+    best_value: float | None
+    temporary: Path
+    written: Future[store.Files]
+    needed_bytes: int
+    started: float
+    blocked_seconds: float
+
+
 class Checkpointer:
-    """Reads and writes the checkpoints of one run. Every method is a collective."""
+    """Reads and writes the checkpoints of one run. Every method is a collective.
 
-    root: Path
-    world: World
-    keep_last: int
-    keep_every: int
+    Args:
+        root: the run's checkpoints directory.
+        keep_last, keep_every: see :func:`~.store.prune`.
+        background: whether :meth:`save` returns once the state is copied.
+    """
 
-    def save(self, ds: Any, state: TrainState, identity: Identity, total_steps: int, best: bool) -> Saved:
-        """Commit a checkpoint of the current step, point to it, prune old ones."""
+    def __init__(self, root: Path, world: World, keep_last: int, keep_every: int, background: bool) -> None:
+        self.root = root
+        self.world = world
+        self._keep = (keep_last, keep_every)
+        self._background = background
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
+        self._under_way: _UnderWay | None = None
+        self._pruning: Future[list[int]] | None = None
+
+    def save(
+        self, ds: Any, state: TrainState, identity: Identity, total_steps: int, best: bool
+    ) -> Saved | None:
+        """Begin a checkpoint of this step, after settling one that is under way.
+
+        Returns:
+            the checkpoint, where saving is not done in the background.
+
+        Raises:
+            SaveFailed: this save, or the one before it.
+        """
+        self.settle()
         started = time.monotonic()
-        temporary = on_main(lambda: store.begin(self.root, state.step))
+        shard: Shard = {**capture_shards(ds), _rank_file(self.world.rank): seeding.capture()}
+        content = to_json(state, identity, total_steps) if self.world.is_main else None
+        needed = int(sum_over_ranks([tensor_bytes(shard)])[0])
+        try:
+            temporary = on_main(lambda: self._begin(state.step, needed))
+        except OSError as e:
+            raise self._failure(state.step, f"rank 0: {e}", needed) from e
+        written = self._thread.submit(_write, temporary, shard, content)
+        blocked = time.monotonic() - started
+        self._under_way = _UnderWay(
+            state.step, best, state.best_value, temporary, written, needed, started, blocked
+        )
+        return None if self._background else self.settle()
 
-        def write() -> None:
-            write_shards(ds, temporary)
-            torch.save(seeding.capture(), temporary / _rank_file(self.world.rank))
-            if self.world.is_main:
-                atomic_write_json(temporary / STATE_FILE, to_json(state, identity, total_steps))
+    def settle_if_done(self) -> Saved | None:
+        """:meth:`settle`, if the threads of all ranks are done; otherwise nothing. For step borders."""
+        if self._under_way is None or max_over_ranks(0 if self._under_way.written.done() else 1):
+            return None
+        return self.settle()
 
-        all_or_none(write)
+    def settle(self) -> Saved | None:
+        """Wait for the save under way, if there is one, and commit it.
 
-        def seal() -> store.Files:
-            # Listed after all ranks have written (all_or_none is a barrier); each seals what it wrote itself.
-            mine = [n for n in store.relative_files(temporary) if writer_of(n) == self.world.rank]
-            return store.seal(temporary, mine)
+        Raises:
+            SaveFailed: some rank could not write, or rank 0 could not commit; the temporary directory is removed.
+        """
+        save, self._under_way = self._under_way, None
+        if save is None:
+            return None
+        error = save.written.exception()
+        errors = all_gather(str(error) or type(error).__name__ if error else "")
+        problem = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(errors) if text)
+        if not problem:
+            described = gather(save.written.result())
+            path, size, problem = on_main(lambda: self._commit(save, described or []))
+            if not problem:
+                return Saved(path, size, save.blocked_seconds, time.monotonic() - save.started)
+        on_main(lambda: shutil.rmtree(save.temporary, ignore_errors=True))
+        raise self._failure(save.step, problem, save.needed_bytes)
 
-        described = gather(all_or_none(seal))
+    def close(self) -> None:
+        """Wait for what the thread still does (pruning, at the end of a run)."""
+        self._thread.shutdown(wait=True)
+        if self._pruning is not None:
+            self._report_pruning()
 
-        def finish() -> tuple[Path, int]:
-            assert described is not None
-            files = {name: entry for part in described for name, entry in part.items()}
-            path = store.commit(temporary, state.step, files)
-            store.point(self.root, store.LATEST, state.step)
-            if best:
-                store.point(self.root, store.BEST, state.step, value=state.best_value)
-            removed = store.prune(self.root, self.keep_last, self.keep_every)
-            if removed:
-                log.info("pruned the checkpoints of steps %s", ", ".join(map(str, removed)))
-            return path, sum(e["bytes"] for e in files.values())
+    def _begin(self, step: int, needed_bytes: int) -> Path:
+        self.root.mkdir(parents=True, exist_ok=True)
+        store.check_room(self.root, needed_bytes)
+        return store.begin(self.root, step)
 
-        path, size = on_main(finish)
-        return Saved(path, size, time.monotonic() - started)
+    def _commit(self, save: _UnderWay, described: list[store.Files]) -> tuple[Path, int, str]:
+        """On rank 0: (final path, bytes, problem)."""
+        if self._pruning is not None:
+            self._report_pruning()
+        files = {name: entry for part in described for name, entry in part.items()}
+        size = sum(e["bytes"] for e in files.values())
+        try:
+            path = store.commit(save.temporary, save.step, files)
+        except (OSError, store.InvalidCheckpoint) as e:
+            return save.temporary, 0, f"rank 0: {type(e).__name__}: {e}"
+        try:
+            store.point(self.root, store.LATEST, save.step)
+            if save.best:
+                store.point(self.root, store.BEST, save.step, value=save.best_value)
+        except OSError as e:
+            return path, size, f"rank 0: it is whole, but {store.LATEST} or {store.BEST} is not: {e}"
+        self._pruning = self._thread.submit(store.prune, self.root, *self._keep)
+        return path, size, ""
+
+    def _report_pruning(self) -> None:
+        assert self._pruning is not None
+        error = self._pruning.exception()
+        if error is not None:
+            log.error("old checkpoints could not be removed: %s", error)
+        elif removed := self._pruning.result():
+            log.info("pruned the checkpoints of steps %s", ", ".join(map(str, removed)))
+        self._pruning = None
+
+    def _failure(self, step: int, problem: str, needed_bytes: int) -> SaveFailed:
+        failure = SaveFailed(
+            f"the checkpoint of step {step} could not be written ({problem})",
+            where=self.root,
+            expected=f"{needed_bytes:,} bytes of free space, and a directory that all ranks can write to",
+            fix="free some space; the checkpoints before it are intact",
+        )
+        failure.__dict__["raised_on_all_ranks"] = True
+        return failure
 
     def find(self, resume: str) -> Path | None:
         """The checkpoint to go on from, or ``None`` to start at step 0.
@@ -100,10 +216,8 @@ class Checkpointer:
             return None
         if resume not in ("auto", "must"):
             path = Path(resume)
-            try:
-                store.verify(path)
-            except store.InvalidCheckpoint as e:
-                raise UserError(f"the checkpoint cannot be trusted: {e}", where=path) from e
+            if problem := store.problem(path):
+                raise UserError(f"the checkpoint cannot be trusted: {problem}", where=path)
             if path.resolve().parent == self.root.resolve():
                 for name in store.set_aside_after(self.root, int(path.name.partition("_")[2])):
                     log.warning("set aside %s: the run goes back to %s", name, path.name)
@@ -125,13 +239,46 @@ class Checkpointer:
         """Load a verified checkpoint into the engine and the random number generators.
 
         Raises:
-            UserError: the checkpoint belongs to other data, another order or another topology.
+            UserError: the checkpoint belongs to other data, another order or weights of another kind.
         """
         check_identity(content, identity, path)
-        read_shards(ds, path)
-        rank_state = torch.load(path / _rank_file(self.world.rank), map_location="cpu", weights_only=True)
-        seeding.restore(rank_state)
+        saved = content["identity"]["topology"]
+        if saved != identity.topology:
+            log.info(
+                "reading a checkpoint of %d ranks at ZeRO stage %d into %d at stage %d",
+                saved["ranks"], saved["zero_stage"], self.world.size, identity.topology["zero_stage"],
+            )  # fmt: skip
+        read_shards(ds, path, saved["zero_stage"], saved["ranks"])
+        if saved["ranks"] == self.world.size:
+            rank_file = path / _rank_file(self.world.rank)
+            seeding.restore(torch.load(rank_file, map_location="cpu", weights_only=True))
         return from_json(content)
+
+
+def _write(temporary: Path, shard: Shard, state: dict[str, Any] | None) -> store.Files:
+    """In a thread: write one rank's files (rank 0's with ``state``), flush them to the disk and describe them.
+
+    Raises:
+        OSError: with the file, the first error and the room that there was. What was written is removed at once, not
+            only once all ranks have settled: until then the log, too, needs room.
+    """
+    names = [*shard, STATE_FILE] if state is not None else list(shard)
+    name = ""
+    try:
+        for folder in {(temporary / name).parent for name in shard}:
+            folder.mkdir(exist_ok=True)  # another rank may have been faster
+        for name in list(shard):
+            torch.save(shard.pop(name), temporary / name)  # popped: its memory is free once it is written
+        if state is not None:
+            name = STATE_FILE
+            atomic_write_json(temporary / name, state)
+        return store.seal(temporary, names)
+    except Exception as e:
+        free = shutil.disk_usage(temporary).free
+        for written in names:
+            with contextlib.suppress(OSError):  # rank 0 removes the directory later, and whatever is left in it
+                (temporary / written).unlink()
+        raise OSError(f"{name}: {type(e).__name__}: {e}; {free:,} bytes were free") from e
 
 
 def _rank_file(rank: int) -> str:

@@ -46,6 +46,11 @@ class TrainState:
         return better
 
 
+def can_reshard(saved_stage: int, stage: int) -> bool:
+    """Whether shards of one ZeRO stage can be read into an engine of another."""
+    return saved_stage == stage == 0 or (saved_stage > 0 and stage > 0)
+
+
 @dataclass(frozen=True)
 class Identity:
     """What a checkpoint must agree on with the run that loads it.
@@ -53,12 +58,15 @@ class Identity:
     Args:
         order: every setting that decides which samples a step reads, and the dataset's fingerprint.
         order_digest: digest of the actual order of the epoch that the next step lies in.
-        engine: ranks, ZeRO stage, precision, frozen parts: what DeepSpeed's shards are cut for.
+        engine: precision and frozen parts: what the engine's shards hold.
+        topology: ranks and ZeRO stage: how the shards are cut. Another cut is read all the same, see
+            :func:`~.deepspeed_io.read_shards`.
     """
 
     order: dict[str, Any]
     order_digest: str
     engine: dict[str, Any]
+    topology: dict[str, int]
 
 
 def to_json(state: TrainState, identity: Identity, total_steps: int) -> dict[str, Any]:
@@ -76,7 +84,9 @@ def from_json(content: dict[str, Any]) -> TrainState:
 
 
 def check_identity(content: dict[str, Any], now: Identity, where: object) -> None:
-    """Refuse a checkpoint of another dataset, another order, or an engine that cannot read its shards.
+    """Refuse a checkpoint of another dataset, another order, or weights of another kind.
+
+    Another number of ranks is no difference, and neither is another ZeRO stage from 1 to 3.
 
     Raises:
         UserError: every difference, old and new, in one error.
@@ -88,6 +98,11 @@ def check_identity(content: dict[str, Any], now: Identity, where: object) -> Non
             old, new = saved[section].get(key), current.get(key)
             if old != new:
                 differences.append(f"{key} was {old!r} and is now {new!r}")
+    old_stage, new_stage = saved["topology"]["zero_stage"], now.topology["zero_stage"]
+    if not can_reshard(old_stage, new_stage):
+        differences.append(
+            f"zero_stage was {old_stage} and is now {new_stage} (stages 1, 2 and 3 can follow each other, 0 cannot)"
+        )
     if not differences and saved["order_digest"] != now.order_digest:
         differences.append(
             "the shuffle gives another order than before (another version of streaming or numpy)"

@@ -6,7 +6,7 @@ Commit, then point, then prune::
     2. sizes and SHA-256 of all files go into COMPLETE.json, which is fsynced
     3. the directory is renamed to step_00000500, and the parent fsynced     <- the commit
     4. latest.json (and best.json) are replaced atomically
-    5. old checkpoints are pruned, their COMPLETE.json first
+    5. old checkpoints are pruned: renamed to a temporary name, then deleted, their COMPLETE.json first
 
 A directory without a valid COMPLETE.json does not exist. A crash at any point leaves either the old
 checkpoint or the new one.
@@ -14,6 +14,7 @@ checkpoint or the new one.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ BEST = "best.json"
 VERSION = 1
 _STEP = re.compile(r"^step_(\d{8,})$")
 _TEMPORARY = re.compile(r"^step_\d{8,}\.tmp-[0-9a-f]+$")
+_TORN_POINTER = re.compile(rf"^\.({re.escape(LATEST)}|{re.escape(BEST)})\.tmp-[0-9a-f-]+$")
 
 Files = dict[str, dict[str, Any]]  # relative path -> {"bytes": int, "sha256": hex}
 
@@ -63,6 +65,19 @@ def begin(root: Path, step: int) -> Path:
     temporary = root / f"{step_name(step)}.tmp-{secrets.token_hex(6)}"
     temporary.mkdir(parents=True)
     return temporary
+
+
+def check_room(root: Path, needed_bytes: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        OSError: ENOSPC; names the path, the bytes needed and those that are free.
+    """
+    free = shutil.disk_usage(root).free
+    if free < needed_bytes:
+        raise OSError(
+            errno.ENOSPC, f"a checkpoint needs {needed_bytes:,} bytes, and {free:,} are free", str(root)
+        )
 
 
 def relative_files(directory: Path) -> list[str]:
@@ -113,13 +128,25 @@ def verify(directory: Path) -> dict[str, Any]:
     """Read COMPLETE.json and check every file's size and SHA-256 against it; returns its content.
 
     Raises:
-        InvalidCheckpoint: anything is missing, torn, of another size, or has other bytes.
+        InvalidCheckpoint: anything is missing, torn, of another size, or has other bytes, or there is a ``.pt`` more.
+        OSError: the disk cannot read it.
     """
     step, files = _read_marker(directory)
     if step_name(step) != directory.name:
         raise InvalidCheckpoint(f"{COMPLETE} is that of step {step}")
     _verify_files(directory, files)
     return {"version": VERSION, "step": step, "files": files}
+
+
+def problem(directory: Path) -> str:
+    """Why a checkpoint must not be loaded, a disk that cannot read it included; ``""`` where it verifies."""
+    try:
+        verify(directory)
+    except InvalidCheckpoint as e:
+        return str(e)
+    except OSError as e:
+        return f"it cannot be read ({e})"
+    return ""
 
 
 def _read_marker(directory: Path) -> tuple[int, Files]:
@@ -138,6 +165,10 @@ def _read_marker(directory: Path) -> tuple[int, Files]:
 
 
 def _verify_files(directory: Path, files: Files) -> None:
+    # DeepSpeed and `Shards` find pickles by their names, so that one from elsewhere would be loaded.
+    foreign = [name for name in relative_files(directory) if name.endswith(".pt") and name not in files]
+    if foreign:
+        raise InvalidCheckpoint(f"it has files that were not saved with it: {', '.join(foreign[:5])}")
     for name, entry in files.items():
         path = directory / name
         size = path.stat().st_size if path.is_file() else None
@@ -165,12 +196,10 @@ def newest_valid(root: Path) -> tuple[Found | None, list[Found]]:
     """
     skipped = []
     for step, path in steps_present(root):
-        try:
-            verify(path)
-        except InvalidCheckpoint as e:
-            skipped.append(Found(step, path, str(e)))
-            continue
-        return Found(step, path), skipped
+        reason = problem(path)
+        if not reason:
+            return Found(step, path), skipped
+        skipped.append(Found(step, path, reason))
     if skipped:
         reasons = "; ".join(f"{f.path.name}: {f.problem}" for f in skipped)
         raise UserError(
@@ -214,19 +243,27 @@ def prune(root: Path, keep_last: int, keep_every: int) -> list[int]:
 
 
 def discard(directory: Path) -> None:
-    """Delete a checkpoint, its marker first: a crash in between leaves a directory that does not exist."""
+    """Delete a checkpoint: renamed first, so that whatever a crash leaves is swept, then its marker, then the rest."""
+    if not _TEMPORARY.match(directory.name):
+        directory = directory.rename(directory.with_name(f"{directory.name}.tmp-{secrets.token_hex(6)}"))
+        fsync_path(directory.parent)
     (directory / COMPLETE).unlink(missing_ok=True)
     fsync_path(directory)
     shutil.rmtree(directory)
 
 
 def sweep(root: Path) -> list[str]:
-    """Delete temporary directories of saves that never ended; called before a run starts to save.
+    """Delete what saves that never ended left under temporary names; called before a run starts to save.
 
-    One that was complete but for its name (a crash while a checkpoint of the same step was replaced) gets it.
+    A directory that was complete but for its name (a crash just before the commit, or just before it was deleted)
+    gets it.
     """
     removed = []
     for path in sorted(root.iterdir()) if root.is_dir() else []:
+        if _TORN_POINTER.match(path.name):
+            path.unlink()
+            removed.append(path.name)
+            continue
         if not (path.is_dir() and _TEMPORARY.match(path.name)):
             continue
         final = root / path.name.partition(".")[0]
@@ -244,7 +281,7 @@ def _is_whole(directory: Path, name: str) -> bool:
     try:
         step, files = _read_marker(directory)
         _verify_files(directory, files)
-    except InvalidCheckpoint:
+    except (InvalidCheckpoint, OSError):
         return False
     return step_name(step) == name
 

@@ -217,11 +217,12 @@ def _bounds(config: Config) -> Iterable[tuple[str, float, float, float]]:
             (f"train.{k}", getattr(t, k), 0, inf)
             for k in (
                 "max_steps eval_every_steps save_every_steps keep_every_steps early_stop_evals "
-                "max_skipped_steps time_limit_minutes seed"
+                "max_skipped_steps max_failed_saves time_limit_minutes job_end_margin_minutes watchdog_minutes seed"
             ).split()
         ),
         ("train.log_every_steps", t.log_every_steps, 1, inf),
         ("train.stop_check_steps", t.stop_check_steps, 1, inf),
+        ("train.collective_timeout_minutes", t.collective_timeout_minutes, 0.01, 10_000),
         ("train.keep_last", t.keep_last, 1, inf),
         ("eval.micro_items", config.eval.micro_items, 0, inf),
         ("eval.max_items", config.eval.max_items, 0, inf),

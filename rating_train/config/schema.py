@@ -189,6 +189,27 @@ class TrainConfig:
         False, "Write the ids of every step of every rank to samples/ (for audits)."
     )
     time_limit_minutes: float = setting(0.0, "Save and stop after so long; 0 never does.")
+    job_end_margin_minutes: float = setting(
+        3.0, "Save and stop so long before the scheduler ends the job, where it says when (SLURM_JOB_END_TIME)."
+    )
+    background_save: bool = setting(
+        True,
+        "Write checkpoints in the background, from a copy in memory (a rank's share of weights and optimizer "
+        "state: about 3.6 GB for 228M parameters over all ranks). False makes training wait for the disk.",
+    )
+    max_failed_saves: int = setting(
+        2,
+        "Checkpoints in a row that may fail (a full disk), loudly, before training stops; 0 stops at the first. "
+        "The last one of a run may never fail.",
+    )
+    watchdog_minutes: float = setting(
+        20.0,
+        "Without progress for so long (data, a collective, a save), every rank writes its stacks to logs/ and "
+        "exits with code 75, for the launcher to start it again; 0 never does.",
+    )
+    collective_timeout_minutes: float = setting(
+        10.0, "A collective that waits for longer fails. Set as the time-out of gloo, NCCL and DeepSpeed."
+    )
 
 
 @dataclass(frozen=True)

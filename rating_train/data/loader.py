@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
 import logging
 import signal
@@ -20,13 +18,13 @@ from rating_train.data.collate import Batch, Collator
 from rating_train.data.order import Ids, SampleOrder, digest, epoch_of_step, evaluation_batches, rank_part
 from rating_train.data.prompt import PromptEncoder
 from rating_train.data.remote import Fetched, Source
+from rating_train.data.stale_memory import claim_blocks, sweep_stale
 from rating_train.data.streams import OrderedDataset, check_split, fetch_split, open_split, shuffled_epoch
 from rating_train.errors import UserError
+from rating_train.processes import die_with_parent
 from rating_train.world import World
 
 log = logging.getLogger(__name__)
-
-_PR_SET_PDEATHSIG = 1  # prctl: the signal sent to this process when its parent ends
 
 
 @dataclass
@@ -124,12 +122,17 @@ def _open(
         predownload_items=config.predownload_items,
         verify_hash=config.verify == "first_read",
     )
-    if not source.remote:
+    if world.local_rank == 0:
+        sweep_stale()
+    fetched: Fetched | None = None
+    if source.remote:
+        fetched = _on_node_leaders(lambda: fetch_split(source, split), world)
+        manifest = on_main(lambda: fetched.manifest if fetched else {})
+    else:
         manifest = on_main(lambda: check_split(source.path, split))
-        return manifest, open_split(source, split, rank_items, world)
-    fetched = _on_node_leaders(lambda: fetch_split(source, split), world)
-    manifest = on_main(lambda: fetched.manifest if fetched else {})
-    return manifest, open_split(source, split, rank_items, world, fetched)
+    dataset = open_split(source, split, rank_items, world, fetched)
+    dataset.claim = claim_blocks([dataset])
+    return manifest, dataset
 
 
 def _on_node_leaders(action: Callable[[], Fetched], world: World) -> Fetched | None:
@@ -201,7 +204,4 @@ def _settle_worker(_worker: int) -> None:
     """
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(
-        OSError, AttributeError
-    ):  # Linux only; elsewhere torch's own watchdog takes seconds
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()  # elsewhere than on Linux, torch's own watchdog takes seconds

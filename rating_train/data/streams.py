@@ -36,6 +36,8 @@ from rating_train.data import remote
 from rating_train.data.mds import INDEX_NAME
 from rating_train.data.order import Ids, interleave, worker_part
 from rating_train.data.remote import Fetched, Source
+from rating_train.data.shared_memory import claimed_names
+from rating_train.data.stale_memory import Claim
 from rating_train.data.verify import check_split, fastest_hash, read_manifest, shard_problem
 from rating_train.errors import UserError
 from rating_train.files import read_json
@@ -58,6 +60,7 @@ class OrderedDataset(StreamingDataset):
     _verified: mmap.mmap | bytearray | None = None
     _failure: BaseException | None = None
     _fetched: Fetched | None = None  # holds the lock of the cache
+    claim: Claim | None = None  # holds the locks of its shared memory, see stale_memory.py
 
     def set_batches(self, batches: Ids) -> None:
         """Read these batches next: (K, B) int64 sample ids of this rank. Call before ``iter(loader)``."""
@@ -77,7 +80,7 @@ class OrderedDataset(StreamingDataset):
 
     def __getstate__(self) -> dict[str, Any]:
         """For loader processes that are spawned: they check shards on their own."""
-        state = {**self.__dict__, "_fetched": None}
+        state = {**self.__dict__, "_fetched": None, "claim": None}
         if self._verified is not None:
             state["_verified"] = bytearray(self._verified)
         return state
@@ -270,9 +273,10 @@ def open_split(
             "download_timeout": _DOWNLOAD_SECONDS,
         }
     try:
-        dataset = OrderedDataset(
-            local=str(local), split=split, batch_size=rank_items, shuffle=False, **options
-        )
+        with claimed_names():
+            dataset = OrderedDataset(
+                local=str(local), split=split, batch_size=rank_items, shuffle=False, **options
+            )
     except ValueError as e:  # on all ranks alike: each sees the same files and settings
         error = UserError(
             f"the cache cannot be used: {e}", where=local / split, fix="see data.cache_limit_mb, data.path"
@@ -296,7 +300,7 @@ def _node_bytes(count: int, world: World) -> mmap.mmap:
     if world.local_rank == 0 and world.local_size > 1:
         with (
             contextlib.suppress(OSError),
-            tempfile.NamedTemporaryFile(prefix="rating_train-", delete=False) as f,
+            tempfile.NamedTemporaryFile(prefix="rating_train-hashed-", delete=False) as f,
         ):
             f.truncate(count)
             name = f.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from rating_train.engine.ds_config import build_ds_config
 from rating_train.engine.optimizer import build_optimizer
 from rating_train.engine.schedule import lr_factor
 from rating_train.errors import UserError
+from rating_train.model.head import dropout_keys
 from rating_train.model.loss import rating_loss
 from rating_train.model.param_groups import ParamGroup, param_groups, table
 from rating_train.model.regressor import RatingRegressor
@@ -53,8 +55,9 @@ class Engine:
         self.ds.train()
         losses = []
         for micro in batch.split(self.plan.micro_items):
+            keys = dropout_keys(micro.ids, self.config.train.seed, step).to(self.device)
             micro = micro.to(self.device)
-            scores = self.ds(micro.images, micro.input_ids, micro.used_tokens)
+            scores = self.ds(micro.images, micro.input_ids, micro.used_tokens, keys)
             loss = rating_loss(scores, micro.ratings, micro.rating_counts, self.config.loss)
             self.ds.backward(loss)
             self.ds.step()  # acts on the last micro-batch of the step
@@ -110,7 +113,11 @@ def build_engine(model: RatingRegressor, config: Config, plan: BatchPlan, device
     log.info("optimizer groups\n%s", table(model, groups))
     optimizer = build_optimizer(groups, config, device)
     _without_shared_memory_collectives(deepspeed)
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        verbose=False,
+        timeout=datetime.timedelta(minutes=config.train.collective_timeout_minutes),
+    )
     ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=build_ds_config(config, plan))
     check_fp32_buffers(ds.module)
     return Engine(ds, groups, config, plan, device)

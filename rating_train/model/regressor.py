@@ -61,7 +61,9 @@ class RatingRegressor(nn.Module):
         self.image_start = image_start
         self.head = RatingHead(architecture.text.hidden, architecture.head_hidden, head_dropout, rating_bias)
 
-    def forward(self, images: Tensor, input_ids: Tensor, used_tokens: Tensor) -> Tensor:
+    def forward(
+        self, images: Tensor, input_ids: Tensor, used_tokens: Tensor, dropout_keys: Tensor | None = None
+    ) -> Tensor:
         """Ratings of a batch.
 
         Args:
@@ -69,6 +71,7 @@ class RatingRegressor(nn.Module):
             input_ids: (B, T) int64, padded on the right; the V tokens from ``image_start`` on stand for the
                 image and are replaced.
             used_tokens: (B,) int64, tokens before the padding.
+            dropout_keys: (B,) int64 of :func:`~.head.dropout_keys`; needed in training with dropout only.
 
         Returns:
             (B,) float32 in (1, 5).
@@ -81,7 +84,7 @@ class RatingRegressor(nn.Module):
         # what the padding itself computes is left out by the pooling.
         hidden = self.backbone.text_model(inputs_embeds=merged, use_cache=False).last_hidden_state
         with torch.autocast(device_type=hidden.device.type, enabled=False):
-            return self.head(masked_mean(hidden, used_tokens))
+            return self.head(masked_mean(hidden, used_tokens), dropout_keys)
 
 
 def build_regressor(

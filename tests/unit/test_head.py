@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rating_train.model.head import Linear32, RatingHead, masked_mean
+from rating_train.model.head import Linear32, RatingHead, dropout_keys, item_dropout, masked_mean
 
 B, T, D = 5, 11, 8
 
@@ -94,14 +94,43 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean() -> None:
     torch.manual_seed(4)
     head = RatingHead(D, 256, dropout=0.5)
     pooled = torch.randn(1, D).expand(4000, D)
+    keys = dropout_keys([f"item {i}" for i in range(4000)], seed=17, step=3)
     head.train()
-    noisy = head(pooled)
+    noisy = head(pooled, keys)
+    with pytest.raises(ValueError, match="dropout_keys"):
+        head(pooled)
     head.eval()
     quiet = head(pooled)
     assert noisy.std() > 0 and torch.equal(quiet, head(pooled))
     logit = torch.log((noisy - 1) / (5 - noisy))
     expected = torch.log((quiet[0] - 1) / (5 - quiet[0]))
     assert float(logit.mean().detach()) == pytest.approx(float(expected.detach()), abs=0.02)
+
+
+def test_dropout_follows_item_and_step_and_not_the_batch() -> None:
+    ids = [f"item {i}" for i in range(64)]
+    ones = torch.ones(64, 288)
+    whole = item_dropout(ones, 0.1, dropout_keys(ids, 17, 5))
+    parts = [item_dropout(ones[:16], 0.1, dropout_keys(ids[i : i + 16], 17, 5)) for i in range(0, 64, 16)]
+    assert torch.equal(whole, torch.cat(parts))
+    others = [dropout_keys(ids, 17, 6), dropout_keys(ids, 18, 5), dropout_keys(ids[::-1], 17, 5)]
+    assert all(not torch.equal(whole, item_dropout(ones, 0.1, keys)) for keys in others)
+
+
+def test_dropout_bits_are_evenly_spread() -> None:
+    keys = torch.cat([dropout_keys([f"B{i:09d}" for i in range(200)], 17, step) for step in range(50)])
+    kept = item_dropout(torch.ones(10_000, 288), 0.1, keys) > 0
+    deviation = (0.1 * 0.9) ** 0.5
+    assert abs(kept.float().mean().item() - 0.9) < 5 * deviation / (10_000 * 288) ** 0.5
+    assert (kept.float().mean(0) - 0.9).abs().max() < 5 * deviation / 10_000**0.5  # per unit
+    assert (kept.float().mean(1) - 0.9).abs().max() < 6 * deviation / 288**0.5  # per item and step
+    neighbours = torch.corrcoef(kept[:, :32].float().T) - torch.eye(32)
+    assert neighbours.abs().max() < 5 / 10_000**0.5
+    assert item_dropout(torch.ones(2, 4), 0.5, torch.zeros(2, dtype=torch.int64)).unique().tolist() in (
+        [0, 2],
+        [2],
+        [0],
+    )
 
 
 def test_gradients_reach_every_weight_of_the_head_and_only_real_tokens() -> None:

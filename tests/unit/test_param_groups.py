@@ -10,6 +10,7 @@ from torch import nn
 
 from rating_train.config.schema import LearningRates, ModelConfig, OptimConfig
 from rating_train.demo import demo_architecture
+from rating_train.model.head import dropout_keys
 from rating_train.model.param_groups import for_optimizer, param_groups, table
 from rating_train.model.regressor import PARTS, RatingRegressor, build_regressor, part_of
 
@@ -92,7 +93,8 @@ def test_torch_optimizers_take_the_groups_and_frozen_parts_do_not_move() -> None
     g = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, 64, 64), generator=g, dtype=torch.uint8)
     ids = torch.randint(7, 500, (2, 40), generator=g)
-    regressor(images, ids, torch.tensor([40, 30])).sum().backward()
+    keys = dropout_keys(["a", "b"], seed=1, step=0)
+    regressor(images, ids, torch.tensor([40, 30]), keys).sum().backward()
     optimizer.step()
     for name, parameter in regressor.named_parameters():
         moved = not torch.equal(parameter, before[name])

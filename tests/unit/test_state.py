@@ -11,13 +11,17 @@ from rating_train.checkpoint.state import Identity, TrainState, check_identity, 
 from rating_train.errors import UserError
 
 ORDER = {"data_fingerprint": "aa", "shuffle_seed": 9176, "global_items": 64}
-ENGINE = {"ranks": 2, "zero_stage": 2, "precision": "bf16", "freeze": ["vision"]}
+ENGINE = {"precision": "bf16", "freeze": ["vision"]}
+TOPOLOGY = {"ranks": 2, "zero_stage": 2}
 
 
 def identity(
-    digest: str = "d1", order: dict[str, Any] | None = None, engine: dict[str, Any] | None = None
+    digest: str = "d1",
+    order: dict[str, Any] | None = None,
+    engine: dict[str, Any] | None = None,
+    topology: dict[str, int] | None = None,
 ) -> Identity:
-    return Identity({**ORDER, **(order or {})}, digest, {**ENGINE, **(engine or {})})
+    return Identity({**ORDER, **(order or {})}, digest, {**ENGINE, **(engine or {})}, topology or TOPOLOGY)
 
 
 def test_steps_and_samples_are_counted_skipped_ones_included() -> None:
@@ -80,7 +84,8 @@ def test_the_same_identity_is_accepted_also_after_json() -> None:
     [
         ({"order": {"data_fingerprint": "bb"}}, r"data_fingerprint was 'aa' and is now 'bb'"),
         ({"order": {"global_items": 32}}, r"global_items was 64 and is now 32"),
-        ({"engine": {"ranks": 4}}, r"ranks was 2 and is now 4"),
+        ({"engine": {"precision": "fp32"}}, r"precision was 'bf16' and is now 'fp32'"),
+        ({"topology": {"ranks": 2, "zero_stage": 0}}, r"zero_stage was 2 and is now 0"),
         ({"engine": {"freeze": []}}, r"freeze was \['vision'\] and is now \[\]"),
         ({"order": {"new_setting": 1}}, r"new_setting was None and is now 1"),
         ({"digest": "d2"}, r"another order than before"),
@@ -93,13 +98,25 @@ def test_every_difference_is_refused_with_old_and_new(changes: dict[str, Any], m
 
 
 def test_all_differences_come_in_one_error() -> None:
-    now = identity(order={"shuffle_seed": 1, "global_items": 2}, engine={"zero_stage": 3})
+    now = identity(
+        order={"shuffle_seed": 1, "global_items": 2},
+        engine={"precision": "fp32"},
+        topology={"ranks": 2, "zero_stage": 0},
+    )
     with pytest.raises(UserError) as caught:
         check_identity(saved(identity()), now, "x")
-    assert [w in caught.value.what for w in ("shuffle_seed", "global_items", "zero_stage")] == [True] * 3
+    assert [w in caught.value.what for w in ("shuffle_seed", "global_items", "precision", "zero_stage")] == [
+        True
+    ] * 4
 
 
 def test_a_setting_that_the_checkpoint_had_and_this_version_lacks_is_a_difference() -> None:
     before = identity(order={"gone": 5})
     with pytest.raises(UserError, match="gone was 5 and is now None"):
         check_identity(saved(before), identity(), "x")
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 2), (4, 2), (3, 1), (2, 3)])
+def test_another_number_of_ranks_and_another_divided_stage_are_no_difference(ranks: int, stage: int) -> None:
+    saved = to_json(TrainState(), identity(), 10)
+    check_identity(saved, identity(topology={"ranks": ranks, "zero_stage": stage}), "here")

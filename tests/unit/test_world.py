@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rating_train.errors import UserError
-from rating_train.world import World, detect, device_of, export
+from rating_train.world import ScheduledJob, World, detect, device_of, export, scheduled_job
 
 
 def torchrun(
@@ -133,3 +133,28 @@ def test_a_machine_without_gpus_runs_on_its_cpu() -> None:
             device_of(World(99, 100, 99, 100))
     else:
         assert device_of(World(3, 4, 3, 4)) == torch.device("cpu")
+
+
+def test_without_a_launcher_there_is_no_scheduled_job() -> None:
+    assert scheduled_job({}) == scheduled_job({"PATH": "/bin", "SLURM_JOB_ID": ""}) == ScheduledJob("", 0, None)
+
+
+def test_slurm_says_which_job_it_is_how_often_it_was_started_and_when_it_ends() -> None:
+    env = {"SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": "2", "SLURM_JOB_END_TIME": "1790000000"}
+    assert scheduled_job(env) == ScheduledJob("slurm 4711", 2, 1790000000)
+    assert scheduled_job({"SLURM_JOB_ID": "4711"}) == ScheduledJob("slurm 4711", 0, None)
+
+
+def test_torchrun_inside_a_slurm_job_belongs_to_that_job() -> None:
+    agent = {"TORCHELASTIC_RUN_ID": "abc", "TORCHELASTIC_RESTART_COUNT": "3"}
+    assert scheduled_job(agent) == ScheduledJob("torchrun abc", 3, None)
+    assert scheduled_job({**agent, "SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "1790000000"}) == ScheduledJob(
+        "slurm 7", 0, 1790000000
+    )
+
+
+@pytest.mark.parametrize("text", ["", " ", "soon", "2026-01-01T00:00:00", "0"])
+def test_an_end_that_is_no_time_is_none(text: str) -> None:
+    """Facts about the job are for comfort: a scheduler that says them otherwise must not keep it from training."""
+    env = {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": text, "SLURM_RESTART_COUNT": text}
+    assert scheduled_job(env) == ScheduledJob("slurm 7", 0, None)

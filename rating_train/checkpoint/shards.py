@@ -1,0 +1,175 @@
+"""Reads the shards that DeepSpeed saved, of ZeRO stage 1, 2 or 3 and any number of ranks, as whole parameters.
+
+Two layouts, seen in DeepSpeed 0.19.8. In both, a group is the parameters of one optimizer group in order::
+
+    stages 1, 2   the group is one flat vector, padded at its end, cut evenly over the ranks
+    stage 3       each parameter is cut evenly over the ranks, padded at its end; a rank's vector is its pieces
+
+Files are mapped, not read: a rank that needs a part of a parameter reads that part. Only verified directories
+come here: the files are pickles.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rating_train.checkpoint.store import InvalidCheckpoint
+
+MASTER = "fp32"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_OPTIMIZER_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
+_MODEL_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_model_states\.pt$")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a trained parameter lies: its group, and the elements before it (stage 3: in each rank's vector)."""
+
+    group: int
+    shape: torch.Size
+    offset: int
+
+
+class Shards:
+    """The parameters of one checkpoint, whole.
+
+    Args:
+        engine: the directory that DeepSpeed wrote.
+        stage: ZeRO stage it was written by, 1 to 3.
+
+    Raises:
+        InvalidCheckpoint: the files are not those of such a stage.
+    """
+
+    def __init__(self, engine: Path, stage: int) -> None:
+        self.stage = stage
+        self._optimizers = [_load(path)["optimizer_state_dict"] for path in _by_rank(engine, _OPTIMIZER_RANK)]
+        if stage == 3:
+            self._models = [_load(path) for path in _by_rank(engine, _MODEL_RANK)]
+        else:
+            self._models = [_load(engine / "mp_rank_00_model_states.pt")]
+        if any(any(group) for group in self._optimizers[0].get("param_alignment_paddings", [])):
+            raise InvalidCheckpoint("its parameters are padded one by one, which no known stage does")
+        self.places = dict(self._find_places())
+
+    @property
+    def ranks(self) -> int:
+        return len(self._optimizers)
+
+    def _find_places(self) -> Iterator[tuple[str, Place]]:
+        for group, shapes in enumerate(self._models[0]["param_shapes"]):
+            offset = 0
+            for name, shape in shapes.items():
+                yield name, Place(group, shape, offset)
+                offset += -(-shape.numel() // self.ranks) if self.stage == 3 else shape.numel()
+
+    def read(self, name: str, key: str) -> Tensor:
+        """A trained parameter's fp32 master weight (``fp32``), ``exp_avg`` or ``exp_avg_sq``, in its shape.
+
+        Raises:
+            KeyError: no trained parameter has this name.
+        """
+        place = self.places[name]
+        vectors = [self._vector(rank, place.group, key) for rank in range(self.ranks)]
+        cut = read_per_parameter if self.stage == 3 else read_flat
+        return cut(vectors, place.offset, place.shape.numel()).view(place.shape)
+
+    def steps(self) -> Tensor:
+        """() float32: updates that Adam has counted, the same for all parameters."""
+        return torch.as_tensor(self._state(0)[0]["step"], dtype=torch.float32).clone()
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Parameters and buffers that are not trained, as they were computed with (bf16 or fp32)."""
+        first = self._models[0]
+        if self.stage < 3:
+            return {name: value for name, value in first["module"].items() if name not in self.places}
+        return {
+            name: torch.cat([model["frozen_param_fragments"][name].flatten() for model in self._models])[
+                : shape.numel()
+            ].view(shape)
+            for name, shape in (first["frozen_param_shapes"] or {}).items()
+        }
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """DeepSpeed's own counts of steps and samples."""
+        return {name: self._models[0][name] for name in ("global_steps", "global_samples", "skipped_steps")}
+
+    def _state(self, rank: int) -> dict[int, dict[str, Any]]:
+        inner = "optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"
+        return self._optimizers[rank][inner]["state"]
+
+    def _vector(self, rank: int, group: int, key: str) -> Tensor:
+        if key != MASTER:
+            return self._state(rank)[group][key]
+        name = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
+        return self._optimizers[rank][name][group].detach()
+
+
+def read_flat(vectors: list[Tensor], offset: int, numel: int) -> Tensor:
+    """``numel`` elements from ``offset`` on, of one flat vector that was cut evenly into ``vectors``."""
+    size = len(vectors[0])
+    pieces = []
+    for rank, vector in enumerate(vectors):
+        start = rank * size
+        first, last = max(offset, start), min(offset + numel, start + size)
+        if first < last:
+            pieces.append(vector[first - start : last - start])
+    return torch.cat(pieces)
+
+
+def read_per_parameter(vectors: list[Tensor], offset: int, numel: int) -> Tensor:
+    """A parameter of ``numel`` elements whose even pieces begin at ``offset`` of every rank's vector."""
+    width = -(-numel // len(vectors))
+    return torch.cat([vector[offset : offset + width] for vector in vectors])[:numel]
+
+
+def write_flat(target: Tensor, rank: int, whole: Iterator[tuple[int, Any]]) -> None:
+    """Fill a rank's part of a flat vector.
+
+    Args:
+        target: (P,) this rank's part, elements [rank * P, (rank + 1) * P) of the vector. Padding becomes 0.
+        whole: number of elements of each parameter in order, and a function that gives the parameter.
+    """
+    size, offset = len(target), 0
+    start = rank * size
+    target.zero_()
+    for numel, read in whole:
+        first, last = max(offset, start), min(offset + numel, start + size)
+        if first < last:  # otherwise it is not even read
+            target[first - start : last - start] = read().flatten()[first - offset : last - offset]
+        offset += numel
+
+
+def write_per_parameter(target: Tensor, rank: int, ranks: int, whole: Iterator[tuple[int, Any]]) -> None:
+    """Fill a rank's vector with its even piece of every parameter; arguments as in :func:`write_flat`."""
+    offset = 0
+    target.zero_()
+    for numel, read in whole:
+        width = -(-numel // ranks)
+        piece = read().flatten()[rank * width : (rank + 1) * width]
+        target[offset : offset + len(piece)] = piece
+        offset += width
+
+
+def _by_rank(engine: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """The files of all ranks, in rank order.
+
+    Raises:
+        InvalidCheckpoint: there are none, or some rank's is missing.
+    """
+    found = {int(m.group(1)): path for path in engine.iterdir() if (m := pattern.search(path.name))}
+    if not found or sorted(found) != list(range(len(found))):
+        raise InvalidCheckpoint(f"{engine} has files of ranks {sorted(found)}: not one of each rank")
+    return [found[rank] for rank in sorted(found)]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=False, mmap=True)

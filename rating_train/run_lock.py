@@ -1,0 +1,333 @@
+"""One job per run directory: a lock that survives a crash of its owner, and does not outlive it.
+
+::
+
+    LOCK             who owns the run: made by O_EXCL, written once, removed at the end
+    heartbeat.json   what the owner is doing: a counter that goes up while it lives; stays behind at the end
+
+A second job finds LOCK and decides whether its owner lives:
+
+- the same host, boot and PID namespace: there is a process with that id and that start time, or there is none;
+- the same scheduler job with a lower restart count: the scheduler ended that one before it started this one;
+- otherwise it watches for ``stale_seconds`` of its own monotonic clock. Clocks of two hosts are never compared. Any
+  change of LOCK or heartbeat.json in that time is life. On a network file system that caches attributes for longer
+  than that (NFS: ``acregmax``), give more seconds.
+
+A dead owner's LOCK is renamed away before a new one is made, so that of two candidates one succeeds. An owner that
+was wrongly taken for dead (its machine was suspended) finds another's LOCK, and must stop: :meth:`RunLock.check`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rating_train import run_dir
+from rating_train.errors import UserError
+from rating_train.processes import process_lives, this_process
+
+log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 0.2  # between two looks at an owner that is being watched
+_SETTLE_SECONDS = 0.2  # in which another candidate puts back what it renamed by mistake
+
+
+class RunLock:
+    """The lock of one run directory, held by rank 0.
+
+    Args:
+        run: the run directory; made if missing.
+        job: the scheduler's job id, the same after a requeue; ``""`` without a scheduler.
+        restart: how often the scheduler has restarted this job.
+        beat_seconds: between heartbeats.
+        stale_seconds: without a heartbeat, after which an owner that cannot be looked up is taken for dead; at
+            least twice ``beat_seconds``.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        job: str = "",
+        restart: int = 0,
+        beat_seconds: float = 5.0,
+        stale_seconds: float = 30.0,
+    ) -> None:
+        if stale_seconds < 2 * beat_seconds:
+            raise ValueError(f"stale_seconds {stale_seconds} is less than two heartbeats of {beat_seconds}")
+        self._run = run
+        self._lock = run / run_dir.LOCK_FILE
+        self._heartbeat = run / run_dir.HEARTBEAT_FILE
+        self._beat_seconds, self._stale_seconds = beat_seconds, stale_seconds
+        self._owner = {"nonce": secrets.token_hex(8), "job": job, "restart": restart, **this_process()}
+        self._facts: dict[str, Any] = {"phase": "starting"}
+        self._counter = 0
+        self._said: set[str] = set()  # kinds of trouble that were logged
+        self._end = threading.Event()
+        self._thread: threading.Thread | None = None
+        #: Whether another job has taken the run over.
+        self.lost = False
+
+    def __enter__(self) -> RunLock:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self.release(f"{kind.__name__}: {error}" if kind else "")
+
+    def acquire(self) -> None:
+        """Take the lock, from a dead owner if need be, and start the heartbeat.
+
+        Raises:
+            UserError: another job owns the run; names it and what to do.
+        """
+        self._run.mkdir(parents=True, exist_ok=True)
+        while not self._create():
+            found = read_state(self._lock)
+            if found is None:
+                continue  # released in this moment
+            why = self._dead_at_once(found.content) or self._watch(found)
+            if why and self._move_away(found):
+                log.warning("took over %s from %s: %s", self._lock, describe(found.content), why)
+        for torn in self._run.glob(f".{self._heartbeat.name}.tmp-*"):
+            torn.unlink(missing_ok=True)  # of an owner that was killed while it wrote
+        self._beat()
+        self._thread = threading.Thread(target=self._beats, name="run lock", daemon=True)
+        self._thread.start()
+
+    def release(self, reason: str = "") -> None:
+        """Stop the heartbeat and remove LOCK, if it is still this job's. Does nothing where it is not held.
+
+        Args:
+            reason: why the run ended; ``""`` takes the fact ``outcome``, or "done".
+        """
+        if self._thread is None:
+            return
+        self._end.set()
+        self._thread.join()
+        self._thread = None
+        self._look()
+        if self.lost:
+            return
+        self.update(phase=f"ended: {reason or self._facts.get('outcome') or 'done'}")
+        self._beat()
+        self._lock.unlink(missing_ok=True)
+
+    def update(self, **facts: Any) -> None:
+        """Note what the job is doing (step, total_steps, phase, ...): JSON values, written with the next heartbeat."""
+        self._facts = {**self._facts, **facts}  # replaced whole: the other thread reads it without a lock
+
+    def check(self) -> None:
+        """Call at step borders, and before a checkpoint is written.
+
+        Raises:
+            UserError: another job has taken the run over.
+        """
+        if self.lost:
+            other = read_state(self._lock)
+            raise UserError(
+                "another job has taken this run over, or its lock was deleted"
+                + (f": {describe(other.content)}" if other else ""),
+                where=self._lock,
+                fix="nothing, if that job goes on from the last checkpoint; this one stops here",
+            )
+
+    def _create(self) -> bool:
+        """Make LOCK; whether it is ours now."""
+        content = {**self._owner, "since": _now_text()}
+        try:
+            fd = os.open(self._lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        try:
+            with open(fd, "w", encoding="utf-8") as f:
+                json.dump(content, f, indent=2)
+                f.write("\n")
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError as e:
+            self._lock.unlink(missing_ok=True)
+            raise UserError(f"the run directory cannot be written ({e})", where=self._lock) from e
+        time.sleep(
+            _SETTLE_SECONDS
+        )  # a candidate that judged the old lock may still rename this one, and put it back
+        if not self._is_mine():
+            return False
+        self._owner = content
+        return True
+
+    def _dead_at_once(self, owner: dict[str, Any]) -> str:
+        """Why the owner is certainly dead; ``""`` where that is not certain."""
+        if process_lives(owner) is False:
+            return "its process is gone"
+        job, restart = owner.get("job"), owner.get("restart")
+        if (
+            job
+            and job == self._owner["job"]
+            and isinstance(restart, int)
+            and restart < self._owner["restart"]
+        ):
+            return f"it is restart {restart} of this job {job}, and this is restart {self._owner['restart']}"
+        return ""
+
+    def _watch(self, found: LockState) -> str:
+        """Look on for ``stale_seconds``: why the owner is dead, or ``""`` where it released the lock.
+
+        Raises:
+            UserError: it lives.
+        """
+        if process_lives(found.content):
+            raise self._refusal(found.content)
+        log.warning(
+            "%s belongs to %s; watching for %g s whether it lives",
+            self._lock, describe(found.content), self._stale_seconds,
+        )  # fmt: skip
+        before = found, read_state(self._heartbeat)
+        end = time.monotonic() + self._stale_seconds
+        while time.monotonic() < end:
+            time.sleep(_LOOK_SECONDS)
+            now = read_state(self._lock), read_state(self._heartbeat)
+            if now[0] is None:
+                return ""
+            if now != before:
+                raise self._refusal(now[0].content)
+        return f"no heartbeat in {self._stale_seconds:g} s"
+
+    def _refusal(self, owner: dict[str, Any]) -> UserError:
+        beat = read_state(self._heartbeat)
+        last = ""
+        if beat and beat.content:
+            c = beat.content
+            last = f"; last heartbeat {c.get('time', 'unknown')}, {c.get('phase', 'unknown')} at step {c.get('step')}"
+        return UserError(
+            f"another job is using this run: {describe(owner)}{last}",
+            where=self._lock,
+            fix="wait for it or stop it (touch STOP in the run directory), or give this run another `name`",
+        )
+
+    def _move_away(self, judged: LockState) -> bool:
+        """Rename the dead owner's LOCK away; False where it has changed or gone, and must be judged anew."""
+        if read_state(self._lock) != judged:
+            return False
+        aside = self._lock.with_name(f"{self._lock.name}.stale-{self._owner['nonce']}")
+        try:
+            os.rename(self._lock, aside)
+        except FileNotFoundError:
+            return False  # the other candidate was faster
+        right = read_state(aside) == judged
+        if not right:
+            # Between the look and the rename another candidate has taken over: this is its lock. It is put back,
+            # never over a third one's; should there be one, this one's owner finds out by its next look.
+            with contextlib.suppress(OSError):
+                os.link(aside, self._lock)
+        aside.unlink(missing_ok=True)
+        return right
+
+    def _is_mine(self) -> bool:
+        """Whether LOCK is ours. Looked at twice: another candidate may have renamed it by mistake for an instant."""
+        for look in range(2):
+            if look:
+                time.sleep(_SETTLE_SECONDS)
+            state = read_state(self._lock)
+            if state is not None and state.content.get("nonce") == self._owner["nonce"]:
+                return True
+        return False
+
+    def _beats(self) -> None:
+        while not self._end.wait(self._beat_seconds):
+            self._look()
+            if self.lost:
+                return
+            self._beat()
+
+    def _look(self) -> None:
+        """Notice that the lock is another's."""
+        try:
+            if self._is_mine():
+                return
+        except OSError as e:  # the file system is away: that does not make the lock another's
+            self._say_once("read", "the lock cannot be read (%s); trying again", e)
+            return
+        self.lost = True
+        log.error("%s is not this job's any more", self._lock)
+
+    def _beat(self) -> None:
+        """Write heartbeat.json, whole; without fsync, as it tells of this moment only."""
+        self._counter += 1
+        beat = {
+            **{key: self._owner[key] for key in ("nonce", "host", "pid", "job", "restart")},
+            **self._facts,
+            "counter": self._counter,
+            "beat_seconds": self._beat_seconds,
+            "time": _now_text(),
+            "unix_time": round(time.time(), 3),
+        }
+        temporary = self._heartbeat.with_name(f".{self._heartbeat.name}.tmp-{self._owner['nonce']}")
+        try:
+            temporary.write_text(json.dumps(beat, indent=2) + "\n", "utf-8")
+            os.replace(temporary, self._heartbeat)
+        except (
+            OSError,
+            TypeError,
+            ValueError,
+        ) as e:  # a full disk, or a fact that is no JSON: training goes on
+            self._say_once("write", "the heartbeat cannot be written (%s); trying again", e)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.utime(self._lock)  # a sign of life that needs no space
+
+    def _say_once(self, kind: str, text: str, error: Exception) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            log.warning(text, error)
+
+
+class LockState:
+    """One look at LOCK or heartbeat.json. Two looks are equal where nothing has happened in between.
+
+    ``raw``: bytes and modification time (ns). ``content``: the JSON object; empty where the file is torn.
+    """
+
+    def __init__(self, data: bytes, mtime_ns: int) -> None:
+        self.raw = (data, mtime_ns)
+        try:
+            value = json.loads(data)
+        except ValueError:  # UnicodeDecodeError is one
+            value = {}
+        self.content: dict[str, Any] = value if isinstance(value, dict) else {}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LockState) and self.raw == other.raw
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def read_state(path: Path) -> LockState | None:
+    """Read LOCK or heartbeat.json; ``None`` where there is none. Opened, not just stat-ed: NFS then asks its server."""
+    try:
+        with open(path, "rb") as f:
+            return LockState(f.read(), os.fstat(f.fileno()).st_mtime_ns)
+    except FileNotFoundError:
+        return None
+
+
+def describe(owner: dict[str, Any]) -> str:
+    """The owner of a lock in words."""
+    if not owner:
+        return "an unknown owner (its lock is torn)"
+    job = f", job {owner['job']}" if owner.get("job") else ""
+    return f"process {owner.get('pid')} on {owner.get('host')}{job}, since {owner.get('since', 'unknown')}"
+
+
+def _now_text() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -1,0 +1,123 @@
+"""A thread that ends a process which no longer gets anywhere, with the stacks of all its threads in a file.
+
+A collective whose peer is gone, a loader that waits for a dead disk, a deadlock: the main thread cannot notice, and
+an exit is the only thing that lets the launcher start again. So each rank has a thread that wants a sign of life
+(:meth:`Watchdog.beat`) every ``limit_seconds``. The first rank that gives up leaves a file for the others, so that
+their stacks are written too before the launcher ends them.
+
+The thread also reads signals, by Python's wake-up descriptor, which works while the main thread is stuck in C: a
+second SIGTERM or SIGINT, some seconds after the first, ends the process at once. And should the thread itself not get
+to run (something holds the interpreter lock), ``faulthandler``'s own timer, which needs no lock, does the same.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+from rating_train.errors import EXIT_HUNG
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 1.0
+GRACE_SECONDS = 10.0  # for the other ranks to write their stacks
+AGAIN_SECONDS = 5.0  # a scheduler and a launcher may both pass on the same first signal
+_LOCK_HELD_SECONDS = 60.0  # beyond the limit, until faulthandler's timer
+
+
+class Watchdog:
+    """Watches this process from ``with`` on.
+
+    Args:
+        limit_seconds: most seconds between two beats; 0 watches for signals only.
+        stacks: file that the stacks of this rank are appended to.
+        hung: file that the first rank to give up makes; it must not be there at the start.
+    """
+
+    def __init__(self, limit_seconds: float, stacks: Path, hung: Path) -> None:
+        self.limit_seconds = limit_seconds
+        self._stacks_path = stacks
+        self._hung = hung
+        self._doing = "starting"
+        self._last = time.monotonic()
+        self._first_signal: float | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def beat(self, doing: str) -> None:
+        """A sign of life: what the main thread does from now on. Cheap enough for every step."""
+        self._doing, self._last = doing, time.monotonic()
+
+    def __enter__(self) -> Watchdog:
+        self._stacks = open(
+            self._stacks_path, "a", encoding="utf-8"
+        )  # opened now: the disk may be full later
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._reader.setblocking(False)
+        self._previous = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self.beat("starting")
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        signal.set_wakeup_fd(self._previous)
+        self._writer.close()  # wakes the thread
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        self._reader.close()
+        self._stacks.close()
+
+    def _watch(self) -> None:
+        while not self._ended.is_set():
+            if self.limit_seconds:
+                faulthandler.dump_traceback_later(
+                    self.limit_seconds + _LOCK_HELD_SECONDS, exit=True, file=self._stacks
+                )
+            ready, _, _ = select.select([self._reader], [], [], POLL_SECONDS)
+            if self._ended.is_set():
+                return
+            if ready:
+                self._on_signals(self._reader.recv(4096))
+            idle = time.monotonic() - self._last
+            if self.limit_seconds and idle > self.limit_seconds:
+                self._give_up(f"no progress for {idle:.0f} s while {self._doing}")
+            if self._hung.exists():
+                self._give_up(f"another rank gave up (this one was {self._doing})")
+
+    def _on_signals(self, numbers: bytes) -> None:
+        if not {signal.SIGTERM, signal.SIGINT} & set(numbers):
+            return
+        now = time.monotonic()
+        if self._first_signal is None:
+            self._first_signal = now
+        elif now - self._first_signal > AGAIN_SECONDS:
+            self._give_up(f"asked to stop again while {self._doing}", wait=False)
+
+    def _give_up(self, why: str, wait: bool = True) -> NoReturn:
+        log.error("%s: ending this process; stacks of all its threads in %s", why, self._stacks_path)
+        self._stacks.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} pid {os.getpid()}: {why}\n")
+        self._stacks.flush()
+        faulthandler.dump_traceback(self._stacks, all_threads=True)
+        faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+        if wait:
+            try:
+                self._hung.touch()
+            except OSError as e:
+                log.error("the other ranks are not told (%s): their own limits will end them", e)
+            time.sleep(GRACE_SECONDS)
+        logging.shutdown()
+        os._exit(EXIT_HUNG)
