@@ -4,7 +4,7 @@
 # Sets   PYTHON             the interpreter to use, in this order: RATING_TRAIN_PYTHON, the active virtual
 #                           environment, .venv of this checkout, python3 (then python3.12, 3.11, 3.10)
 #        RATING_TRAIN_ROOT  this checkout; it is put first in PYTHONPATH, so its code is what runs
-# Gives  rt_install, rt_threads, rt_gpus, rt_say, rt_die
+# Gives  rt_install, rt_threads, rt_gpus, rt_run_dir, rt_traces, rt_say, rt_die
 #
 # Every variable that is set already is left as it is.
 
@@ -20,12 +20,24 @@ export PYTHONFAULTHANDLER="${PYTHONFAULTHANDLER:-1}"
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-3}"
 # NCCL names the cause of an error; at its default it says nothing.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+# The flight recorder: each rank keeps its last collectives in memory, and writes them down when one times out. The
+# files say which rank was late, and in which collective. 2000 is torch's own default, pinned here. (The names are
+# those that torch's NCCL group reads; before torch 2.9 the first was TORCH_NCCL_TRACE_BUFFER_SIZE.)
+export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
+export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
+# How long the ranks may take to write these files before the process ends: a shared disk can be slow.
+export TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC="${TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC:-30000}"
+# A second guard, for a watchdog that hangs itself (in a CUDA call that never returns): the process ends after so
+# many seconds without a sign of life from it. As long as a collective may take (10 minutes, see world.connect):
+# shorter than that, it could end a process whose collective still waits with good reason.
+export TORCH_NCCL_ENABLE_MONITORING="${TORCH_NCCL_ENABLE_MONITORING:-1}"
+export TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC="${TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC:-600}"
 
 rt_say() { printf '%s\n' "$*"; }
 
-# One line on stderr, exit code 2: something that the user can mend.
+# One line on stderr, exit code 2: something that the user can mend. RT_NAME: the script's name where $0 is another.
 rt_die() {
-    printf '%s: error: %s\n' "$(basename -- "$0")" "$*" >&2
+    printf '%s: error: %s\n' "${RT_NAME:-$(basename -- "$0")}" "$*" >&2
     exit 2
 }
 
@@ -101,6 +113,37 @@ rt_threads() {
     cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)"
     local each=$((cores / $1))
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((each > 0 ? each : 1))}"
+}
+
+# rt_run_dir CONFIG|RUN [WORDS...]: checks the configuration, with the --set among the words, and prints the run directory.
+# A mistake in the settings is said here once, in one line, with exit code 2; N processes would all say it, and a
+# launcher would bury it under its own messages and change the exit code.
+rt_run_dir() {
+    local config="$1" run=""
+    shift
+    if [[ -d "$config" ]]; then # it may have been moved since: where it is counts, not its runs_dir
+        run="$config"
+        config="$run/config.yaml"
+    fi
+    "$PYTHON" -c '
+import os, sys
+from rating_train.config.load import load_config
+from rating_train.errors import UserError
+name, run, path, *words = sys.argv[1:]
+overrides = [w[6:] for w in words if w.startswith("--set=")]
+overrides += [after for word, after in zip(words, words[1:]) if word == "--set"]
+try:
+    config = load_config(path, overrides)
+except UserError as e:
+    raise SystemExit(print(f"{name}: error: {e}", file=sys.stderr) or 2)
+print(run or os.path.join(config.runs_dir, config.name))
+' "${RT_NAME:-$(basename -- "$0")}" "$run" "$config" "$@"
+}
+
+# rt_traces RUN: the flight recorder writes to RUN/logs/nccl_trace_rank_N, on all nodes alike.
+rt_traces() {
+    mkdir -p -- "$1/logs"
+    export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE:-$(cd -- "$1/logs" && pwd)/nccl_trace_rank_}"
 }
 
 rt_pick_python

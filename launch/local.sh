@@ -59,21 +59,8 @@ subject="${1:-}"
 # shellcheck source=launch/env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
-# A mistake in the settings is said here once, in one line; N processes would all say it, and torchrun would
-# bury it under its own traceback and turn exit code 2 into 1.
-if [[ -f "$subject" ]]; then config="$subject"; else config="$subject/config.yaml"; fi
-"$PYTHON" -c '
-import sys
-from rating_train.config.load import load_config
-from rating_train.errors import UserError
-words = sys.argv[2:]
-overrides = [w[6:] for w in words if w.startswith("--set=")]
-overrides += [after for word, after in zip(words, words[1:]) if word == "--set"]
-try:
-    load_config(sys.argv[1], overrides)
-except UserError as e:
-    raise SystemExit(print(f"local.sh: error: {e}", file=sys.stderr) or 2)
-' "$config" "$@"
+run="$(rt_run_dir "$subject" "$@")"
+rt_traces "$run"
 
 if [[ -z "$ranks" ]]; then
     ranks="$(rt_gpus)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.timeout(120)
 SCRIPTS = sorted(
     [*(REPO / "launch").glob("*.sh"), *(REPO / "slurm").glob("*.s*"), REPO / ".ci" / "run"], key=str
 )
+SOURCED = ("env.sh", "job.sh")
 WITH_HELP = [s for s in SCRIPTS if s.parent.name == "launch" and s.name != "env.sh"]
 NAMES = [str(s.relative_to(REPO)) for s in SCRIPTS]
 
@@ -86,7 +88,7 @@ def test_bash_can_read_it(script: Path) -> None:
 @pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
 def test_it_is_executable_and_strict(script: Path) -> None:
     text = script.read_text()
-    if script.name == "env.sh":  # sourced: strictness is its caller's
+    if script.name in SOURCED:  # strictness is their caller's
         assert text.startswith("# shellcheck shell=bash")
         return
     assert text.startswith(("#!/usr/bin/env bash\n", "#!/bin/bash\n"))
@@ -273,3 +275,178 @@ def test_ci_runs_test_sh_and_nothing_else(tmp_path: Path) -> None:
     )
     assert done.returncode == 7, done.stderr
     assert done.stdout == f"CI=true arguments=0 in=0 at={tmp_path}\n"
+
+
+# ---- several machines without a scheduler
+
+TWO_MACHINES = ["--nodes", "2", "--node-rank", "1", "--head", "localhost:29511"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--nodes is ''"),
+        (["--nodes", "two"], "--nodes is 'two'"),
+        (["--nodes", "2", "--node-rank", "2"], "--node-rank is '2', expected 0 to 1"),
+        (["--nodes", "2", "--node-rank", "0"], "--head is missing"),
+        (["--nodes", "2", "--node-rank", "0", "--head", "localhost:http"], "--head is 'localhost:http'"),
+        (
+            ["--nodes", "2", "--node-rank", "0", "--head", "no.such.host.invalid"],
+            "does not know 'no.such.host.invalid'",
+        ),
+        ([*TWO_MACHINES, "-n", "0", "train"], "-n is '0'"),
+        ([*TWO_MACHINES, "--max-restarts", "-1", "train"], "--max-restarts is '-1'"),
+        ([*TWO_MACHINES, "--port", "1"], "unknown option --port"),
+        ([*TWO_MACHINES, "report", "runs/x"], "expected train or evaluate, found 'report'"),
+        ([*TWO_MACHINES, "train", "configs/none.yaml"], "not found on this machine: configs/none.yaml"),
+        (
+            [*TWO_MACHINES, "train", "configs/demo_cpu.yaml", "--set", "train.epoch=1"],
+            "did you mean `train.epochs`?",
+        ),
+    ],
+)
+def test_multi_node_says_what_is_wrong_in_one_line_and_starts_nothing(
+    fake: FakePython, arguments: list[str], message: str
+) -> None:
+    done = fake.run("launch/multi_node.sh", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("multi_node.sh: error: ")
+    assert fake.ran == []
+
+
+@pytest.mark.parametrize(("rank", "is_host", "address"), [("0", 1, " --local-addr localhost"), ("1", 0, "")])
+def test_multi_node_starts_torchrun(fake: FakePython, rank: str, is_host: int, address: str) -> None:
+    words = ["train", "configs/demo_cpu.yaml", "--set", "train.epochs=1"]
+    where = ["--nodes", "2", "--node-rank", rank, "--head", "localhost", "--max-restarts", "1"]
+    done = fake.run("launch/multi_node.sh", *where, *words, FAKE_GPUS="4", OMP_NUM_THREADS="3")
+    assert done.returncode == 0, done.stderr
+    assert fake.ran == [
+        f"OMP_NUM_THREADS=3 -m torch.distributed.run --nnodes 2 --nproc-per-node 4 "
+        f"--rdzv-backend c10d --rdzv-endpoint localhost:29500 --rdzv-id rating_train --rdzv-conf is_host={is_host}"
+        f"{address} --max-restarts 1 -m rating_train {' '.join(words)}"
+    ]
+
+
+# ---- submitting to Slurm
+
+
+def submit(*words: str, site: str = "", folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """launch/submit.py in ``folder``, with ``site`` as its slurm/cluster.env and no sbatch on the PATH."""
+    (folder / "cluster.env").write_text(site)
+    return subprocess.run(
+        [sys.executable, str(REPO / "launch" / "submit.py"), *words],
+        env=script_env(CLUSTER_ENV=str(folder / "cluster.env"), PATH="/usr/bin:/bin", **env),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_submit_shows_what_it_would_do_and_does_nothing(tmp_path: Path) -> None:
+    site = 'CLUSTER_GPUS_PER_NODE=8 CLUSTER_GPU_TYPE=h200\nCLUSTER_SBATCH="--partition=p --account=a"\n'
+    config = str(REPO / "configs" / "full_ft_228m.yaml")
+    words = ["--nodes", "2", "--time", "1-00:00:00", "--after", "77", "--sbatch=--qos=long", "--dry-run"]
+    done = submit(config, *words, site=site, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    train, evaluate = (line for line in done.stdout.splitlines() if line.startswith("sbatch "))
+    for option in (
+        "--partition=p --account=a --qos=long --nodes=2 --ntasks-per-node=8 --cpus-per-task=1 --gres=gpu:h200:8",
+        "--time=1-00:00:00",
+        "--dependency=singleton,afterok:77",
+        "slurm/train.sbatch",
+        "/runs/full_ft_228m/submitted-",
+    ):
+        assert option in train
+    assert "--nodes=1" in evaluate and "slurm/evaluate.sbatch" in evaluate and "afterok:" in evaluate
+    assert "--time" not in evaluate, "the time of training is not that of an evaluation"
+    assert "batch: 64 = 16 ranks x 4 x 1 accumulation" in done.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cluster.env"]
+    alone = submit(config, "--dry-run", "--no-evaluate", folder=tmp_path).stdout
+    assert "evaluate" not in alone and "--gres" not in alone
+
+
+@pytest.mark.parametrize(
+    ("words", "site", "messages"),
+    [
+        (
+            ["--nodes", "0", "--after", "x", "--time", "soon"],
+            "",
+            ["--nodes is 0", "--after is 'x'", "--time is 'soon'"],
+        ),
+        ([], "CLUSTER_GPUS_PER_NODE=many", ["CLUSTER_GPUS_PER_NODE is 'many'"]),
+        ([], "CLUSTER_SBATCH=(", ["the site's settings cannot be read"]),
+        (["--nodes", "3"], "", ["a global batch of 64 items does not divide over 3 ranks"]),
+        (["--set", "train.epoch=1"], "", ["did you mean `train.epochs`?"]),
+        (["{config}"], "", ["two configurations have the run directory runs/full_ft_228m"]),
+        ([], "", ["sbatch not found"]),
+    ],
+)
+def test_submit_says_what_is_wrong_in_one_line(
+    tmp_path: Path, words: list[str], site: str, messages: list[str]
+) -> None:
+    config = str(REPO / "configs" / "full_ft_228m.yaml")
+    words = [word.format(config=config) for word in words]
+    if messages == ["sbatch not found"] and shutil.which("sbatch", path="/usr/bin:/bin"):
+        pytest.skip("there is an sbatch here")
+    done = submit(config, *words, site=site, folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("submit.py: error: ") and done.stderr.count("\n") == 1
+    assert all(message in done.stderr for message in messages), done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_submit_needs_no_torch() -> None:
+    program = (
+        f"import sys; sys.path.insert(0, {str(REPO / 'launch')!r})\n"
+        "import submit\n"
+        "heavy = {'torch', 'deepspeed', 'streaming', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_example_of_the_sites_settings_is_read_and_complete(tmp_path: Path) -> None:
+    """It sets every name that submit.py asks for, and what is in the environment wins over it."""
+    example = REPO / "slurm" / "cluster.env.example"
+    config = str(REPO / "configs" / "full_ft_228m.yaml")
+    done = submit(
+        config,
+        "--dry-run",
+        site=example.read_text(),
+        folder=tmp_path,
+        CLUSTER_TASKS_PER_NODE="4",
+        CLUSTER_TIME="30",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--ntasks-per-node=4" in done.stdout and "--time=30" in done.stdout
+    asked = re.search(r"SITE_NAMES = \((.*?)\)", (REPO / "launch" / "submit.py").read_text(), re.S)
+    assert asked is not None
+    for name in re.findall(r'"(\w+)"', asked[1]):
+        assert f"\n{name}=" in example.read_text()
+
+
+def test_preflight_of_this_machine_alone(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(REPO / "launch" / "preflight.py"), str(tmp_path / "run")],
+        env=script_env(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("PASS  ") == 7 and "all checks passed (1 ranks, 1 nodes)" in done.stdout
+    assert list((tmp_path / "run").iterdir()) == [], "what it wrote is gone again"
+    (tmp_path / "file").touch()
+    done = subprocess.run(
+        [sys.executable, str(REPO / "launch" / "preflight.py"), str(tmp_path / "file")],
+        env=script_env(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (
+        done.returncode == 1 and "FAIL  shared folder: rank 0" in done.stdout and " | to do: " in done.stdout
+    )

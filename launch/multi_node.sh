@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# Start training or an evaluation on several machines that no scheduler manages: torchrun, once on each. See --help.
+set -euo pipefail
+
+usage() {
+    cat <<'USAGE'
+usage: launch/multi_node.sh --nodes N --node-rank K --head HOST[:PORT] [-n PROCESSES] [--max-restarts R]
+                            train CONFIG [--set A.B=V]... | evaluate RUN ...
+
+Run the same line on each of N machines, with another K on each; the order does not matter, they wait for each other.
+
+  --nodes N         machines
+  --node-rank K     which of them this one is, 0 to N - 1; HOST is machine 0
+  --head HOST:PORT  name or address of machine 0 that all others reach, and a free port there (default: 29500)
+  -n PROCESSES      processes on each machine: its number of GPUs by default, or 1 where there is none
+  --max-restarts R  after the failure of a process all are started again, up to R times, and go on from the newest
+                    checkpoint (default: 3)
+  --address ADDR    address of this machine that the others reach, where its own host name is not (default for
+                    machine 0: HOST)
+  -h, --help        this text
+
+Checkout, Python, data and runs_dir must be at the same path on all machines, runs_dir on a shared file system.
+Environment: RATING_TRAIN_PYTHON, OMP_NUM_THREADS as in launch/local.sh; NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME
+name the network between the machines where the wrong one is taken.
+Stop it with `touch RUN/STOP`: it saves a checkpoint first. The same lines go on from it.
+USAGE
+}
+
+die_early() {
+    printf 'multi_node.sh: error: %s\n' "$*" >&2
+    exit 2
+}
+
+nodes="" rank="" head="" processes="" restarts=3 address=""
+while (($#)); do
+    case "$1" in
+        -h | --help)
+            usage
+            exit 0
+            ;;
+        --nodes | --node-rank | --head | -n | --max-restarts | --address)
+            (($# > 1)) || die_early "$1 needs a value (launch/multi_node.sh --help)"
+            case "$1" in
+                --nodes) nodes="$2" ;;
+                --node-rank) rank="$2" ;;
+                --head) head="$2" ;;
+                -n) processes="$2" ;;
+                --max-restarts) restarts="$2" ;;
+                --address) address="$2" ;;
+            esac
+            shift 2
+            ;;
+        -*) die_early "unknown option $1 (launch/multi_node.sh --help)" ;;
+        *) break ;;
+    esac
+done
+
+[[ "$nodes" =~ ^[1-9][0-9]*$ ]] || die_early "--nodes is '$nodes', expected a number of machines from 1 on"
+if ! [[ "$rank" =~ ^[0-9]+$ ]] || ((rank >= nodes)); then
+    die_early "--node-rank is '$rank', expected 0 to $((nodes - 1))"
+fi
+[[ -n "$head" ]] || die_early "--head is missing: the name or address of machine 0, HOST or HOST:PORT"
+host="${head%:*}" port=29500
+[[ "$head" != *:* ]] || port="${head##*:}"
+[[ -n "$host" && "$port" =~ ^[1-9][0-9]*$ ]] || die_early "--head is '$head', expected HOST or HOST:PORT"
+[[ -z "$processes" || "$processes" =~ ^[1-9][0-9]*$ ]] || die_early "-n is '$processes', expected a number from 1 on"
+[[ "$restarts" =~ ^[0-9]+$ ]] || die_early "--max-restarts is '$restarts', expected a whole number"
+getent hosts "$host" >/dev/null || die_early "--head: this machine does not know '$host'; give its address"
+
+verb="${1:-}"
+case "$verb" in
+    train) what="configuration file" ;;
+    evaluate) what="run directory" ;;
+    *) die_early "expected train or evaluate, found '$verb' (launch/multi_node.sh --help)" ;;
+esac
+shift
+subject="${1:-}"
+[[ -n "$subject" && "$subject" != -* ]] || die_early "the first argument of $verb is its $what"
+[[ -e "$subject" ]] || die_early "$what not found on this machine: $subject"
+
+# shellcheck source=launch/env.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+
+run="$(rt_run_dir "$subject" "$@")"
+rt_traces "$run"
+if [[ -z "$processes" ]]; then
+    processes="$(rt_gpus)"
+    ((processes > 0)) || processes=1
+fi
+rt_threads "$processes"
+# Only machine 0 offers the meeting place, also where torchrun could not tell from the name that it is the one.
+is_host=0
+if ((rank == 0)); then
+    is_host=1
+    address="${address:-$host}"
+fi
+# A meeting place of its own for every restart: in one that is shared with torchrun's own, as is its default, the
+# processes that are started again find the addresses of the dead ones and call those.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+exec "$PYTHON" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$processes" \
+    --rdzv-backend c10d --rdzv-endpoint "$host:$port" --rdzv-id "rating_train" --rdzv-conf "is_host=$is_host" \
+    ${address:+--local-addr "$address"} --max-restarts "$restarts" -m rating_train "$verb" "$@"
