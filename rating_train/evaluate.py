@@ -78,10 +78,8 @@ def choose_checkpoint(root: Path, wanted: str) -> Path:
             expected=f"one of the steps {', '.join(map(str, present))}" if present else "a trained run",
         )
     directory = root / store.step_name(step)
-    try:
-        store.verify(directory)
-    except store.InvalidCheckpoint as e:
-        raise UserError(f"the checkpoint cannot be trusted: {e}", where=directory) from e
+    if problem := store.problem(directory):
+        raise UserError(f"the checkpoint cannot be trusted: {problem}", where=directory)
     return directory
 
 

@@ -30,13 +30,27 @@ def set_up(rank: int = 0, file: Path | None = None, level: str = "") -> None:
     handlers: list[logging.Handler] = [terminal]
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+        handlers.append(_LogFile(file, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(formatter)
         root.addHandler(handler)
     root.setLevel(level)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file whose disk may be full: said once on stderr, not as a traceback for each line."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.failed:
+            self.failed = True
+            print(f"{self.baseFilename} cannot be written ({error}): lines are lost", file=sys.stderr)
 
 
 def process_rank() -> int:

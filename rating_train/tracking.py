@@ -34,6 +34,7 @@ class Tracker:
         self._run = run
         self._enabled = enabled
         self._writer: Any = None
+        self._waiting: list[tuple[str, dict[str, Any]]] = []  # rows that the disk had no room for
         if not enabled:
             return
         for name in (run_dir.TRAIN_LOG, run_dir.EVAL_LOG):
@@ -51,17 +52,43 @@ class Tracker:
         self._write(run_dir.EVAL_LOG, f"eval_{row.get('split', '')}", row)
 
     def close(self) -> None:
-        """Flush the event file."""
+        """Write the rows that wait for room, and flush the event file."""
+        self._append_waiting()
+        if self._waiting:
+            log.error("%d rows of the metrics files are lost: there is no room for them", len(self._waiting))
         if self._writer is not None:
-            self._writer.close()
+            self._draw("close")
 
     def _write(self, file: str, prefix: str, row: dict[str, Any]) -> None:
         if not self._enabled:
             return
-        append_json_line(self._run / file, {**row, "time": round(time.time(), 3)})
+        self._waiting.append((file, {**row, "time": round(time.time(), 3)}))
+        self._append_waiting()
         for key, value in row.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool) and key != "step":
-                self._writer.add_scalar(f"{prefix}/{key}", value, row["step"])
+                self._draw("add_scalar", f"{prefix}/{key}", value, row["step"])
+
+    def _append_waiting(self) -> None:
+        """In order. On a full disk rows wait in memory: whether training stops is for the saves to say."""
+        while self._waiting:
+            file, row = self._waiting.pop(0)
+            try:
+                append_json_line(self._run / file, row)
+            except OSError as e:
+                self._waiting.insert(0, (file, row))
+                if len(self._waiting) == 1:
+                    log.error("%s cannot be written (%s): rows wait in memory for room", self._run / file, e)
+                return
+
+    def _draw(self, method: str, *arguments: Any) -> None:
+        """TensorBoard has a copy of the rows; it does without, rather than end the run."""
+        if self._writer is None:
+            return
+        try:
+            getattr(self._writer, method)(*arguments)
+        except OSError as e:
+            self._writer = None
+            log.error("TensorBoard's events end here (%s): train.jsonl and eval.jsonl have all rows", e)
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

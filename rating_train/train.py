@@ -151,7 +151,9 @@ class Saver:
             self.failed_in_a_row += 1
             if final or self.failed_in_a_row > self.job.config.train.max_failed_saves:
                 raise
-            level = logging.ERROR if self.job.world.is_main else logging.INFO  # all say the same: it is shown once
+            level = (
+                logging.ERROR if self.job.world.is_main else logging.INFO
+            )  # all say the same: it is shown once
             log.log(level, "%s; training goes on (train.max_failed_saves)", e)
             return
         if saved is not None:

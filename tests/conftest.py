@@ -84,8 +84,15 @@ class Ranks:
                 path.unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def start(self, ranks: int, *command: object, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-        """Start ``python COMMAND`` on so many ranks and return at once."""
+    def start(
+        self,
+        ranks: int,
+        *command: object,
+        env: dict[str, str] | None = None,
+        max_restarts: int = 0,
+        torchrun: bool = True,
+    ) -> subprocess.Popen[str]:
+        """Start ``python COMMAND`` on so many ranks, by torchrun or by ``tests/launcher.py``, and return at once."""
         environment = {
             **os.environ,
             "TMPDIR": self._folder,
@@ -95,13 +102,10 @@ class Ranks:
         }
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
             environment.pop(name, None)
-        launcher = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={ranks}",
-        ]
+        launcher = [sys.executable, str(REPO / "tests" / "launcher.py"), str(ranks)]
+        if torchrun:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            launcher += [f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}"]
         process = subprocess.Popen(
             [*launcher, *map(str, command)],
             stdout=subprocess.PIPE,
@@ -123,7 +127,7 @@ class Ranks:
         code: int = 0,
     ) -> str:
         """Run to the end, expecting exit code ``code`` of the launcher (0, or 1 for any failure); its output."""
-        process = self.start(ranks, *command, env=env)
+        process = self.start(ranks, *command, env=env, torchrun=False)
         try:
             output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:

@@ -263,7 +263,7 @@ def _write(temporary: Path, shard: Shard, state: dict[str, Any] | None) -> store
             only once all ranks have settled: until then the log, too, needs room.
     """
     names = [*shard, STATE_FILE] if state is not None else list(shard)
-    name = ""
+    name = problem = ""
     try:
         for folder in {(temporary / name).parent for name in shard}:
             folder.mkdir(exist_ok=True)  # another rank may have been faster
@@ -274,11 +274,12 @@ def _write(temporary: Path, shard: Shard, state: dict[str, Any] | None) -> store
             atomic_write_json(temporary / name, state)
         return store.seal(temporary, names)
     except Exception as e:
-        free = shutil.disk_usage(temporary).free
-        for written in names:
-            with contextlib.suppress(OSError):  # rank 0 removes the directory later, and whatever is left in it
-                (temporary / written).unlink()
-        raise OSError(f"{name}: {type(e).__name__}: {e}; {free:,} bytes were free") from e
+        problem = f"{name}: {type(e).__name__}: {e}; {shutil.disk_usage(temporary).free:,} bytes were free"
+    # Out here, as the error's frames hold the file open, and an open file keeps its room.
+    for written in names:
+        with contextlib.suppress(OSError):  # rank 0 removes the directory later, and whatever is left in it
+            (temporary / written).unlink()
+    raise OSError(problem)
 
 
 def _rank_file(rank: int) -> str:

@@ -194,7 +194,7 @@ def newest_valid(root: Path) -> tuple[Found | None, list[Found]]:
     Raises:
         UserError: checkpoints exist and none verifies: starting again from step 0 must be asked for.
     """
-    skipped = []
+    skipped: list[Found] = []
     for step, path in steps_present(root):
         reason = problem(path)
         if not reason:

@@ -117,6 +117,18 @@ def report(line: str, quickstart: Quickstart, fake: FakePython) -> None:
     assert f"{run}/report" in run_for_real(line, quickstart)
 
 
+def sbatch(line: str, quickstart: Quickstart, fake: FakePython) -> None:
+    """The same script runs in tests/slurm; here the settings are loaded, and the batch divides over the tasks."""
+    words = shlex.split(line)
+    script = next(i for i, word in enumerate(words) if word.startswith("slurm/"))
+    assert (REPO / words[script]).is_file()
+    options = dict(word.lstrip("-").split("=") for word in words[1:script])
+    args = parser_of("train").parse_args(words[script + 1 :])
+    config = load_config(REPO / args.config, args.set)
+    ranks = int(options["nodes"]) * int(options["ntasks-per-node"])
+    plan_batch(config.batch.global_items, config.batch.micro_items, ranks)
+
+
 def test_script(line: str, quickstart: Quickstart, fake: FakePython) -> None:
     """The linters and tests that it starts are those that are running now: here it is seen to start them."""
     arguments = shlex.split(line)[2:]
@@ -134,6 +146,7 @@ EXERCISERS: list[tuple[str, Callable[[str, Quickstart, FakePython], None]]] = [
     (r"rating-train cost configs/\S+\.yaml( --plcc \S+)?", cost),
     (r"bash launch/local\.sh( -n \d+)? train configs/\S+\.yaml( --set \S+=\S+)*", start_training),
     (r"bash launch/local\.sh evaluate runs/\S+", evaluate),
+    (r"sbatch (--[a-z-]+=\d+ )+slurm/train\.sbatch configs/\S+\.yaml( --set \S+=\S+)*", sbatch),
     (r"rating-train report runs/\S+", report),
     (r"bash launch/test\.sh.*", test_script),
 ]

@@ -120,3 +120,30 @@ def test_provenance_tells_versions_and_holds_no_environment(monkeypatch: pytest.
     assert "hf_do_not_log_me" not in text and not any(k in text for k in ("SOME_SECRET", "SOME_SECRET_TOKEN"))
     assert facts["versions"]["torch"][0].isdigit() and facts["ranks"] == 2
     assert facts["command"] == sys.argv and facts["cpus"] == os.cpu_count()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_rows_wait_in_memory_while_the_disk_is_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Tracker(tmp_path, 0, enabled=True)
+    log = tmp_path / run_dir.TRAIN_LOG
+    tracker.train({"step": 1, "loss": 1.0})
+    kept = log.rename(tmp_path / "kept")
+    log.symlink_to("/dev/full")  # every write to it fails as on a full disk
+    tracker.train({"step": 2, "loss": 0.5})
+    tracker.train({"step": 3, "loss": 0.4})
+    assert caplog.text.count("rows wait in memory") == 1 and "No space left" in caplog.text
+    log.unlink()
+    kept.rename(log)
+    tracker.train({"step": 4, "loss": 0.3})
+    tracker.close()
+    assert steps(tmp_path) == [1, 2, 3, 4]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_rows_that_never_find_room_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Tracker(tmp_path, 0, enabled=True)
+    (tmp_path / run_dir.TRAIN_LOG).symlink_to("/dev/full")
+    for step in (1, 2):
+        tracker.train({"step": step, "loss": 1.0})
+    tracker.close()
+    assert "2 rows of the metrics files are lost" in caplog.text

@@ -1,0 +1,42 @@
+"""The log: a full disk is said once, and never as a traceback for each line."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rating_train import log as logs
+
+
+@pytest.fixture(autouse=True)
+def own_handlers() -> Iterator[None]:
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    yield
+    for handler in set(root.handlers) - set(before):
+        with contextlib.suppress(OSError):  # as logging.shutdown does
+            handler.close()
+    root.handlers[:], root.level = before, level
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rank_00000.log"
+    file.symlink_to("/dev/full")
+    logs.set_up(0, file)
+    for _ in range(3):
+        logging.getLogger("rating_train.test").info("a line")
+    said = capsys.readouterr().err
+    assert said.count("cannot be written") == 1 and str(file) in said and "Traceback" not in said
+    assert said.count("a line") == 3, "the terminal still has them"
+
+
+def test_lines_of_every_rank_go_to_its_file(tmp_path: Path) -> None:
+    logs.set_up(3, tmp_path / "logs" / "rank_00003.log")
+    logging.getLogger("rating_train.test").info("a line")
+    text = (tmp_path / "logs" / "rank_00003.log").read_text()
+    assert "r3 rating_train.test: a line" in text
