@@ -32,6 +32,9 @@ export TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC="${TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSE
 # shorter than that, it could end a process whose collective still waits with good reason.
 export TORCH_NCCL_ENABLE_MONITORING="${TORCH_NCCL_ENABLE_MONITORING:-1}"
 export TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC="${TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC:-600}"
+# A meeting place of its own for every restart by torchrun: in one that is shared with its agent's, as is the default,
+# the processes that are started again find the addresses of the dead ones and call those.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 
 rt_say() { printf '%s\n' "$*"; }
 

@@ -94,9 +94,6 @@ if ((rank == 0)); then
     is_host=1
     address="${address:-$host}"
 fi
-# A meeting place of its own for every restart: in one that is shared with torchrun's own, as is its default, the
-# processes that are started again find the addresses of the dead ones and call those.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "$PYTHON" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$processes" \
     --rdzv-backend c10d --rdzv-endpoint "$host:$port" --rdzv-id "rating_train" --rdzv-conf "is_host=$is_host" \
     ${address:+--local-addr "$address"} --max-restarts "$restarts" -m rating_train "$verb" "$@"

@@ -16,6 +16,7 @@ from rating_train import __version__, log, run_dir
 from rating_train.config.load import load_config
 from rating_train.config.schema import Config
 from rating_train.errors import EXIT_BUG, EXIT_DONE, EXIT_USER_ERROR, UserError
+from rating_train.processes import die_with_parent
 
 VERBS = {
     "demo": "make the demo catalogue and a tiny model",
@@ -107,6 +108,10 @@ def _load(path: str | Path, overrides: list[str]) -> Config:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if log.has_agent():
+        # torchrun's ranks are in sessions of their own: if its agent is killed, they would train on unseen, and
+        # the next job beside them.
+        die_with_parent()
     rank = log.process_rank()
     log.set_up(rank)
     verbs = {"train": _train, "evaluate": _evaluate}

@@ -64,6 +64,7 @@ def guard(
         stop = StopFlag(run / run_dir.STOP_FILE, deadline(config, job, started), world.is_main)
         with watchdog, stop:
             yield Guards(lock, watchdog, stop)
+            stop.done()
     except BaseException as e:
         reason = f"{type(e).__name__}: {e}"
         raise

@@ -59,6 +59,11 @@ def process_rank() -> int:
     return int(text) if text.isdigit() else 0
 
 
+def has_agent() -> bool:
+    """Whether this is a process of torchrun's agent."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def on_terminal() -> bool:
     """Whether a person watches: progress bars are drawn only then."""
     return sys.stderr.isatty()

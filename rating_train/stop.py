@@ -46,6 +46,14 @@ class StopFlag:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    def done(self) -> None:
+        """All is saved: a signal that comes while the process leaves, also after the context, changes nothing.
+
+        Schedulers and launchers pass on the same one, now and then a little later than the other; by its default
+        action it would turn a run that has stopped in order into one that failed.
+        """
+        self._previous.update(dict.fromkeys((signal.SIGUSR1, signal.SIGTERM), _too_late))
+
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self.reason = f"signal {signal.Signals(number).name}"
 
@@ -62,3 +70,7 @@ class StopFlag:
         if not max_over_ranks(1 if self.poll() else 0):
             return ""
         return next(reason for reason in all_gather(self.reason) if reason)
+
+
+def _too_late(_number: int, _frame: FrameType | None) -> None:
+    """Stands in for the default action, which would end the process."""

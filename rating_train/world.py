@@ -7,6 +7,7 @@ task per GPU (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID, SLURM_NTASKS_PER_NODE).
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import re
 import socket
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 import torch
 
 from rating_train.errors import UserError
-from rating_train.processes import die_with_parent
+
+log = logging.getLogger(__name__)
 
 _INTEGER = re.compile(r"-?[0-9]+")
 
@@ -150,10 +152,12 @@ def connect(world: World, timeout_minutes: float = 10.0) -> torch.device:
     Every collective that waits longer than ``timeout_minutes`` fails instead of hanging for ever.
     """
     export(world)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        # torchrun's ranks are in sessions of their own: if its agent is killed, they would train on unseen, and
-        # a second job beside them.
-        die_with_parent()
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if world.is_main and restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        log.warning(
+            "torchrun may restart this job %s times, and its ranks would then call the addresses of dead ones: "
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, as launch/env.sh does", restarts,
+        )  # fmt: skip
     device = device_of(world)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -167,6 +171,20 @@ def connect(world: World, timeout_minutes: float = 10.0) -> torch.device:
             timeout=datetime.timedelta(minutes=timeout_minutes),
         )
     return device
+
+
+def limit_collectives(timeout_minutes: float) -> None:
+    """Give every process group of this process the time-out of :func:`connect`.
+
+    To be called once a library has made groups of its own (DeepSpeed does, for its gradients): torch gives those its
+    own default, which is up to 30 minutes.
+    """
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    groups = torch.distributed.distributed_c10d
+    # The public name is newer than the oldest torch that we run on.
+    set_timeout = getattr(torch.distributed, "set_timeout", None) or groups._set_pg_timeout
+    for group in list(groups._world.pg_map):
+        set_timeout(timeout, group)
 
 
 def disconnect() -> None:

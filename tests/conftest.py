@@ -98,6 +98,7 @@ class Ranks:
             "TMPDIR": self._folder,
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # as launch/env.sh has it
             **(env or {}),
         }
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):

@@ -164,9 +164,9 @@ class Checkpointer:
         except (OSError, store.InvalidCheckpoint) as e:
             return save.temporary, 0, f"rank 0: {type(e).__name__}: {e}"
         try:
-            store.point(self.root, store.LATEST, save.step)
             if save.best:
                 store.point(self.root, store.BEST, save.step, value=save.best_value)
+            store.point(self.root, store.LATEST, save.step)
         except OSError as e:
             return path, size, f"rank 0: it is whole, but {store.LATEST} or {store.BEST} is not: {e}"
         self._pruning = self._thread.submit(store.prune, self.root, *self._keep)
@@ -249,10 +249,23 @@ class Checkpointer:
                 saved["ranks"], saved["zero_stage"], self.world.size, identity.topology["zero_stage"],
             )  # fmt: skip
         read_shards(ds, path, saved["zero_stage"], saved["ranks"])
+        state = from_json(content)
+        on_main(lambda: self._mend_pointers(path, state))
         if saved["ranks"] == self.world.size:
             rank_file = path / _rank_file(self.world.rank)
             seeding.restore(torch.load(rank_file, map_location="cpu", weights_only=True))
-        return from_json(content)
+        return state
+
+    def _mend_pointers(self, path: Path, state: TrainState) -> None:
+        """Set what a crash between a commit and its pointers left behind: pruning follows the pointers."""
+        if path.resolve().parent != self.root.resolve():
+            return
+        if store.pointed_step(self.root, store.LATEST) != state.step:
+            store.point(self.root, store.LATEST, state.step)
+        best = state.best_step
+        whole = best is not None and (self.root / store.step_name(best) / store.COMPLETE).is_file()
+        if best is not None and whole and store.pointed_step(self.root, store.BEST) != best:
+            store.point(self.root, store.BEST, best, value=state.best_value)
 
 
 def _write(temporary: Path, shard: Shard, state: dict[str, Any] | None) -> store.Files:

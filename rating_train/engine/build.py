@@ -21,6 +21,7 @@ from rating_train.model.head import dropout_keys
 from rating_train.model.loss import rating_loss
 from rating_train.model.param_groups import ParamGroup, param_groups, table
 from rating_train.model.regressor import RatingRegressor
+from rating_train.world import limit_collectives
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +120,7 @@ def build_engine(model: RatingRegressor, config: Config, plan: BatchPlan, device
         timeout=datetime.timedelta(minutes=config.train.collective_timeout_minutes),
     )
     ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=build_ds_config(config, plan))
+    limit_collectives(config.train.collective_timeout_minutes)  # of the groups that DeepSpeed made, too
     check_fp32_buffers(ds.module)
     return Engine(ds, groups, config, plan, device)
 

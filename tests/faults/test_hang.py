@@ -17,15 +17,13 @@ import pytest
 from tests.conftest import Ranks
 from tests.faults.ledger import Attempt, living, stop_process, wait_until_none_lives
 
-WATCHDOG_MINUTES = 0.4  # beyond what a start takes, also on a busy machine
+WATCHDOG_MINUTES = 0.3  # beyond what a start takes, also on a busy machine
 COLLECTIVE = re.compile(r"in (all_reduce|all_gather\w*|broadcast\w*|reduce\w*|barrier|gather\w*)\b")
 TRAIN = {"epochs": 400, "save_every_steps": 0, "stop_check_steps": 1}
 
 
 @pytest.fixture
-def start(
-    ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
-) -> Iterator[Callable[..., Attempt]]:
+def start(ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path) -> Iterator[Callable[..., Attempt]]:
     """Starts the run and waits until it trains; kills at the end what is left of it, stopped processes too."""
 
     def begin(wait: bool = True, **train: object) -> Attempt:
@@ -70,6 +68,7 @@ def test_a_rank_that_stands_still_ends_the_others_with_stacks_and_the_next_start
     start: Callable[..., Attempt],
 ) -> None:
     job = start(watchdog_minutes=WATCHDOG_MINUTES, save_every_steps=2)
+    assert job.wait(lambda: (job.run / "checkpoints" / "latest.json").exists(), 60, "a checkpoint")
     first, second = (job.ranks()[f"rank {r}"] for r in (0, 1))
     stop_process(second)
     wait_for_end(job, first, 60 * WATCHDOG_MINUTES + 40, "the watchdog")
@@ -85,7 +84,7 @@ def test_a_rank_that_stands_still_ends_the_others_with_stacks_and_the_next_start
     assert job.wait(lambda: bool(job.new_steps()), 150, "a step"), job.output[-4000:]
     assert not (job.run / "HUNG").exists()
     output = end(job, code=0)
-    assert f"going on from step {step - step % 2}" in output or f"going on from step {step - step % 2 - 2}" in output
+    assert job.new_steps()[0] > 1 and job.new_steps()[-1] == step + 2, "it goes on from a checkpoint"
     assert f"finished at step {step + 2}" in output
     assert not (job.run / "HUNG").exists()
 
@@ -135,7 +134,8 @@ def test_a_second_sigterm_ends_a_rank_that_is_stuck_at_once(start: Callable[...,
 
 @pytest.mark.timeout(200)
 def test_a_collective_that_waits_too_long_fails_before_the_watchdog(start: Callable[..., Attempt]) -> None:
-    job = start(collective_timeout_minutes=0.25)
+    # Without logs and agreements on stopping, all collectives are DeepSpeed's, in groups that it makes itself.
+    job = start(collective_timeout_minutes=0.25, log_every_steps=1000, stop_check_steps=1000)
     first, second = (job.ranks()[f"rank {r}"] for r in (0, 1))
     stop_process(second)
     wait_for_end(job, first, 60, "the collective's time-out")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -12,7 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rating_train.checkpoint import store
 from tests.conftest import Ranks
+from tests.faults.ledger import Attempt
 
 LONG = {"epochs": 400, "save_every_steps": 0, "stop_check_steps": 2}
 
@@ -51,8 +53,17 @@ def test_a_signal_to_one_rank_or_to_all_processes_saves_and_requeues(
     targets = rank_processes(process)[1:]
     if number == signal.SIGTERM:  # as a scheduler does it: every process of the job, loader processes too
         targets = [p for rank in rank_processes(process) for p in (rank, *rank.children(recursive=True))]
-    for target in targets:
-        os.kill(target.pid, number)
+    # A scheduler and a launcher pass on the same signal, one a little later than the other. To the ranks' very end,
+    # as it may come while they leave.
+    deadline = time.monotonic() + 2
+    while targets and time.monotonic() < deadline:
+        for target in targets:
+            with contextlib.suppress(psutil.NoSuchProcess):  # they have the signal, and have left
+                target.send_signal(number)
+        if number == signal.SIGUSR1:
+            break
+        targets = [p for p in targets if p.is_running()]
+        time.sleep(0.05)
     output = finish(process)
     step = json.loads((run / "checkpoints" / "latest.json").read_text())["step"]
     assert f"signal {number.name} at step {step}" in output
@@ -78,11 +89,69 @@ def test_a_stop_file_saves_once_and_is_used_up(
     assert not (run / "STOP").exists() and not (run / "REQUEUE").exists()
 
 
+def during_an_evaluation(job: Attempt) -> bool:
+    return 5 in job.new_steps()  # written right before it
+
+
+def during_a_save(job: Attempt) -> bool:
+    return job.saving()
+
+
 @pytest.mark.timeout(200)
-def test_the_time_limit_saves_and_requeues(
-    ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize("moment", [during_an_evaluation, during_a_save])
+def test_a_signal_during_an_evaluation_or_a_save_is_honoured_right_after(
+    moment: Callable[[Attempt], bool], ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    output = ranks.train(2, tiny_config(train={**LONG, "time_limit_minutes": 0.25}))
+    evaluating = moment is during_an_evaluation
+    run = tmp_path / "runs" / "run"
+    # One item at a time makes an evaluation long. Without it the ranks look at the flag when they save alone: at the
+    # save that is under way the signal has come too late, and it is the next one that counts.
+    train = {**LONG, "stop_check_steps": 1000}
+    train |= {"eval_every_steps": 5} if evaluating else {"save_every_steps": 5}
+    config = tiny_config(train=train, eval={"micro_items": 1}, data={"workers": 1})
+    job = Attempt(ranks, config, run, str(tmp_path))
+    assert job.wait(lambda: moment(job), 120, moment.__name__), job.output[-4000:]
+    job.ranks()["rank 1"].send_signal(signal.SIGUSR1)
+    assert not job.wait(lambda: False, 60, "the end")
+    job.join()
+    assert job.process.returncode == 0, job.output[-4000:]
+    step = 5 if evaluating else 10
+    assert job.new_steps() == list(range(1, step + 1))
+    assert (run / "REQUEUE").read_text() == f"signal SIGUSR1 at step {step}\n"
+    checkpoints = run / "checkpoints"
+    assert store.pointed_step(checkpoints, store.LATEST) == step
+    for saved, directory in store.steps_present(checkpoints):
+        assert store.verify(directory)["step"] == saved
+    assert [s for s, _ in store.steps_present(checkpoints)] == ([5] if evaluating else [10, 5])
+    assert not job.saving(), "a temporary directory is left"
+    if evaluating:
+        rows = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [5]
+
+
+def own_limit() -> tuple[dict[str, object], dict[str, str]]:
+    """0.1 minutes of the run's own: (settings, environment)."""
+    return {"time_limit_minutes": 0.1}, {}
+
+
+def end_of_the_job() -> tuple[dict[str, object], dict[str, str]]:
+    """A job of Slurm that ends in 75 seconds, less a margin of a minute."""
+    env = {"SLURM_JOB_ID": "4711", "SLURM_JOB_END_TIME": str(int(time.time()) + 75)}
+    # torchrun inside a job of several tasks: who is which rank is torchrun's to say.
+    env |= {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3", "SLURM_NTASKS_PER_NODE": "4"}
+    return {"job_end_margin_minutes": 1.0}, env
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("limit", [own_limit, end_of_the_job])
+def test_the_time_limit_saves_and_requeues(
+    limit: Callable[[], tuple[dict[str, object], dict[str, str]]],
+    ranks: Ranks,
+    tiny_config: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    settings, env = limit()
+    output = ranks.train(2, tiny_config(train={**LONG, **settings}), env=env)
     assert "the time limit at step" in output
     assert (tmp_path / "runs/run/REQUEUE").is_file() and (
         tmp_path / "runs/run/checkpoints/latest.json"

@@ -234,3 +234,23 @@ def test_old_ones_are_pruned_by_the_thread_and_an_error_of_it_is_logged(
     assert "pruned the checkpoints of steps 10" in caplog.text
     assert "old checkpoints could not be removed" in caplog.text and "busy" in caplog.text
     assert names(tmp_path) == ["best.json", "latest.json", "step_00000005", "step_00000015", "step_00000020"]
+
+
+def test_pointers_that_a_crash_left_behind_are_mended_by_the_next_start(
+    tmp_path: Path, gate: Gate, engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate.opened.set()
+    checkpointer = saver(tmp_path, background=False, keep_last=1)
+    save(checkpointer, engine, 5, best=True)
+    state = TrainState(step=10, best_value=0.7, best_step=10)
+    checkpointer.save(engine, state, IDENTITY, 100, best=True)
+    checkpointer.close()
+    for name in (store.LATEST, store.BEST):  # as if it had died right after the rename
+        store.point(tmp_path, name, 5)
+    monkeypatch.setattr(manager, "read_shards", lambda *_: None)
+    again = saver(tmp_path, background=False, keep_last=1)
+    path = again.find("must")
+    assert path is not None and path.name == store.step_name(10)
+    assert again.restore(None, path, again.read_state(path), IDENTITY) == state
+    assert [store.pointed_step(tmp_path, name) for name in (store.LATEST, store.BEST)] == [10, 10]
+    assert read_json(tmp_path / store.BEST)["value"] == 0.7

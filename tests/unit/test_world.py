@@ -136,7 +136,9 @@ def test_a_machine_without_gpus_runs_on_its_cpu() -> None:
 
 
 def test_without_a_launcher_there_is_no_scheduled_job() -> None:
-    assert scheduled_job({}) == scheduled_job({"PATH": "/bin", "SLURM_JOB_ID": ""}) == ScheduledJob("", 0, None)
+    assert (
+        scheduled_job({}) == scheduled_job({"PATH": "/bin", "SLURM_JOB_ID": ""}) == ScheduledJob("", 0, None)
+    )
 
 
 def test_slurm_says_which_job_it_is_how_often_it_was_started_and_when_it_ends() -> None:

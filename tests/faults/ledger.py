@@ -1,0 +1,293 @@
+"""A supervisor that starts a job again until it is finished, as a scheduler would, and kills it at chosen moments.
+
+It watches files alone: samples/ grows with every step, a step_*.tmp-* directory is a save under way, and an
+evaluation follows the steps whose number is a multiple of ``eval_every_steps``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import random
+import re
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from tests.conftest import SHARED_MEMORY, Ranks
+
+TOKEN = "RATING_TRAIN_TEST_TOKEN"  # in the environment of a job: finds every process of it, orphans too
+VICTIMS = ("rank 0", "rank 1", "loader", "agent", "job")  # job: all at once, helpers that tidy up too
+MOMENTS = ("start-up", "step", "save", "evaluation")
+# The first ones have every victim and every moment at least once.
+FIRST_KILLS = [
+    ("rank 0", "save"),
+    ("agent", "start-up"),
+    ("loader", "step"),
+    ("rank 1", "evaluation"),
+    ("agent", "step"),
+    ("job", "step"),
+]
+# Loaders start with the first step; blocks that are not marked yet are swept once they are a minute old.
+LEFT_OUT = [("loader", "start-up"), ("job", "start-up")]
+STEPS_PER_KILL = 10  # enough that a run cannot end before its last kill
+END_SECONDS = 90  # most that a job may need to end once a part of it was killed
+MOMENT_SECONDS = 150  # most that a moment may need to come
+
+
+def kill_plan(rng: random.Random) -> Iterator[tuple[str, str]]:
+    """(victim, moment) without end: ``FIRST_KILLS``, then all pairs again and again in random order."""
+    yield from FIRST_KILLS
+    pairs = [pair for pair in itertools.product(VICTIMS, MOMENTS) if pair not in LEFT_OUT]
+    while True:
+        rng.shuffle(pairs)
+        yield from pairs
+
+
+def living(token: str) -> list[psutil.Process]:
+    """Every living process of the jobs that were started with this token, whoever its parent is now."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(TOKEN) == token and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def wait_until_none_lives(token: str, seconds: float) -> list[psutil.Process]:
+    """Wait for the end of all processes of the token; those that still live after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while (left := living(token)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+class Attempt:
+    """One start of the job, watched."""
+
+    def __init__(self, ranks: Ranks, config: Path, run: Path, token: str, max_restarts: int = 0) -> None:
+        self.run, self.token = run, token
+        self._samples = run / "samples" / "rank_00000.jsonl"
+        self._old = len(self._samples.read_bytes()) if self._samples.exists() else 0
+        self.started = time.monotonic()
+        self.first_step_seconds: float | None = None
+        self.process = ranks.start(
+            2, "-m", "rating_train", "train", config, env={TOKEN: token}, max_restarts=max_restarts
+        )
+        self._lines: list[str] = []
+        # A full pipe would stop the job.
+        self._drain = threading.Thread(target=self._read, daemon=True)
+        self._drain.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        self._lines += self.process.stdout
+
+    def join(self) -> None:
+        """Read the rest of the output, once the job has ended."""
+        self._drain.join(timeout=10)
+
+    @property
+    def output(self) -> str:
+        """What the job has printed so far."""
+        return "".join(self._lines)
+
+    def new_steps(self) -> list[int]:
+        """Steps that rank 0 has done in this attempt."""
+        if not self._samples.exists():
+            return []
+        with open(self._samples, "rb") as f:
+            f.seek(self._old)
+            steps = [int(n) for n in re.findall(rb'"step": (\d+),', f.read())]
+        if steps and self.first_step_seconds is None:
+            self.first_step_seconds = time.monotonic() - self.started
+        return steps
+
+    def saving(self) -> bool:
+        """Whether a save is under way (or was, when the job died)."""
+        return any((self.run / "checkpoints").glob("step_*.tmp-*"))
+
+    def wait(self, condition: Callable[[], bool], seconds: float, what: str) -> bool:
+        """Wait for a condition; False where the job ended before it. A job that does neither is hung."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if self.process.poll() is not None:
+                return False
+            assert time.monotonic() < deadline, (
+                f"hung: {what} did not come in {seconds} s\n{self.output[-4000:]}"
+            )
+            time.sleep(0.005)
+        return True
+
+    def ranks(self) -> dict[str, psutil.Process]:
+        """``rank 0`` and ``rank 1``, as far as they have been started."""
+        found = {}
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process(self.process.pid).children():
+                with contextlib.suppress(psutil.Error):
+                    if number := child.environ().get("RANK"):
+                        found[f"rank {number}"] = child
+        return found
+
+    def loaders(self) -> list[psutil.Process]:
+        """The loader processes of all ranks."""
+        found = []
+        for rank in self.ranks().values():
+            with contextlib.suppress(psutil.Error):
+                for child in rank.children():
+                    with contextlib.suppress(psutil.Error):
+                        helper = "resource_tracker" in " ".join(child.cmdline())
+                        if not helper and child.status() != psutil.STATUS_ZOMBIE:
+                            found.append(child)
+        return found
+
+    def memory_blocks(self) -> set[str]:
+        """Numbers of the blocks of shared memory that the ranks have mapped."""
+        found: set[str] = set()
+        for rank in self.ranks().values():
+            with contextlib.suppress(OSError):
+                found |= set(re.findall(r"/dev/shm/(\d{6})_", Path(f"/proc/{rank.pid}/maps").read_text()))
+        return found
+
+
+@dataclass
+class Kill:
+    """One kill -9. ``step``: last one that rank 0 had done in that attempt; ``None`` before the first."""
+
+    victim: str
+    moment: str
+    step: int | None
+    save_cut: bool = False
+    end_seconds: float = 0.0
+    noticed: bool = True
+
+
+@dataclass
+class Ledger:
+    """What the supervisor saw."""
+
+    kills: list[Kill] = field(default_factory=list)
+    starts: int = 0
+    refused: int = 0
+    start_seconds: list[float] = field(default_factory=list)
+    blocks: set[str] = field(default_factory=set)  # numbers of all jobs so far
+    most_blocks_left: int = 0
+    seconds: float = 0.0
+
+    def table(self, steps: int, steps_done: int, straight_seconds: float) -> str:
+        """For a terminal."""
+        pairs = Counter((kill.victim, kill.moment) for kill in self.kills)
+        lines = ["", f"{'kill -9 of':<12}" + "".join(f"{moment:>12}" for moment in MOMENTS)]
+        for victim in VICTIMS:
+            lines.append(f"{victim:<12}" + "".join(f"{pairs[victim, moment]:>12}" for moment in MOMENTS))
+        starting = sum(self.start_seconds) / max(1, len(self.start_seconds))
+        lines += [
+            f"kills {len(self.kills)}, of which {sum(k.save_cut for k in self.kills)} cut a save and "
+            f"{sum(not k.noticed for k in self.kills)} were not noticed; restarts {self.starts - 1}, "
+            f"of which {self.refused} were refused",
+            f"a job ended at most {max((k.end_seconds for k in self.kills), default=0):.1f} s after its kill; "
+            f"most blocks of shared memory left behind {self.most_blocks_left}",
+            f"steps {steps}, done {steps_done}: {steps_done - steps} were repeated",
+            f"seconds {self.seconds:.1f}, undisturbed {straight_seconds:.1f}: "
+            f"{self.seconds - straight_seconds:.1f} lost; from a start to its first step {starting:.1f} on average",
+        ]
+        return "\n".join(lines)
+
+
+def blocks_left(numbers: set[str]) -> set[str]:
+    """Blocks of these numbers that are in /dev/shm now."""
+    return {name for name in os.listdir(SHARED_MEMORY) if name[:6] in numbers}
+
+
+def supervise(
+    ranks: Ranks, config: Path, run: Path, kills: int, rng: random.Random, eval_every: int, token: str
+) -> Ledger:
+    """Start the job until it ends with 0, with so many kills on the way.
+
+    Fails where a job hangs, leaves a process, or ends by itself with anything but 0.
+    """
+    ledger, plan = Ledger(), kill_plan(rng)
+    began = time.monotonic()
+    while True:
+        job = Attempt(ranks, config, run, token)
+        ledger.starts += 1
+        before = len(ledger.kills)
+        while len(ledger.kills) < kills and _kill_once(job, ledger, *next(plan), rng, eval_every):
+            pass  # a loader that had nothing more to do: the job goes on
+        job.wait(lambda: False, END_SECONDS + 3 * MOMENT_SECONDS, "the end")
+        left = wait_until_none_lives(token, 10)
+        assert not left, f"left running after {ledger.kills[-1:]}: {left}\n{job.output[-3000:]}"
+        if job.first_step_seconds is not None:
+            ledger.start_seconds.append(job.first_step_seconds)
+        ledger.most_blocks_left = max(ledger.most_blocks_left, len(blocks_left(ledger.blocks)))
+        if job.process.returncode == 0:
+            ledger.seconds = time.monotonic() - began
+            return ledger
+        ledger.refused += "another job is using this run" in job.output
+        assert len(ledger.kills) > before, f"ended by itself: {job.process.returncode}\n{job.output[-6000:]}"
+
+
+def _kill_once(
+    job: Attempt, ledger: Ledger, victim: str, moment: str, rng: random.Random, eval_every: int
+) -> bool:
+    """Wait for the moment and kill; whether the job goes on all the same."""
+    done = len(job.new_steps())
+    steps, pause = done + rng.randint(1, 6), rng.uniform(0, 0.15)
+    if moment == "start-up":
+        # From half a second on: before, Python has not come to the ranks' first own line.
+        up = lambda: len(job.ranks()) == 2  # noqa: E731
+        job.wait(up, MOMENT_SECONDS, "the ranks")
+        pause = rng.uniform(0.5, 6.0)
+    elif moment == "step":
+        job.wait(lambda: len(job.new_steps()) >= steps, MOMENT_SECONDS, "a step")
+    elif moment == "save":
+        job.wait(lambda: len(job.new_steps()) > done and job.saving(), MOMENT_SECONDS, "a save")
+    else:
+        new = lambda: job.new_steps()[done:]  # noqa: E731
+        job.wait(lambda: any(s % eval_every == 0 for s in new()), MOMENT_SECONDS, "an evaluation")
+    time.sleep(pause)
+    if victim == "loader":
+        job.wait(lambda: bool(job.loaders()), MOMENT_SECONDS, "a loader")
+    ledger.blocks |= job.memory_blocks()
+    _kill(job, victim, rng)
+    kill = Kill(victim, moment, next(iter(job.new_steps()[-1:]), None), job.saving())
+    ledger.kills.append(kill)
+    killed, seen = time.monotonic(), len(job.new_steps())
+    unnoticed = lambda: victim == "loader" and len(job.new_steps()) > seen + 4  # noqa: E731
+    kill.noticed = not job.wait(unnoticed, END_SECONDS, f"the end after {kill}")
+    kill.end_seconds = time.monotonic() - killed if kill.noticed else 0.0
+    return not kill.noticed
+
+
+def _kill(job: Attempt, victim: str, rng: random.Random) -> None:
+    """kill -9, at once."""
+    if victim == "job":
+        targets = living(job.token)
+    elif victim == "loader":
+        targets = job.loaders()
+        targets = [rng.choice(targets)] if targets else []
+    elif victim == "agent":
+        targets = [p for p in living(job.token) if p.pid == job.process.pid]
+    else:
+        targets = [rank for name, rank in job.ranks().items() if name == victim]
+    assert targets, f"the run ended before its {victim} could be killed\n{job.output[-3000:]}"
+    for number in (signal.SIGSTOP, signal.SIGKILL) if victim == "job" else (signal.SIGKILL,):
+        for target in targets:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                target.send_signal(number)
+
+
+def stop_process(process: psutil.Process) -> None:
+    """SIGSTOP, and wait until the kernel has done it."""
+    process.send_signal(signal.SIGSTOP)
+    deadline = time.monotonic() + 10
+    while process.status() != psutil.STATUS_STOPPED:
+        assert time.monotonic() < deadline, f"{process} does not stop"
+        time.sleep(0.01)

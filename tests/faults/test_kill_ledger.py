@@ -1,0 +1,125 @@
+"""A run that is killed again and again, and started again each time, ends as if nothing had happened.
+
+RATING_TRAIN_KILLS=50 pytest -s tests/faults/test_kill_ledger.py prints the ledger of 50 kills.
+RATING_TRAIN_KILL_SEED chooses the victims, the moments and the pauses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from rating_train.checkpoint import store
+from rating_train.checkpoint.deepspeed_io import consolidated_weights
+from tests.conftest import Ranks
+from tests.dist.test_resume import assert_same, read_ids, read_log
+from tests.faults.ledger import STEPS_PER_KILL, Attempt, blocks_left, living, supervise, wait_until_none_lives
+
+KILLS = int(os.environ.get("RATING_TRAIN_KILLS", "6"))
+SEED = int(os.environ.get("RATING_TRAIN_KILL_SEED", "17"))
+EVAL_EVERY = 7
+
+
+def sections(stage: int, steps: int) -> dict[str, dict]:
+    return {
+        "data": {"workers": 1},
+        "model": {"head_dropout": 0.1},  # the random number generators have a say in the weights
+        "zero": {"stage": stage},
+        "train": {
+            "epochs": 999,  # of about 20 steps
+            "max_steps": steps,
+            "save_every_steps": 3,
+            "eval_every_steps": EVAL_EVERY,
+            "background_save": True,
+        },
+    }
+
+
+def evaluations(run: Path) -> list[dict]:
+    timing = {"time", "seconds", "items_per_second"}
+    rows = map(json.loads, (run / "eval.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if k not in timing} for row in rows]
+
+
+def used_ids(run: Path) -> list[list[str]]:
+    """Ids of every step that led to the final weights: its last entry on each rank, joined in rank order."""
+    parts = [read_ids(run, rank) for rank in (0, 1)]
+    assert parts[0].keys() == parts[1].keys()
+    return [[i for part in parts for i in part[step]] for step in sorted(parts[0])]
+
+
+def assert_same_run(straight: Path, broken: Path, steps: int, stage: int) -> None:
+    """Ids in order, losses, evaluations, pointers, and every bit of the last checkpoint."""
+    assert [row["step"] for row in read_log(broken)] == list(range(1, steps + 1))
+    assert used_ids(straight) == used_ids(broken)
+    assert read_log(straight) == read_log(broken)
+    assert evaluations(straight) == evaluations(broken)
+    for pointer in (store.LATEST, store.BEST):
+        one, other = (json.loads((run / "checkpoints" / pointer).read_text()) for run in (straight, broken))
+        assert one == other, pointer
+    last = Path("checkpoints") / store.step_name(steps)
+    assert store.verify(broken / last)["step"] == steps
+    names = sorted(p.relative_to(straight / last) for p in (straight / last).rglob("*.pt"))
+    assert len(names) >= 5 and names == sorted(
+        p.relative_to(broken / last) for p in (broken / last).rglob("*.pt")
+    )
+    for name in names:
+        one, other = (torch.load(run / last / name, weights_only=False) for run in (straight, broken))
+        assert_same(one, other, str(name))
+    weights = [consolidated_weights(run / last, stage) for run in (straight, broken)]
+    assert_same(weights[0], weights[1], "weights")
+    assert {p.name for p in (straight / "checkpoints").iterdir()} == {
+        p.name for p in (broken / "checkpoints").iterdir()
+    }, "temporary directories are left, or other checkpoints were kept"
+
+
+@pytest.mark.timeout(300 + 60 * KILLS)
+def test_kills_change_nothing(
+    ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage, steps, token = 2, STEPS_PER_KILL * KILLS + 10, str(tmp_path)
+    straight, broken = tmp_path / "runs/straight", tmp_path / "runs/broken"
+    started = time.monotonic()
+    ranks.train(2, tiny_config("straight", **sections(stage, steps)))
+    straight_seconds = time.monotonic() - started
+    config = tiny_config("broken", **sections(stage, steps))
+    try:
+        ledger = supervise(ranks, config, broken, KILLS, random.Random(SEED), EVAL_EVERY, token)
+    finally:
+        for process in living(token):
+            process.kill()
+        wait_until_none_lives(token, 30)
+    done = len((broken / "samples/rank_00000.jsonl").read_text().splitlines())
+    with capsys.disabled():
+        print(ledger.table(steps, done, straight_seconds))
+    assert len(ledger.kills) == KILLS and ledger.refused == 0
+    assert_same_run(straight, broken, steps, stage)
+    assert ledger.most_blocks_left <= 12, "one job's: each start sweeps what the one before it left"
+    assert ledger.blocks and not blocks_left(ledger.blocks)
+    assert not (broken / "LOCK").exists()
+
+
+@pytest.mark.timeout(300)
+def test_torchrun_starts_a_killed_rank_again_by_itself(
+    ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    steps, stage, token = 14, 1, str(tmp_path)
+    ranks.train(2, tiny_config("straight", **sections(stage, steps)))
+    broken = tmp_path / "runs/broken"
+    config = tiny_config("broken", **sections(stage, steps))
+    job = Attempt(ranks, config, broken, token, max_restarts=3)
+    assert job.wait(lambda: len(job.new_steps()) >= 5, 120, "step 5")
+    job.ranks()["rank 1"].kill()
+    assert not job.wait(lambda: False, 120, "the end")
+    job.join()
+    assert job.process.returncode == 0, job.output[-40000:]
+    assert "going on from step" in job.output
+    assert not wait_until_none_lives(token, 10)
+    assert_same_run(tmp_path / "runs/straight", broken, steps, stage)
