@@ -22,7 +22,7 @@ from tests.conftest import Ranks
 from tests.dist.test_resume import assert_same, read_ids, read_log
 from tests.faults.ledger import STEPS_PER_KILL, Attempt, blocks_left, living, supervise, wait_until_none_lives
 
-KILLS = int(os.environ.get("RATING_TRAIN_KILLS", "6"))
+KILLS = int(os.environ.get("RATING_TRAIN_KILLS", "4"))
 SEED = int(os.environ.get("RATING_TRAIN_KILL_SEED", "17"))
 EVAL_EVERY = 7
 
