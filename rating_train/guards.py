@@ -78,5 +78,7 @@ def deadline(config: TrainConfig, job: ScheduledJob, started: float) -> float | 
     if config.time_limit_minutes:
         limits.append(started + 60 * config.time_limit_minutes)
     if job.ends_at is not None:
-        limits.append(time.monotonic() + job.ends_at - time.time() - 60 * config.job_end_margin_minutes)
+        left = job.ends_at - time.time()
+        # At most a quarter of a short job: it would stop as soon as it starts, again and again.
+        limits.append(time.monotonic() + left - min(60 * config.job_end_margin_minutes, left / 4))
     return min(limits, default=None)

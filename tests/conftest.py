@@ -57,6 +57,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+#: Variations of what other tests hold already, left out of the daily run for their time.
+full = pytest.mark.skipif(
+    os.environ.get("RATING_TRAIN_FULL", "") != "1", reason="a variation: RATING_TRAIN_FULL=1 runs it"
+)
+
 SHARED_MEMORY = Path("/dev/shm")
 STREAMING_BLOCK = re.compile(r"\d{6}_[a-z_]+")  # how streaming names its blocks of shared memory
 

@@ -191,7 +191,8 @@ class TrainConfig:
     time_limit_minutes: float = setting(0.0, "Save and stop after so long; 0 never does.")
     job_end_margin_minutes: float = setting(
         3.0,
-        "Save and stop so long before the scheduler ends the job, where it says when (SLURM_JOB_END_TIME).",
+        "Save and stop so long before the scheduler ends the job, where it says when (SLURM_JOB_END_TIME); "
+        "at most a quarter of the time that is left at the start.",
     )
     background_save: bool = setting(
         True,

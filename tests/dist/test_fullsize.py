@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Ranks
+from tests.conftest import Ranks, full
 
 WORKER = Path(__file__).with_name("fullsize_worker.py")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=full), pytest.param(3, marks=full)])
 def test_full_architecture_trains_five_steps(stage: int, ranks: Ranks, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     ranks.run(2, WORKER, stage, out, 5, timeout=380)

@@ -13,7 +13,7 @@ import pytest
 
 from rating_train.checkpoint import store
 from rating_train.files import read_json_lines
-from tests.conftest import Ranks
+from tests.conftest import Ranks, full
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -109,6 +109,7 @@ def test_one_rank_that_cannot_write(ranks: Ranks, tiny_config: Callable[..., Pat
     stands_alone(tmp_path / "runs" / "run" / "checkpoints", 8)
 
 
+@full
 def test_the_logs_on_a_full_disk(ranks: Ranks, tiny_config: Callable[..., Path], small_disk: Path) -> None:
     """From some step on not one byte: the run ends, what is there is whole, and with room it goes on."""
     run = small_disk / "run"

@@ -17,7 +17,7 @@ import pytest
 
 from rating_train.data import stale_memory
 from rating_train.data.stale_memory import BLOCKS, sweep_stale
-from tests.conftest import SHARED_MEMORY, Ranks
+from tests.conftest import SHARED_MEMORY, Ranks, full
 
 MARK = b"\0rating_train"
 # Constant rates, so that the losses do not depend on how long the run was meant to be.
@@ -101,6 +101,7 @@ def test_a_killed_job_is_swept_and_its_neighbour_goes_on(
     assert losses(killed_run)[:8] == losses(live_run)[:8]
 
 
+@full
 @pytest.mark.timeout(300)
 def test_two_jobs_side_by_side_train_as_they_do_alone(
     ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
