@@ -177,6 +177,11 @@ def _load(dataset: OrderedDataset, ids: Ids, collator: Collator, config: DataCon
             yield batch
     except UserError as e:
         raise _as_raised(e) from None
+    except (ConnectionError, EOFError) as e:  # where torch itself says nothing of the process
+        raise RuntimeError(
+            "a loader process of this rank died while it handed over a batch: killed, perhaps for want of memory "
+            "(fewer data.workers, or a smaller data.prefetch_batches, need less)"
+        ) from e
     finally:
         # Now, not when the last traceback is collected: at the end of this process, multiprocessing would send
         # SIGTERM to loader processes that are left, which they ignore, and wait for them for ever.
