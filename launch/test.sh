@@ -18,7 +18,7 @@ Environment:
   RATING_TRAIN_SKIP_INSTALL=1  install nothing
   RATING_TRAIN_PYTHON          the Python to use
   RATING_TRAIN_FULL=1          also the variations that the daily run leaves out for their time
-  RATING_TRAIN_KILLS=50        kills in tests/faults/test_kill_ledger.py (4)
+  RATING_TRAIN_KILLS=50        kills in tests/faults/test_kill_ledger.py (4) and test_prepare_kill.py (6)
 USAGE
 }
 

@@ -180,18 +180,9 @@ def _checkpoints(root: Path, quick: bool) -> list[dict[str, Any]]:
     sizes = {path: _size(path) for _, path in found}
     done, started = 0, time.monotonic()
     for step, path in found:
-        problem = ""
-        try:
-            if quick:
-                _check_sizes(path)
-            else:
-                store.verify(path)
-        except store.InvalidCheckpoint as e:
-            problem = str(e)
-        except OSError as e:  # pruned by the running job in this moment, or a disk that cannot be read
-            if not path.exists():
-                continue
-            problem = f"it cannot be read ({e})"
+        problem = store.problem(path, hashes=not quick)
+        if problem and not path.exists():
+            continue  # pruned by the running job in this moment
         result.append(
             {"name": path.name, "step": step, "valid": not problem, "problem": problem, "bytes": sizes[path]}
         )
@@ -212,29 +203,6 @@ def _size(directory: Path) -> int:
         except FileNotFoundError:
             continue
     return total
-
-
-def _check_sizes(directory: Path) -> None:
-    """As ``store.verify``, by sizes alone.
-
-    Raises:
-        InvalidCheckpoint: no readable marker, or a file that is missing or of another size.
-    """
-    try:
-        marker = json.loads((directory / store.COMPLETE).read_text("utf-8"))
-        files = {str(name): int(entry["bytes"]) for name, entry in marker["files"].items()}
-        if not files or store.step_name(marker["step"]) != directory.name:
-            raise ValueError("it is empty, or that of another step")
-    except FileNotFoundError:
-        raise store.InvalidCheckpoint(f"it has no {store.COMPLETE}: it was never committed") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise store.InvalidCheckpoint(f"{store.COMPLETE} cannot be read: {type(e).__name__}: {e}") from e
-    for name, size in files.items():
-        path = directory / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            text = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise store.InvalidCheckpoint(f"{name} {text}")
 
 
 def _newest_state(root: Path, checkpoints: list[dict[str, Any]]) -> dict[str, Any]:

@@ -56,8 +56,7 @@ class Tracker:
         self._append_waiting()
         if self._waiting:
             log.error("%d rows of the metrics files are lost: there is no room for them", len(self._waiting))
-        if self._writer is not None:
-            self._draw("close")
+        self._draw("close")
 
     def _write(self, file: str, prefix: str, row: dict[str, Any]) -> None:
         if not self._enabled:

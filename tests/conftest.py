@@ -66,6 +66,29 @@ SHARED_MEMORY = Path("/dev/shm")
 STREAMING_BLOCK = re.compile(r"\d{6}_[a-z_]+")  # how streaming names its blocks of shared memory
 
 
+def remove_dead_blocks(known: set[str]) -> None:
+    """Remove streaming's blocks of shared memory that were not ``known`` before and that no process has mapped."""
+    in_use = mapped_files()
+    for name in set(os.listdir(SHARED_MEMORY)) - known:
+        path = SHARED_MEMORY / name
+        if STREAMING_BLOCK.fullmatch(name) and str(path) not in in_use:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def small_file_system(folder: Path, megabytes: int) -> Iterator[Path]:
+    """A file system of its own, in memory, at a new folder. Skips the test where it cannot be mounted."""
+    folder.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small file system needs root")
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True, timeout=30)
+
+
 class Ranks:
     """Starts ``torchrun`` jobs on this machine's CPU, each in a session of its own, and ends what is left."""
 
@@ -82,11 +105,7 @@ class Ranks:
             if process.poll() is None:
                 self.kill(process)
                 process.wait(timeout=30)
-        in_use = mapped_files()
-        for name in set(os.listdir(SHARED_MEMORY)) - self._shared_memory:
-            path = SHARED_MEMORY / name
-            if STREAMING_BLOCK.fullmatch(name) and str(path) not in in_use:
-                path.unlink(missing_ok=True)
+        remove_dead_blocks(self._shared_memory)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def start(
@@ -181,6 +200,17 @@ def ranks() -> Iterator[Ranks]:
         yield launcher
 
 
+def tiny_settings(name: str, runs: Path, demo: Path) -> dict[str, dict[str, object] | str]:
+    """A configuration of the smallest run on the small demo, as nested settings."""
+    return {
+        "name": name,
+        "runs_dir": str(runs),
+        "data": {"path": str(demo / "data"), "image_px": 64, "text_tokens": 96, "workers": 0},
+        "model": {"backbone": str(demo / "model"), "head_hidden": 16},
+        "batch": {"global_items": 12},
+    }
+
+
 @pytest.fixture
 def tiny_config(demo: Path, tmp_path: Path) -> Callable[..., Path]:
     """Writes a YAML configuration on the small demo; arguments are nested sections to override."""
@@ -188,11 +218,7 @@ def tiny_config(demo: Path, tmp_path: Path) -> Callable[..., Path]:
 
     def write(name: str = "run", **sections: dict[str, object]) -> Path:
         base: dict[str, object] = {
-            "name": name,
-            "runs_dir": str(tmp_path / "runs"),
-            "data": {"path": str(demo / "data"), "image_px": 64, "text_tokens": 96, "workers": 0},
-            "model": {"backbone": str(demo / "model"), "head_hidden": 16},
-            "batch": {"global_items": 12},
+            **tiny_settings(name, tmp_path / "runs", demo),
             "train": {"epochs": 1, "log_every_steps": 1, "eval_every_steps": 0, "log_sample_ids": True},
         }
         for section, values in sections.items():

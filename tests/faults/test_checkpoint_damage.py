@@ -20,7 +20,7 @@ from rating_train.checkpoint.manager import Checkpointer
 from rating_train.checkpoint.store import BEST, COMPLETE, LATEST
 from rating_train.errors import UserError
 from rating_train.world import World
-from tests.conftest import Ranks
+from tests.conftest import Ranks, tiny_settings
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -43,11 +43,7 @@ def trained(request: pytest.FixtureRequest, demo: Path, tmp_path_factory: pytest
     """A folder with run.yaml and the run of it, 2 ranks at a ZeRO stage, with checkpoints of steps 2 and 4 (best)."""
     folder = tmp_path_factory.mktemp(f"stage{request.param}")
     config = {
-        "name": "run",
-        "runs_dir": str(folder),
-        "data": {"path": str(demo / "data"), "image_px": 64, "text_tokens": 96, "workers": 0},
-        "model": {"backbone": str(demo / "model"), "head_hidden": 16},
-        "batch": {"global_items": 12},
+        **tiny_settings("run", folder, demo),
         "zero": {"stage": request.param},
         "train": {"max_steps": 4, "log_every_steps": 1, "save_every_steps": 2, "keep_last": 9},
         "eval": {"max_items": 12},

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import pytest
 
 from rating_train.checkpoint import store
 from rating_train.files import read_json_lines
-from tests.conftest import Ranks, full
+from tests.conftest import Ranks, full, small_file_system
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -23,18 +20,8 @@ GOES_ON = "training goes on (train.max_failed_saves)"
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 200 MB of its own, in memory."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("mounting a small file system needs root")
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if done.returncode != 0:
-        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True, timeout=30)
+    with small_file_system(tmp_path / "disk", megabytes=200) as folder:
+        yield folder
 
 
 def config_of(make: Callable[..., Path], runs: Path, steps: int, **train: object) -> Path:

@@ -26,7 +26,7 @@ from PIL import Image
 from rating_train.catalogue.parts import DONE_NAME, finished_parts
 from rating_train.data.schema import MANIFEST_NAME
 from rating_train.data.streams import check_split
-from tests.conftest import REPO
+from tests.conftest import REPO, small_file_system
 
 KILLS = int(os.environ.get("RATING_TRAIN_KILLS", "6"))
 ITEMS = int(os.environ.get("RATING_TRAIN_KILL_ITEMS", "20000" if KILLS >= 20 else "6000"))
@@ -233,18 +233,8 @@ def test_a_signal_leaves_what_the_same_command_continues(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own in memory."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("mounting a small file system needs root")
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if done.returncode != 0:
-        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True, timeout=30)
+    with small_file_system(tmp_path / "disk", megabytes=256) as folder:
+        yield folder
 
 
 @pytest.mark.timeout(180)

@@ -115,6 +115,15 @@ def test_help(script: Path, tmp_path: Path) -> None:
     assert done.stderr == "" and not list(tmp_path.iterdir())
 
 
+def refuses(fake: FakePython, script: str, arguments: list[str], message: str) -> None:
+    """Exit code 2, one line that names the script and holds ``message``, and nothing started."""
+    done = fake.run(f"launch/{script}", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"{script}: error: ")
+    assert fake.ran == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -137,11 +146,7 @@ def test_help(script: Path, tmp_path: Path) -> None:
 def test_local_says_what_is_wrong_in_one_line_and_starts_nothing(
     fake: FakePython, arguments: list[str], message: str
 ) -> None:
-    done = fake.run("launch/local.sh", *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("local.sh: error: ")
-    assert fake.ran == []
+    refuses(fake, "local.sh", arguments, message)
 
 
 @pytest.mark.parametrize(("gpus", "option", "expected"), [("0", [], 2), ("4", [], 4), ("4", ["-n", "3"], 3)])
@@ -308,11 +313,7 @@ TWO_MACHINES = ["--nodes", "2", "--node-rank", "1", "--head", "localhost:29511"]
 def test_multi_node_says_what_is_wrong_in_one_line_and_starts_nothing(
     fake: FakePython, arguments: list[str], message: str
 ) -> None:
-    done = fake.run("launch/multi_node.sh", *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("multi_node.sh: error: ")
-    assert fake.ran == []
+    refuses(fake, "multi_node.sh", arguments, message)
 
 
 @pytest.mark.parametrize(("rank", "is_host", "address"), [("0", 1, " --local-addr localhost"), ("1", 0, "")])

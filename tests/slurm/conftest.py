@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import SHARED_MEMORY, STREAMING_BLOCK, mapped_files
+from tests.conftest import SHARED_MEMORY, remove_dead_blocks
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
@@ -150,11 +150,7 @@ class Cluster:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(left, timeout=15)
-        in_use = mapped_files()
-        for name in set(os.listdir(SHARED_MEMORY)) - self._shared_memory:
-            path = SHARED_MEMORY / name
-            if STREAMING_BLOCK.fullmatch(name) and str(path) not in in_use:
-                path.unlink(missing_ok=True)
+        remove_dead_blocks(self._shared_memory)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _is_ours(self, process: psutil.Process) -> bool:

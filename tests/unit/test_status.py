@@ -19,7 +19,7 @@ from rating_train.checkpoint import store
 from rating_train.processes import this_process
 from rating_train.run_lock import RunLock
 from rating_train.status import read_status
-from tests.conftest import Ranks
+from tests.conftest import Ranks, tiny_settings
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -29,11 +29,7 @@ def trained(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps, saved after each, evaluated at the end."""
     folder = tmp_path_factory.mktemp("trained")
     config = {
-        "name": "run",
-        "runs_dir": str(folder),
-        "data": {"path": str(demo / "data"), "image_px": 64, "text_tokens": 96, "workers": 0},
-        "model": {"backbone": str(demo / "model"), "head_hidden": 16},
-        "batch": {"global_items": 12},
+        **tiny_settings("run", folder, demo),
         "train": {"max_steps": 2, "log_every_steps": 1, "save_every_steps": 1},
         "eval": {"max_items": 12},
     }
