@@ -19,7 +19,7 @@ from scipy import sparse
 from scipy.sparse.linalg import lsqr
 from streaming import StreamingDataset
 
-from rating_train.scoring.correlation import score
+from rating_train.scoring.metrics import score
 
 MIN_DOCUMENTS = 2
 

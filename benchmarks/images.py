@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rating_train.catalogue.image_store import ImageStore, open_store
-from rating_train.catalogue.images import square_jpeg
+from rating_train.prepare.images.square import square_jpeg
+from rating_train.prepare.images.stores import ImageStore, open_store
 
 WIDTH, HEIGHT = 1000, 1200
 

@@ -25,15 +25,15 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from rating_train.catalogue.image_store import open_store
-from rating_train.catalogue.images import square_jpeg
-from rating_train.catalogue.part_pool import Event, build_parts
-from rating_train.catalogue.parts import PartSpec
-from rating_train.catalogue.plan import PLAN_NAME, PlanRules
-from rating_train.catalogue.scan import make_plan
-from rating_train.catalogue.writer import SplitWriter
-from rating_train.data.schema import MDS_COLUMNS, Listing
 from rating_train.files import read_json
+from rating_train.prepare.images.square import square_jpeg
+from rating_train.prepare.images.stores import open_store
+from rating_train.prepare.parts.part import PartSpec
+from rating_train.prepare.parts.pool import Event, build_parts
+from rating_train.prepare.plan.rules import PLAN_NAME, PlanRules
+from rating_train.prepare.plan.scan import make_plan
+from rating_train.shards.schema import MDS_COLUMNS, Listing
+from rating_train.shards.writer import SplitWriter
 
 SIZE_PX, QUALITY, SHARD_BYTES = 384, 90, 64 << 20
 PICTURES = 48

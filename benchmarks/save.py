@@ -30,18 +30,18 @@ from typing import Any
 
 import torch
 
-from rating_train import assemble
 from rating_train.checkpoint.manager import Checkpointer
 from rating_train.checkpoint.state import Identity, TrainState
 from rating_train.cli import leave
-from rating_train.collectives import all_gather, broadcast, sum_over_ranks
 from rating_train.config.load import load_config
 from rating_train.config.resolve import plan_batch
 from rating_train.data.collate import Batch
-from rating_train.engine.build import build_engine
+from rating_train.distributed.collectives import all_gather, broadcast, sum_over_ranks
+from rating_train.distributed.world import World
+from rating_train.engine.engine import build_engine
 from rating_train.model.architecture import KNOWN_ARCHITECTURES
 from rating_train.model.regressor import build_regressor
-from rating_train.world import World
+from rating_train.training import setup
 
 REPO = Path(__file__).resolve().parents[1]
 CONFIG = REPO / "configs" / "full_ft_228m.yaml"
@@ -72,7 +72,7 @@ def trained_engine(world: World, device: torch.device) -> Any:
         used_tokens=torch.tensor([tokens]),
         ratings=torch.tensor([4.0]),
         rating_counts=torch.ones(1),
-        cut_tokens=0,
+        truncated_tokens=0,
     )
     engine.step(batch, 0, 10)
     return engine.ds
@@ -122,7 +122,7 @@ def measure_raw(seconds: dict[str, list[float]], size: int, path: Path) -> None:
 
 
 def rank_main(rounds: int, folder: Path) -> None:
-    world, device = assemble.join_job()
+    world, device = setup.join_job()
     ds = trained_engine(world, device)
     identity = Identity({}, "", {}, {"ranks": world.size, "zero_stage": STAGE})
     seconds: dict[str, list[float]] = {name: [] for name in (WHOLE, COPY, REST, MEMORY, NEW, DISK, HASH)}
@@ -134,7 +134,7 @@ def rank_main(rounds: int, folder: Path) -> None:
             begin = lambda saver=saver, step=step: saver.save(ds, step, identity, 10, best=False)  # noqa: E731
             seconds[COPY if background else WHOLE].append(slowest(begin))
             if background:
-                seconds[REST].append(slowest(saver.settle))
+                seconds[REST].append(slowest(saver.finalize))
             saver.close()
             all_gather(0)  # rank 0 has pruned
         files = (folder / "checkpoints").rglob("*")

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from streaming import StreamingDataset
 
-from rating_train.catalogue.demo_tokenizer import IMAGE_TOKEN_ID, PAD_TOKEN_ID, make_tokenizer
-from rating_train.data.schema import TEXT_FIELDS
+from rating_train.demo.tokenizer import IMAGE_TOKEN_ID, PAD_TOKEN_ID, make_tokenizer
 from rating_train.model.architecture import Architecture, TextArchitecture, VisionArchitecture
 from rating_train.model.load import save_random_backbone
+from rating_train.shards.schema import TEXT_FIELDS
 
 VOCABULARY = 6144
 

@@ -10,7 +10,7 @@ usage: launch/quickstart.sh
 Installs the package where it is missing (into the active virtual environment, else into .venv), makes a
 demo catalogue whose best possible PLCC is known and a tiny model, prepares shards, trains on 2 CPU
 processes (or on the GPUs that are there), evaluates, and draws a report. At the end it compares the PLCC
-with the ceilings of the catalogue; the exit code is 0 only if the model beats what image or text alone can
+with the upper_bounds of the catalogue; the exit code is 0 only if the model beats what image or text alone can
 reach and gets to 85 % of a perfect model.
 
 Run it again after an interruption: steps that are done are left out, and training goes on.
@@ -50,7 +50,7 @@ run=runs/demo_cpu
 rating_train() { "$PYTHON" -m rating_train "$@"; }
 
 rt_say "== 1/5 demo: a catalogue and a tiny model"
-if [[ -f demo/catalogue/ceilings.json && -d demo/model ]]; then
+if [[ -f demo/catalogue/upper_bounds.json && -d demo/model ]]; then
     rt_say "there already: demo/catalogue, demo/model"
 else # made aside and moved, so that what has its name is whole
     rm -rf -- demo/.partial demo/catalogue demo/model
@@ -90,5 +90,5 @@ rating_train report "$run"
 rt_say ""
 enforce=--enforce
 [[ "${QUICKSTART_CHECK:-1}" != 0 ]] || enforce=--no-enforce
-"$PYTHON" "$RATING_TRAIN_ROOT/launch/quickstart_check.py" demo/catalogue/ceilings.json "$run" "$enforce"
+"$PYTHON" "$RATING_TRAIN_ROOT/launch/quickstart_check.py" demo/catalogue/upper_bounds.json "$run" "$enforce"
 rt_say "report: $PWD/$run/report"

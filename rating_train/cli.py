@@ -10,11 +10,9 @@ import importlib
 import os
 import sys
 import traceback
-from pathlib import Path
+from typing import Any
 
-from rating_train import __version__, log, run_dir
-from rating_train.config.load import load_config
-from rating_train.config.schema import Config
+from rating_train import __version__, log
 from rating_train.errors import EXIT_BUG, EXIT_DONE, EXIT_USER_ERROR, UserError
 from rating_train.processes import die_with_parent
 
@@ -26,7 +24,9 @@ VERBS = {
     "evaluate": "score a checkpoint: PLCC, SRCC, RMSE, MAE, CES",
     "cost": "parameters, MACs, FLOPs, C, E and CES of a configuration",
     "report": "plots of a run, or of a dataset",
-    "status": "how far a run is, and which checkpoints are whole",
+    "status": "how far a run is, and which checkpoints are valid",
+    "submit": "submit training, and an evaluation after it, to Slurm",
+    "preflight": "check the nodes of a job: PASS or FAIL, and what to do",
 }
 
 
@@ -39,72 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     for verb, summary in VERBS.items():
         sub = verbs.add_parser(verb, help=summary, description=summary)
         if verb in arguments[:1]:  # only the verb that was asked for needs its options
-            add_verb_arguments(verb, sub)
+            verb_module(verb).add_arguments(sub)
     return leave(_run(parser.parse_args(arguments)))
 
 
-def add_verb_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
-    """The options of one verb. Those of `train` and `evaluate` stand here: their modules import torch."""
-    if verb == "train":
-        _train_arguments(parser)
-    elif verb == "evaluate":
-        _evaluate_arguments(parser)
-    else:
-        importlib.import_module(f"rating_train.{verb}").add_arguments(parser)
-
-
-def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="YAML file")
-    _add_set(parser)
-    parser.add_argument(
-        "--resume", default="auto", help="auto (default), never, must, or the path of a checkpoint directory"
-    )
-
-
-def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("--checkpoint", default="best", help="best (default), latest or a step")
-    parser.add_argument("--split", default="", help="split to score (default: that of the run's evaluations)")
-    _add_set(parser)
-
-
-def _add_set(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=V", help="override one setting")
-
-
-# The settings are checked before torch is imported: a typo is answered at once.
-
-
-def _train(args: argparse.Namespace) -> int:
-    config = _load(args.config, args.set)
-    from rating_train.train import train
-
-    train(config, args.resume)
-    return EXIT_DONE
-
-
-def _evaluate(args: argparse.Namespace) -> int:
-    if not (args.run / run_dir.CONFIG_FILE).is_file():
-        raise UserError(
-            "not a run directory: it has no config.yaml",
-            where=args.run,
-            fix="give the folder that `train` made",
-        )
-    config = _load(args.run / run_dir.CONFIG_FILE, args.set)
-    from rating_train.collectives import on_main
-    from rating_train.evaluate import evaluate_run, render
-
-    row = evaluate_run(args.run, config, args.checkpoint, args.split)
-    on_main(lambda: print(render(row)))
-    return EXIT_DONE
-
-
-def _load(path: str | Path, overrides: list[str]) -> Config:
-    try:
-        return load_config(path, overrides)
-    except UserError as e:
-        e.__dict__["raised_on_all_ranks"] = True  # every rank reads the same file: say it once
-        raise
+def verb_module(verb: str) -> Any:
+    """The module of one verb: ``add_arguments(parser)`` and ``run(args) -> exit code``."""
+    return importlib.import_module(f"rating_train.commands.{verb}")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -114,13 +55,10 @@ def _run(args: argparse.Namespace) -> int:
         die_with_parent()
     rank = log.process_rank()
     log.set_up(rank)
-    verbs = {"train": _train, "evaluate": _evaluate}
     try:
-        if args.verb in verbs:
-            return verbs[args.verb](args)
-        return importlib.import_module(f"rating_train.{args.verb}").run(args)
+        return verb_module(args.verb).run(args)
     except UserError as e:
-        if rank == 0 or not getattr(e, "raised_on_all_ranks", False):
+        if rank == 0 or not e.on_all_ranks:
             print(f"rating-train {args.verb}: error: {e}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
@@ -145,7 +83,7 @@ def leave(code: int) -> int:
     import logging
     import multiprocessing
 
-    from rating_train.world import disconnect
+    from rating_train.distributed.world import disconnect
 
     if code == EXIT_DONE:  # after a failure others may be gone: do not wait for them
         disconnect()

@@ -20,7 +20,12 @@ class UserError(Exception):
         where: the file, line, key or option where it was found.
         expected: what would have been right.
         fix: what to change or run.
+
+    Attributes:
+        on_all_ranks: whether every rank raises this same error, so that rank 0 alone shows it.
     """
+
+    on_all_ranks = False
 
     def __init__(self, what: str, *, where: object = "", expected: str = "", fix: str = "") -> None:
         self.what = what

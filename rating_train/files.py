@@ -5,7 +5,6 @@ Imports nothing of the package but ``errors`` and nothing heavy, so that a login
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -13,7 +12,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rating_train.errors import UserError
 
@@ -58,6 +57,28 @@ def atomic_write_json(path: str | Path, value: Any) -> None:
     atomic_write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
+def hold_lock(file: int | IO[Any], *, shared: bool = False, wait: bool = False) -> bool | None:
+    """Take ``flock`` on an open file or directory; the kernel drops it when the last descriptor closes.
+
+    Args:
+        file: a descriptor or an open file.
+        shared: take the lock together with other shared holders.
+        wait: wait for the present holder instead of returning.
+
+    Returns:
+        True if this process now holds the lock, False if another one does, None where the file system has no locks
+        (some network file systems): the caller decides whether to trust that nobody else is there.
+    """
+    kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    try:
+        fcntl.flock(file, kind)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
 def read_json(path: str | Path) -> Any:
     """Parse a JSON file; a file that is not JSON is a :class:`UserError` that names it."""
     try:
@@ -76,8 +97,7 @@ def append_json_line(path: str | Path, value: dict[str, Any]) -> None:
     """
     line = json.dumps(value, sort_keys=False, allow_nan=False, ensure_ascii=False) + "\n"
     with open(path, "ab+") as f:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(f, fcntl.LOCK_EX)
+        hold_lock(f, wait=True)
         if f.seek(0, os.SEEK_END) > 0:
             f.seek(-1, os.SEEK_END)
             if f.read(1) != b"\n":

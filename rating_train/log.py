@@ -8,7 +8,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+LOG_EVERY_SECONDS = 10.0
 
 _FORMAT = "%(asctime)s %(levelname)s r{rank} %(name)s: %(message)s"
 # Libraries that narrate at INFO; their warnings still show.
@@ -67,3 +74,71 @@ def has_agent() -> bool:
 def on_terminal() -> bool:
     """Whether a person watches: progress bars are drawn only then."""
     return sys.stderr.isatty()
+
+
+class Progress:
+    """The progress of long work: a bar on a terminal, else a log line about every ten seconds.
+
+    Args:
+        what: the work, for example ``images``.
+        total: units of work in all, ``None`` if unknown.
+        unit: what is counted, for example ``items`` or ``MB``.
+        done: units that an earlier attempt finished; they are not part of the rate.
+        details: text to show after the numbers, asked for whenever a line is shown.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        total: float | None,
+        unit: str = "items",
+        done: float = 0,
+        details: Callable[[], str] = lambda: "",
+    ) -> None:
+        self._what, self._total, self._unit, self._details = what, total, unit, details
+        self._before = self._done = done
+        self._began = self._shown = time.monotonic()
+        self._bar: Any = None
+        if on_terminal():
+            from tqdm import tqdm
+
+            self._bar = tqdm(desc=what, total=total, initial=done, unit=f" {unit}")
+
+    def add(self, amount: float) -> None:
+        """Count ``amount`` more units as done."""
+        self._done += amount
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._details(), refresh=False)
+            self._bar.update(amount)
+        elif time.monotonic() - self._shown >= LOG_EVERY_SECONDS:
+            self._shown = time.monotonic()
+            _log.info(self.line())
+
+    def close(self, complete: bool = True) -> None:
+        """Remove the bar, or log a last line if the work is complete."""
+        if self._bar is not None:
+            self._bar.close()
+        elif complete:
+            _log.info(self.line())
+
+    def line(self) -> str:
+        """Return, for example, ``images: 40 of 60 items, 20/s, 1 s left, kept 39``."""
+        rate = (self._done - self._before) / max(time.monotonic() - self._began, 1e-9)
+        of = f" of {self._total:.0f}" if self._total is not None else ""
+        left = f", {max(0.0, self._total - self._done) / rate:.0f} s left" if self._total and rate else ""
+        details = self._details()
+        return (
+            f"{self._what}: {self._done:.0f}{of} {self._unit}, {rate:.{0 if rate >= 10 else 1}f}/s{left}"
+            + (f", {details}" if details else "")
+        )
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table: columns as wide as their widest cell, the first left-aligned, the others right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first = cells[0].ljust(widths[0])
+        return "  ".join([first, *(cell.rjust(w) for cell, w in zip(cells[1:], widths[1:]))]).rstrip()
+
+    return [line(header), "  ".join("-" * w for w in widths), *map(line, rows)]

@@ -16,7 +16,7 @@
       STOP                   made by a person: stop at the next step border, with a checkpoint
       REQUEUE                made by a run that stopped before its end and wants to go on
       HUNG                   made by the first rank that gave up for want of progress; removed at the next start
-      LOCK                   who is using the run now (rating_train/run_lock.py)
+      LOCK                   who is using the run now (rating_train/resilience/run_lock.py)
       heartbeat.json         what that job was doing last; stays when it ends
 """
 

@@ -62,7 +62,7 @@ job_place() {
     fi
     if ((${SLURM_GPUS_ON_NODE:-0} > job_tasks)); then
         rt_die "a node has $SLURM_GPUS_ON_NODE GPUs and $job_tasks tasks, which would leave GPUs idle:" \
-            "give sbatch --ntasks-per-node=$SLURM_GPUS_ON_NODE, or submit with launch/submit.py"
+            "give sbatch --ntasks-per-node=$SLURM_GPUS_ON_NODE, or submit with rating-train submit"
     fi
     MASTER_ADDR="$(job_head)"
     # One port for each attempt, below the range that systems give to outgoing connections.
@@ -127,7 +127,7 @@ job_srun() {
 
 job_preflight() {
     [[ "${PREFLIGHT:-0}" != 0 ]] || return 0
-    job_srun "$PYTHON" "$RATING_TRAIN_ROOT/launch/preflight.py" "$1"
+    job_srun "$PYTHON" -m rating_train preflight "$1"
     ((job_code == 0)) || rt_die "preflight failed (exit code $job_code): nothing was started"
     [[ "$PREFLIGHT" != only ]] || exit 0
 }

@@ -40,8 +40,8 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small demo: catalogue, tiny model, and shards of 64 pixels (about 250 train, 50 val, 300 in all)."""
-    from rating_train.demo import make_demo
-    from rating_train.prepare import PrepareOptions, prepare
+    from rating_train.demo.model import make_demo
+    from rating_train.prepare.pipeline import PrepareOptions, prepare
 
     out = tmp_path_factory.mktemp("demo") / "demo"
     make_demo(out, items=300, seed=17)

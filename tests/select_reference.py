@@ -1,11 +1,11 @@
-"""The rules of ``catalogue/select.py`` over a whole catalogue in memory: what ``scan.py`` must equal out of core."""
+"""The rules of ``prepare/plan/select.py`` over a whole catalogue in memory: what ``scan.py`` must equal out of core."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from rating_train.catalogue.select import (
+from rating_train.prepare.plan.select import (
     Fractions,
     Rules,
     cap_text,
@@ -14,8 +14,8 @@ from rating_train.catalogue.select import (
     split_of,
     title_key,
 )
-from rating_train.catalogue.sources import Record
-from rating_train.data.schema import Dropped, Listing
+from rating_train.prepare.records.sources import Record
+from rating_train.shards.schema import Dropped, Listing
 
 
 def apply_rules(records: Iterable[Record], rules: Rules) -> Iterator[Record]:

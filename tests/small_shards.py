@@ -7,9 +7,9 @@ from pathlib import Path
 
 from streaming import MDSWriter
 
-from rating_train.data.mds import INDEX_NAME, iter_samples, read_index
-from rating_train.data.schema import MANIFEST_NAME, MDS_COLUMNS
 from rating_train.files import sha256_file, sha256_json
+from rating_train.shards.mds_read import INDEX_NAME, iter_samples, read_index
+from rating_train.shards.schema import MANIFEST_NAME, MDS_COLUMNS
 
 
 def reshard(source: Path, out: Path, shard_bytes: int, copies: int = 1) -> Path:

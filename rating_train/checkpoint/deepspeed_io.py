@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rating_train.checkpoint.shards import MASTER, MOMENTS, Shards, write_flat, write_per_parameter
 from rating_train.checkpoint.store import InvalidCheckpoint
+from rating_train.checkpoint.zero_shards import MASTER, MOMENTS, Shards, write_flat, write_per_parameter
 
 log = logging.getLogger(__name__)
 

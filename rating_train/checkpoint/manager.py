@@ -4,7 +4,7 @@ A save has two halves. Training stands still for the first only::
 
     save     copy this rank's state to memory; rank 0 makes the temporary directory; a thread of each rank writes,
              fsyncs and hashes its own files into it
-    settle   once all threads are done, at a step border: rank 0 commits, points, and has its thread prune
+    finalize   once all threads are done, at a step border: rank 0 commits, points, and has its thread prune
 
 Threads never take part in collectives, and never are two saves under way.
 """
@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 
-from rating_train import seeding
 from rating_train.checkpoint import store
 from rating_train.checkpoint.deepspeed_io import Shard, capture_shards, read_shards, tensor_bytes
 from rating_train.checkpoint.state import STATE_FILE, Identity, TrainState, check_identity, from_json, to_json
-from rating_train.collectives import all_gather, gather, max_over_ranks, on_main, sum_over_ranks
+from rating_train.distributed import seeding
+from rating_train.distributed.collectives import all_gather, gather, max_over_ranks, on_main, sum_over_ranks
+from rating_train.distributed.world import World
 from rating_train.errors import UserError
 from rating_train.files import atomic_write_json, read_json
-from rating_train.world import World
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class Checkpointer:
         Raises:
             SaveFailed: this save, or the one before it.
         """
-        self.settle()
+        self.finalize()
         started = time.monotonic()
         shard: Shard = {**capture_shards(ds), _rank_file(self.world.rank): seeding.capture()}
         content = to_json(state, identity, total_steps) if self.world.is_main else None
@@ -114,15 +114,15 @@ class Checkpointer:
         self._under_way = _UnderWay(
             state.step, best, state.best_value, temporary, written, needed, started, blocked
         )
-        return None if self._background else self.settle()
+        return None if self._background else self.finalize()
 
-    def settle_if_done(self) -> Saved | None:
-        """:meth:`settle`, if the threads of all ranks are done; otherwise nothing. For step borders."""
+    def finalize_if_done(self) -> Saved | None:
+        """:meth:`finalize`, if the threads of all ranks are done; otherwise nothing. For step borders."""
         if self._under_way is None or max_over_ranks(0 if self._under_way.written.done() else 1):
             return None
-        return self.settle()
+        return self.finalize()
 
-    def settle(self) -> Saved | None:
+    def finalize(self) -> Saved | None:
         """Wait for the save under way, if there is one, and commit it.
 
         Raises:
@@ -188,7 +188,7 @@ class Checkpointer:
             expected=f"{needed_bytes:,} bytes of free space, and a directory that all ranks can write to",
             fix="free some space; the checkpoints before it are intact",
         )
-        failure.__dict__["raised_on_all_ranks"] = True
+        failure.on_all_ranks = True
         return failure
 
     def find(self, resume: str) -> Path | None:
@@ -273,7 +273,7 @@ def _write(temporary: Path, shard: Shard, state: dict[str, Any] | None) -> store
 
     Raises:
         OSError: with the file, the first error and the room that there was. What was written is removed at once, not
-            only once all ranks have settled: until then the log, too, needs room.
+            only once all ranks have finalized: until then the log, too, needs room.
     """
     names = [*shard, STATE_FILE] if state is not None else list(shard)
     name = problem = ""

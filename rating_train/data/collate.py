@@ -35,7 +35,7 @@ class Batch:
     used_tokens: Tensor  # (B,) int64: tokens before the padding
     ratings: Tensor  # (B,) float32
     rating_counts: Tensor  # (B,) float32
-    cut_tokens: int  # field tokens that did not fit, over all items
+    truncated_tokens: int  # field tokens that did not fit, over all items
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -49,12 +49,12 @@ class Batch:
         return self._map(lambda t: t.to(device, non_blocking=True))
 
     def split(self, items: int) -> list[Batch]:
-        """Micro-batches of ``items`` each, in order; the tensors are views. ``cut_tokens`` stays with the whole."""
+        """Micro-batches of ``items`` each, in order; the tensors are views. Their ``truncated_tokens`` are 0."""
         return [self._take(slice(i, i + items)) for i in range(0, len(self), items)]
 
     def _take(self, part: slice) -> Batch:
         taken = {name: getattr(self, name)[part] for name in ("ids", "categories", *_TENSORS)}
-        return Batch(**taken, cut_tokens=0)
+        return Batch(**taken, truncated_tokens=0)
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> Batch:
         mapped: dict[str, Any] = {name: f(getattr(self, name)) for name in _TENSORS}
@@ -79,7 +79,7 @@ class Collator:
             used_tokens=torch.tensor([p.used for p in prompts], dtype=torch.int64),
             ratings=torch.tensor([float(s["rating"]) for s in samples], dtype=torch.float32),
             rating_counts=torch.tensor([float(s["rating_count"]) for s in samples], dtype=torch.float32),
-            cut_tokens=sum(p.cut for p in prompts),
+            truncated_tokens=sum(p.cut for p in prompts),
         )
 
 

@@ -12,17 +12,23 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from rating_train.collectives import all_gather, on_main
 from rating_train.config.schema import DataConfig
+from rating_train.data.cache import Fetched, Source
 from rating_train.data.collate import Batch, Collator
 from rating_train.data.order import Ids, SampleOrder, digest, epoch_of_step, evaluation_batches, rank_part
 from rating_train.data.prompt import PromptEncoder
-from rating_train.data.remote import Fetched, Source
 from rating_train.data.stale_memory import claim_blocks, sweep_stale
-from rating_train.data.streams import OrderedDataset, check_split, fetch_split, open_split, shuffled_epoch
+from rating_train.data.streaming_dataset import (
+    OrderedDataset,
+    check_split,
+    fetch_split,
+    open_split,
+    shuffled_epoch,
+)
+from rating_train.distributed.collectives import all_gather, on_main
+from rating_train.distributed.world import World
 from rating_train.errors import UserError
 from rating_train.processes import die_with_parent
-from rating_train.world import World
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +154,7 @@ def _on_node_leaders(action: Callable[[], Fetched], world: World) -> Fetched | N
     failures = [text for text in all_gather(failure) if text]
     if failures:
         error = UserError(failures[0])
-        error.__dict__["raised_on_all_ranks"] = True
+        error.on_all_ranks = True
         raise error
     return result
 
@@ -165,7 +171,7 @@ def _load(dataset: OrderedDataset, ids: Ids, collator: Collator, config: DataCon
         prefetch_factor=config.prefetch_batches if workers else None,
         pin_memory=torch.cuda.is_available(),
         drop_last=False,
-        worker_init_fn=_settle_worker,
+        worker_init_fn=_set_up_worker,
         # The loader draws a seed when it starts; from the global generator, that would change the dropout of a
         # resumed run, and of every run that evaluates in between.
         generator=torch.Generator().manual_seed(0),
@@ -201,7 +207,7 @@ def _as_raised(error: UserError) -> UserError:
     return UserError(text) if marker else error
 
 
-def _settle_worker(_worker: int) -> None:
+def _set_up_worker(_worker: int) -> None:
     """Loader processes leave stopping to their rank, and never outlive it.
 
     A scheduler signals every process of a job. A loader process that died of it would fail the step in which its

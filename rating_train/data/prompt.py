@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from rating_train.data.schema import TEXT_FIELDS
 from rating_train.errors import UserError
+from rating_train.shards.schema import TEXT_FIELDS
 
 BEFORE_IMAGE = "<|im_start|>User:<fake_token_around_image><global-img>"
 AFTER_IMAGE = (
@@ -125,7 +125,7 @@ class PromptEncoder:
         self._field_tokenizer.encode_special_tokens = True  # which a pickled tokenizer forgets
 
     def encode(self, fields: Mapping[str, str]) -> EncodedPrompt:
-        """Token ids of one listing; ``fields`` holds the four of :data:`~rating_train.data.schema.TEXT_FIELDS`."""
+        """Token ids of one listing; ``fields`` holds the four of :data:`~rating_train.shards.schema.TEXT_FIELDS`."""
         texts = [fields[name].strip()[: self.field_chars].strip() for name in TEXT_FIELDS]
         encoded = self._field_tokenizer.encode_batch(
             [f" {t}" if t else "" for t in texts], add_special_tokens=False

@@ -20,7 +20,7 @@ from streaming.base.shared import SharedMemory
 from streaming.base.shared.prefix import _get_path, _pack_locals
 from streaming.base.world import World
 
-from rating_train.collectives import all_gather, all_or_none
+from rating_train.distributed.collectives import all_gather, all_or_none
 
 _NUMBERS = 10**6  # streaming writes six digits
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from rating_train.config.schema import OptimConfig
+from rating_train.log import text_table
 from rating_train.model.regressor import PARTS, part_of
 
 
@@ -58,10 +59,7 @@ def for_optimizer(groups: list[ParamGroup]) -> list[dict[str, Any]]:
 
 def table(model: nn.Module, groups: list[ParamGroup]) -> str:
     """A table of the groups, and of what is frozen, for the log."""
-    rows = [f"{'group':<20} {'parameters':>12} {'peak lr':>9} {'decay':>6}"]
-    rows += [f"{g.name:<20} {g.numel:>12,} {g.peak_lr:>9.2g} {g.weight_decay:>6g}" for g in groups]
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    total = sum(g.numel for g in groups)
-    rows.append(f"{'trained':<20} {total:>12,}")
-    rows.append(f"{'frozen':<20} {sum(p.numel() for p in frozen):>12,}")
-    return "\n".join(rows)
+    rows = [[g.name, f"{g.numel:,}", f"{g.peak_lr:.2g}", f"{g.weight_decay:g}"] for g in groups]
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    rows += [["trained", f"{sum(g.numel for g in groups):,}", "", ""], ["frozen", f"{frozen:,}", "", ""]]
+    return "\n".join(text_table(["group", "parameters", "peak lr", "decay"], rows))

@@ -10,24 +10,24 @@ import json
 import sys
 from pathlib import Path
 
-from rating_train import assemble
+from rating_train.training import setup
 from rating_train.cli import leave
-from rating_train.collectives import all_gather
+from rating_train.distributed.collectives import all_gather
 from rating_train.config.load import config_from_dict
 from rating_train.data.loader import open_evaluation, open_training
-from rating_train.engine.evaluator import evaluate
-from rating_train.engine.predictor import Predictor
+from rating_train.training.evaluation import evaluate
+from rating_train.training.predictor import Predictor
 from rating_train.model.regressor import build_regressor
 
 GLOBAL_ITEMS, STEPS, RESUMED_STEP = 12, 45, 17  # 45 steps cross two epoch borders of about 240 items
 
 
-def read_orders(blueprint, world) -> dict:
+def read_orders(inputs, world) -> dict:
     """{workers: ordered ids of every global batch}, and the same from a later step on."""
     result = {}
     for workers in (0, 1, 3):
-        config = dataclasses.replace(blueprint.config.data, workers=workers)
-        data = open_training(config, blueprint.prompt, world, GLOBAL_ITEMS, GLOBAL_ITEMS // world.size)
+        config = dataclasses.replace(inputs.config.data, workers=workers)
+        data = open_training(config, inputs.prompt, world, GLOBAL_ITEMS, GLOBAL_ITEMS // world.size)
         for first in (0, RESUMED_STEP):
             mine = [batch.ids for batch in data.batches(first, STEPS)]
             whole = [[i for part in parts for i in part] for parts in zip(*all_gather(mine), strict=True)]
@@ -35,15 +35,15 @@ def read_orders(blueprint, world) -> dict:
     return {"orders": result, "samples": data.samples}
 
 
-def score_all(blueprint, world, device, out: Path) -> dict:
+def score_all(inputs, world, device, out: Path) -> dict:
     """Scores of 7, 64 and 101 items."""
-    config = blueprint.config
-    start = blueprint.prompt.layout.image_start
-    model = build_regressor(config.model, blueprint.architecture, config.data.image_px, start, seed=5).eval()
+    config = inputs.config
+    start = inputs.prompt.layout.image_start
+    model = build_regressor(config.model, inputs.architecture, config.data.image_px, start, seed=5).eval()
     predictor = Predictor(model, device=device, autocast=False)
     result = {}
     for items in (7, 64, 101):
-        data = open_evaluation(config.data, blueprint.prompt, world, "train", 5, max_items=items)
+        data = open_evaluation(config.data, inputs.prompt, world, "train", 5, max_items=items)
         path = out.with_suffix(f".{items}.jsonl")
         result[str(items)] = evaluate(predictor, data, path).scores.as_dict()
     return result
@@ -51,7 +51,7 @@ def score_all(blueprint, world, device, out: Path) -> dict:
 
 def main() -> None:
     out, data, model, what = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
-    world, device = assemble.join_job()
+    world, device = setup.join_job()
     config = config_from_dict(
         {
             "data": {"path": data, "image_px": 64, "text_tokens": 96, "workers": 0, "num_canonical_nodes": 3},
@@ -59,8 +59,8 @@ def main() -> None:
             "batch": {"global_items": GLOBAL_ITEMS},
         }
     )
-    blueprint = assemble.read_blueprint(config)
-    result = read_orders(blueprint, world) if what == "order" else score_all(blueprint, world, device, out)
+    inputs = setup.read_model_inputs(config)
+    result = read_orders(inputs, world) if what == "order" else score_all(inputs, world, device, out)
     if world.is_main:
         out.write_text(json.dumps(result))
 

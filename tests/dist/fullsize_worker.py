@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from rating_train import assemble
+from rating_train.training import setup
 from rating_train.cli import leave
-from rating_train.collectives import sum_over_ranks
+from rating_train.distributed.collectives import sum_over_ranks
 from rating_train.config.load import config_from_dict
 from rating_train.config.resolve import plan_batch
 from rating_train.data.collate import Batch
-from rating_train.engine.build import build_engine
-from rating_train.meters import peak_memory_gib
+from rating_train.engine.engine import build_engine
+from rating_train.training.meters import peak_memory_gib
 from rating_train.model.architecture import KNOWN_ARCHITECTURES
 from rating_train.model.regressor import build_regressor
 
@@ -36,14 +36,14 @@ def random_batch(step: int, items: int, tokens: int, px: int, rank: int) -> Batc
         used_tokens=torch.full((items,), tokens - 20),
         ratings=torch.rand(items, generator=g) * 4 + 1,
         rating_counts=torch.ones(items),
-        cut_tokens=0,
+        truncated_tokens=0,
     )
 
 
 def main() -> None:
     stage, out = int(sys.argv[1]), Path(sys.argv[2])
     steps = int(sys.argv[3]) if len(sys.argv) > 3 else 5
-    world, device = assemble.join_job()
+    world, device = setup.join_job()
     config = config_from_dict(
         {
             "model": {"backbone": NAME, "weights": "random"},

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
-from rating_train import world as worlds
+from rating_train.distributed import world as worlds
 from rating_train.config.load import config_from_dict
 from rating_train.config.resolve import plan_batch
 from rating_train.data.collate import Batch
-from rating_train.engine.build import build_engine
-from rating_train.engine.schedule import lr_factor
+from rating_train.engine.engine import build_engine
+from rating_train.config.schedule import lr_factor
 from rating_train.model.architecture import Architecture, TextArchitecture, VisionArchitecture
 from rating_train.model.loss import rating_loss
 from rating_train.model.param_groups import param_groups
@@ -69,7 +69,7 @@ def batches() -> list[Batch]:
                 used_tokens=torch.randint(12, TOKENS + 1, (ITEMS,), generator=g),
                 ratings=torch.rand(ITEMS, generator=g) * 4 + 1,
                 rating_counts=torch.ones(ITEMS),
-                cut_tokens=0,
+                truncated_tokens=0,
             )
         )
     return result

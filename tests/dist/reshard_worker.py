@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from rating_train import world as worlds
+from rating_train.distributed import world as worlds
 from rating_train.checkpoint.deepspeed_io import ENGINE_DIR, capture_shards, read_shards
-from rating_train.checkpoint.shards import MASTER, MOMENTS, Shards
+from rating_train.checkpoint.zero_shards import MASTER, MOMENTS, Shards
 from rating_train.cli import leave
 from rating_train.config.resolve import plan_batch
-from rating_train.engine.build import build_engine
+from rating_train.engine.engine import build_engine
 from rating_train.model.regressor import build_regressor
 from tests.dist.parity_worker import ARCHITECTURE, PX, batches, configuration
 

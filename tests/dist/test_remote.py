@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 
 from rating_train.config.load import config_from_dict
-from rating_train.data.remote import Source
-from rating_train.data.streams import fetch_split, open_split
+from rating_train.data.cache import Source
+from rating_train.data.streaming_dataset import fetch_split, open_split
 from rating_train.errors import UserError
 from tests.conftest import Ranks
 from tests.small_shards import flip_a_byte, reshard

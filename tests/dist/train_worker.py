@@ -11,8 +11,8 @@ from pathlib import Path
 from rating_train import run_dir
 from rating_train.cli import leave
 from rating_train.config.load import load_config
-from rating_train.evaluate import evaluate_run
-from rating_train.train import train
+from rating_train.training.evaluate_run import evaluate_run
+from rating_train.training.loop import train
 
 if __name__ == "__main__":
     for path in map(Path, sys.argv[1:]):

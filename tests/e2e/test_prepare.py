@@ -24,16 +24,17 @@ import pytest
 from PIL import Image
 from streaming import MDSWriter, StreamingDataset
 
-from rating_train import prepare as prepare_verb
-from rating_train.catalogue import build, fetch, images, writer
-from rating_train.catalogue.demo import make_catalogue
-from rating_train.catalogue.image_store import CacheStore
-from rating_train.catalogue.parts import DONE_NAME
-from rating_train.catalogue.plan import PlanRules
-from rating_train.data.schema import MANIFEST_NAME, MDS_COLUMNS, QUARANTINE_NAME, Listing
+from rating_train.demo.catalogue import make_catalogue
 from rating_train.errors import UserError
 from rating_train.files import read_json, read_json_lines, sha256_file
-from rating_train.prepare import PrepareOptions, prepare
+from rating_train.prepare.images import fetch, square
+from rating_train.prepare.images.stores import CacheStore
+from rating_train.prepare.parts.part import DONE_NAME
+from rating_train.prepare.pipeline import PrepareOptions, build, prepare
+from rating_train.prepare.pipeline import pipeline as prepare_verb
+from rating_train.prepare.plan.rules import PlanRules
+from rating_train.shards import writer
+from rating_train.shards.schema import MANIFEST_NAME, MDS_COLUMNS, QUARANTINE_NAME, Listing
 
 S = 32
 N = 60
@@ -255,7 +256,7 @@ def test_the_file_of_last_resort_comes_after_all_images_that_are_named(
     manifest = prepare(given)
     got = {s["id"]: s["image"] for split in manifest["splits"] for s in samples(tmp_path / "data" / split)}
     expected = {one.stem: one, two.stem: two}  # of the first, not what lies under <id>.jpg
-    assert got == {name: images.square_jpeg(path.read_bytes(), S) for name, path in expected.items()}
+    assert got == {name: square.square_jpeg(path.read_bytes(), S) for name, path in expected.items()}
 
 
 def test_the_challenges_csv_without_ratings_is_refused(
@@ -376,8 +377,8 @@ def test_a_failure_midway_is_no_dataset_and_the_same_command_continues(
             raise KeyboardInterrupt
         return whole(data, *args)
 
-    out, whole = tmp_path / "data", images.square_jpeg
-    monkeypatch.setattr(images, "square_jpeg", break_at_40)
+    out, whole = tmp_path / "data", square.square_jpeg
+    monkeypatch.setattr(square, "square_jpeg", break_at_40)
     with pytest.raises(UserError, match=r"stopped by SIGINT.*same command again"):
         prepare(options(catalogue, out, part_items=16))
     assert calls == 40 and [p.name for p in tmp_path.iterdir()] == ["data.build"]
@@ -509,12 +510,12 @@ def test_shards_are_what_streaming_writes(catalogue: Path, tmp_path: Path) -> No
 SLOW_BUILD = """
 import sys, time
 from rating_train.catalogue import images
-from rating_train.prepare import PrepareOptions, prepare
-whole = images.square_jpeg
+from rating_train.prepare.pipeline import PrepareOptions, prepare
+whole = square.square_jpeg
 def slow(*args):
     time.sleep(0.05)
     return whole(*args)
-images.square_jpeg = slow
+square.square_jpeg = slow
 prepare(PrepareOptions(source=(sys.argv[1],), images=sys.argv[2], out=sys.argv[3], image_size_px=32, val_fraction=0.25))
 """
 
@@ -563,7 +564,7 @@ def test_fetched_images_come_from_the_cache(
         for _, url in requests:
             asked.append(url)
             if url.endswith("gone.jpg"):
-                store.put_problem(url, images.ImageProblem("fetch_gone", "404"))
+                store.put_problem(url, square.ImageProblem("fetch_gone", "404"))
             else:
                 store.put(url, (catalogue / url.removeprefix("https://images.example/")).read_bytes())
 
@@ -614,15 +615,14 @@ def test_command_line(
 
 
 def test_help_and_dry_run_need_neither_torch_nor_streaming() -> None:
-    code = "import sys, rating_train.prepare as p; sys.exit('torch' in sys.modules or 'streaming' in sys.modules)"
+    code = (
+        "import sys, rating_train.prepare.pipeline; sys.exit(bool({'torch', 'streaming'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_real_catalogue(tmp_path: Path) -> None:
-    shared = Path(os.environ.get("RATING_TRAIN_SHARED") or Path(__file__).parents[2].parent / "shared")
-    folder = shared / "data" / "electronics"
-    if not folder.is_dir():
-        pytest.skip("no shared data: set RATING_TRAIN_SHARED to a folder that has data/electronics")
+def test_real_catalogue(tmp_path: Path, shared_data: Path) -> None:
+    folder = shared_data / "electronics"
     source = str(folder / "products.jsonl")
     manifest = prepare(
         PrepareOptions(

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rating_train import status
 from rating_train.checkpoint import store
 from rating_train.checkpoint.manager import Checkpointer
 from rating_train.checkpoint.store import BEST, COMPLETE, LATEST
+from rating_train.distributed.world import World
 from rating_train.errors import UserError
-from rating_train.world import World
+from rating_train.reports import run_status
 from tests.conftest import Ranks, tiny_settings
 
 pytestmark = pytest.mark.timeout(240)
@@ -115,9 +115,9 @@ def test_every_damage_to_every_file_is_passed_over_with_its_reason(
                     assert blamed in line, where
                 with pytest.raises(UserError, match="cannot be trusted"):
                     find(root, str(new))
-                said = status.read_status(copy)
+                said = run_status.read_status(copy)
                 assert [c["valid"] for c in said["checkpoints"]] == [False, True], where
-                assert f"{new.name} " in (text := status.render(said)) and "INVALID (" in text, where
+                assert f"{new.name} " in (text := run_status.render(said)) and "INVALID (" in text, where
                 with damaged(old / name, how):
                     for resume in ("auto", "must"):
                         with pytest.raises(UserError, match="none can be trusted") as caught:
@@ -133,7 +133,7 @@ def test_pointers_are_not_needed_to_go_on(copy: Path, name: str, how: str) -> No
     root = copy / "checkpoints"
     damage(root / name, how)
     assert find(root) == root / "step_00000004"
-    (pointer,) = [p for p in status.read_status(copy)["pointers"] if p["name"] == name]
+    (pointer,) = [p for p in run_status.read_status(copy)["pointers"] if p["name"] == name]
     if how != "flipped":
         assert pointer["problem"] == ("there is none" if how == "deleted" else "it cannot be read")
 
@@ -145,7 +145,7 @@ def test_left_overs_of_a_crash_are_removed_and_named(copy: Path, caplog: pytest.
     (begun / COMPLETE).unlink()
     torn = root / ".latest.json.tmp-4711-00ff00ff"
     torn.write_text("{")
-    assert status.read_status(copy)["temporary"] == [torn.name, begun.name]
+    assert run_status.read_status(copy)["temporary"] == [torn.name, begun.name]
     assert find(root) == root / "step_00000004"
     assert sorted(p.name for p in root.iterdir()) == [BEST, LATEST, "step_00000002", "step_00000004"]
     assert f"removed {begun.name}" in caplog.text and f"removed {torn.name}" in caplog.text
@@ -161,7 +161,7 @@ def test_a_pickle_that_was_not_saved_with_it_is_never_loaded(
     foreign = own.with_name(own.name.replace("rank_1_", "rank_2_", 1))
     shutil.copy(own, foreign)
     assert find(root) == root / "step_00000002" and foreign.name in caplog.text
-    said = status.read_status(copy)["checkpoints"]
+    said = run_status.read_status(copy)["checkpoints"]
     assert [c["valid"] for c in said] == [False, True] and foreign.name in said[0]["problem"]
     foreign.unlink()
     (new / "notes.txt").write_text("the good one")  # a person's own file is no reason to lose a checkpoint

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rating_train.data.mds import iter_samples, read_index, read_shard
-from rating_train.data.verify import verify_dataset
+from rating_train.shards.mds_read import iter_samples, read_index, read_shard
+from rating_train.shards.verify import verify_dataset
 from tests.conftest import Ranks
 from tests.small_shards import flip_a_byte, reshard
 

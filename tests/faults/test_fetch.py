@@ -23,14 +23,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from rating_train.catalogue import http_image
-from rating_train.catalogue.fetch import FetchOptions, FetchProgress, fetch_all
-from rating_train.catalogue.fetch_options import parse_fetch_options
-from rating_train.catalogue.image_store import CacheStore
-from rating_train.catalogue.images import ImageProblem, square_jpeg
-from rating_train.data.schema import MANIFEST_NAME, QUARANTINE_NAME
 from rating_train.errors import UserError
 from rating_train.files import read_json, read_json_lines
+from rating_train.prepare.images import http_client
+from rating_train.prepare.images.fetch import FetchOptions, FetchProgress, fetch_all
+from rating_train.prepare.images.fetch_options import parse_fetch_options
+from rating_train.prepare.images.square import ImageProblem, square_jpeg
+from rating_train.prepare.images.stores import CacheStore
+from rating_train.shards.schema import MANIFEST_NAME, QUARANTINE_NAME
 from tests.conftest import REPO
 
 pytestmark = pytest.mark.timeout(60)
@@ -351,14 +351,14 @@ def test_waits_grow_and_are_bounded() -> None:
     [("3", 3, 3), ("", 0, 0), ("soon", 0, 0), ("-5", 0, 0), ("nan", 0, 0), ("inf", 60, float("inf"))],
 )
 def test_retry_after_numbers(value: str, low: float, high: float) -> None:
-    assert low <= http_image._retry_after_s(value) <= high
+    assert low <= http_client._retry_after_s(value) <= high
 
 
 def test_retry_after_dates() -> None:
     import email.utils
 
-    assert 8 <= http_image._retry_after_s(email.utils.formatdate(time.time() + 10, usegmt=True)) <= 10
-    assert http_image._retry_after_s("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert 8 <= http_client._retry_after_s(email.utils.formatdate(time.time() + 10, usegmt=True)) <= 10
+    assert http_client._retry_after_s("Wed, 21 Oct 2015 07:28:00 GMT") == 0
 
 
 def test_retry_after_is_honoured_up_to_the_bound(server: HostileServer, tmp_path: Path) -> None:
@@ -396,7 +396,7 @@ def test_private_addresses_are_refused_by_default(server: HostileServer, tmp_pat
     "address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1"]
 )
 def test_public_addresses(address: str) -> None:
-    assert http_image._is_public(address)
+    assert http_client._is_public(address)
 
 
 @pytest.mark.parametrize(
@@ -429,7 +429,7 @@ def test_a_name_is_looked_up_once_and_that_address_is_used(
         asked.append(host)
         return ["127.0.0.1"] if len(asked) == 1 else ["127.0.0.2"]
 
-    monkeypatch.setattr(http_image, "_look_up", look_up)
+    monkeypatch.setattr(http_client, "_look_up", look_up)
     urls = [server.url(f"good/{n}").replace("127.0.0.1", "shop.invalid") for n in range(5)]
     assert not fetch_all([("-", url) for url in urls], tmp_path, QUICK)
     assert asked == ["shop.invalid"] and sum(server.count.values()) == 5
@@ -445,7 +445,7 @@ def test_a_name_that_is_not_found_is_not_asked_for_by_everybody_in_turn(
         await asyncio.sleep(30)
         return []
 
-    monkeypatch.setattr(http_image, "_look_up", look_up)
+    monkeypatch.setattr(http_client, "_look_up", look_up)
     began = time.monotonic()
     urls = [f"http://shop.invalid/{n}" for n in range(10)]
     problems = fetch_all([("-", url) for url in urls], tmp_path, options(connect_timeout_s=0.3))
@@ -457,8 +457,8 @@ def test_one_private_address_among_several_is_enough(monkeypatch: pytest.MonkeyP
     async def look_up(host: str) -> list[str]:
         return ["8.8.8.8", "127.0.0.1"]
 
-    monkeypatch.setattr(http_image, "_look_up", look_up)
-    addresses = http_image._CheckedAddresses(allow_private=False, timeout_s=1)
+    monkeypatch.setattr(http_client, "_look_up", look_up)
+    addresses = http_client._CheckedAddresses(allow_private=False, timeout_s=1)
     with pytest.raises(ImageProblem):
         asyncio.run(addresses.check("shop.invalid"))
     with pytest.raises(OSError):
@@ -471,7 +471,7 @@ def test_the_socket_is_refused_even_if_the_look_up_was_fooled(
     async def trusting(self: Any, host: str) -> list[str]:
         return ["127.0.0.1"]
 
-    monkeypatch.setattr(http_image._CheckedAddresses, "check", trusting)
+    monkeypatch.setattr(http_client._CheckedAddresses, "check", trusting)
     for url in (server.url("good/1"), server.url("good/1").replace("127.0.0.1", "shop.invalid")):
         (problem,) = fetch_all([("-", url)], tmp_path, options(allow_private=False)).values()
         assert problem.reason == "fetch_address_refused"
@@ -490,8 +490,8 @@ def test_redirects_that_are_allowed_are_checked_too(
         "fetch_redirect"
     )
     assert server.count["/redirect/a.jpg"] == 2 + 4
-    real = http_image._is_public
-    monkeypatch.setattr(http_image, "_is_public", lambda a: a == "127.0.0.1" or real(a))
+    real = http_client._is_public
+    monkeypatch.setattr(http_client, "_is_public", lambda a: a == "127.0.0.1" or real(a))
     for target, reason in (
         ("file:///etc/passwd", "fetch_bad_url"),
         ("http://127.0.0.2/", "fetch_address_refused"),
@@ -505,7 +505,7 @@ def test_redirects_that_are_allowed_are_checked_too(
 
 PROGRAM = """
 import sys
-from rating_train.catalogue.fetch import FetchOptions, fetch_all
+from rating_train.prepare.images.fetch import FetchOptions, fetch_all
 base, cache, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 urls = [(str(n), f"{base}{n}") for n in range(count)]
 options = FetchOptions(allow_private=True, concurrency=16, per_host=16)

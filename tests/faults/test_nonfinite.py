@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rating_train.catalogue.writer import DatasetWriter
-from rating_train.data.schema import Listing
+from rating_train.shards.schema import Listing
+from rating_train.shards.writer import DatasetWriter
 from tests.conftest import Ranks
 
 

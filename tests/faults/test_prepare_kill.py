@@ -23,9 +23,9 @@ import psutil
 import pytest
 from PIL import Image
 
-from rating_train.catalogue.parts import DONE_NAME, finished_parts
-from rating_train.data.schema import MANIFEST_NAME
-from rating_train.data.streams import check_split
+from rating_train.data.streaming_dataset import check_split
+from rating_train.prepare.parts.part import DONE_NAME, finished_parts
+from rating_train.shards.schema import MANIFEST_NAME
 from tests.conftest import REPO, small_file_system
 
 KILLS = int(os.environ.get("RATING_TRAIN_KILLS", "6"))

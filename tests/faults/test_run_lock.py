@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from rating_train.errors import UserError
-from rating_train.run_lock import RunLock
+from rating_train.resilience.run_lock import RunLock
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -22,7 +22,7 @@ OWNER = """
 import sys, time
 from pathlib import Path
 from rating_train.errors import UserError
-from rating_train.run_lock import RunLock
+from rating_train.resilience.run_lock import RunLock
 lock = RunLock(Path(sys.argv[1]), beat_seconds=0.1, stale_seconds=1.5)
 lock._owner["host"] = sys.argv[2] or lock._owner["host"]
 lock.acquire()
@@ -40,7 +40,7 @@ CONTENDER = """
 import os, random, signal, sys, time
 from pathlib import Path
 from rating_train.errors import UserError
-from rating_train.run_lock import RunLock
+from rating_train.resilience.run_lock import RunLock
 run, dies = Path(sys.argv[1]), sys.argv[2] == "dies"
 inside = run / "inside"
 while True:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rating_train import __version__, cli
+from rating_train.commands import report
 from rating_train.errors import UserError
 from tests.repo.conftest import REPO, script_env
 
@@ -173,7 +174,6 @@ def test_an_incomplete_launcher(
 def test_a_bug_shows_its_traceback_and_is_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from rating_train import report
 
     def fail(_: Path) -> Path:
         raise ZeroDivisionError("a bug")
@@ -187,11 +187,10 @@ def test_a_bug_shows_its_traceback_and_is_exit_code_1(
 def test_an_error_raised_on_all_ranks_is_shown_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from rating_train import report
 
     def fail(_: Path) -> Path:
         error = UserError("the same on every rank")
-        error.__dict__["raised_on_all_ranks"] = True
+        error.on_all_ranks = True
         raise error
 
     monkeypatch.setattr(report, "make_report", fail)

@@ -21,8 +21,8 @@ from rating_train.cli import VERBS, add_verb_arguments
 from rating_train.config.load import load_config
 from rating_train.config.resolve import plan_batch
 from rating_train.config.schema import Config, to_dict
-from rating_train.cost import measure_cost
 from rating_train.model.architecture import KNOWN_ARCHITECTURES
+from rating_train.reports.cost_report import measure_cost
 from rating_train.scoring.ces import CONVENTIONS
 from tests.repo.conftest import REPO, Quickstart, script_env
 from tests.repo.test_scripts import FakePython
@@ -216,7 +216,7 @@ def test_settings_that_are_named_exist(page: str) -> None:
 
 
 def test_symptoms_are_what_the_program_says() -> None:
-    table = README.split("## When it breaks")[1].split("## ")[0]
+    table = README.split(" When it breaks")[1].split(".py ")[0]
     source = "".join(p.read_text("utf-8") for p in sorted((REPO / "rating_train").rglob("*.py")))
     symptoms = re.findall(r"^\| `([^`]+)`", table, flags=re.M)
     assert len(symptoms) >= 5
@@ -237,7 +237,7 @@ def test_the_cost_table_is_counted() -> None:
 
 
 def test_the_run_directory_is_the_real_one(quickstart: Quickstart) -> None:
-    tree = README.split("## A run directory")[1].split("## ")[0]
+    tree = README.split(" A run directory")[1].split(".py ")[0]
     for name in (run_dir.CONFIG_FILE, run_dir.PROVENANCE_FILE, run_dir.TRAIN_LOG, run_dir.EVAL_LOG):
         assert name in tree and (quickstart.run / name).is_file()
     for name in re.findall(r"^  (\w+)/", tree, flags=re.M):
@@ -245,7 +245,7 @@ def test_the_run_directory_is_the_real_one(quickstart: Quickstart) -> None:
 
 
 def test_the_layers_are_those_that_a_test_holds() -> None:
-    from tests.repo.test_architecture import LAYERS
+    from tests.repo.test_layers import LAYERS
 
     house = README.split("## The house")[1].split("```")[1]
     for layer, names in LAYERS.items():

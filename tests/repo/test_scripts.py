@@ -218,7 +218,7 @@ def prepared(tmp_path: Path) -> Path:
     folder = tmp_path / "quickstart"
     for name in ("demo/catalogue", "demo/model", "demo/data", "runs/demo_cpu"):
         (folder / name).mkdir(parents=True)
-    (folder / "demo/catalogue/ceilings.json").write_text("{}")
+    (folder / "demo/catalogue/upper_bounds.json").write_text("{}")
     (folder / "demo/data/manifest.json").write_text("{}")
     return folder
 
@@ -244,7 +244,7 @@ def test_quickstart_passes_settings_on(fake: FakePython, prepared: Path) -> None
     assert train.endswith("configs/demo_cpu.yaml --set train.epochs=2 --set optim.lr.head=1e-4")
     assert evaluate.endswith("-m rating_train evaluate runs/demo_cpu")
     assert report.endswith("-m rating_train report runs/demo_cpu")
-    assert check.endswith("demo/catalogue/ceilings.json runs/demo_cpu --enforce")
+    assert check.endswith("demo/catalogue/upper_bounds.json runs/demo_cpu --enforce")
 
 
 def test_test_sh_runs_every_check_also_after_a_failure(fake: FakePython) -> None:
@@ -333,10 +333,10 @@ def test_multi_node_starts_torchrun(fake: FakePython, rank: str, is_host: int, a
 
 
 def submit(*words: str, site: str = "", folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """launch/submit.py in ``folder``, with ``site`` as its slurm/cluster.env and no sbatch on the PATH."""
+    """`rating-train submit` in ``folder``, with ``site`` as its slurm/cluster.env and no sbatch on the PATH."""
     (folder / "cluster.env").write_text(site)
     return subprocess.run(
-        [sys.executable, str(REPO / "launch" / "submit.py"), *words],
+        [sys.executable, "-m", "rating_train", "submit", *words],
         env=script_env(CLUSTER_ENV=str(folder / "cluster.env"), PATH="/usr/bin:/bin", **env),
         cwd=folder,
         capture_output=True,
@@ -393,15 +393,14 @@ def test_submit_says_what_is_wrong_in_one_line(
         pytest.skip("there is an sbatch here")
     done = submit(config, *words, site=site, folder=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("submit.py: error: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("rating-train submit: error: ") and done.stderr.count("\n") == 1
     assert all(message in done.stderr for message in messages), done.stderr
     assert not (tmp_path / "runs").exists()
 
 
 def test_submit_needs_no_torch() -> None:
     program = (
-        f"import sys; sys.path.insert(0, {str(REPO / 'launch')!r})\n"
-        "import submit\n"
+        "import sys, rating_train.commands.submit, rating_train.cluster.submission\n"
         "heavy = {'torch', 'deepspeed', 'streaming', 'transformers'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
@@ -410,7 +409,7 @@ def test_submit_needs_no_torch() -> None:
 
 
 def test_the_example_of_the_sites_settings_is_read_and_complete(tmp_path: Path) -> None:
-    """It sets every name that submit.py asks for, and what is in the environment wins over it."""
+    """It sets every name that `rating-train submit` asks for, and what is in the environment wins over it."""
     example = REPO / "slurm" / "cluster.env.example"
     config = str(REPO / "configs" / "full_ft_228m.yaml")
     done = submit(
@@ -423,7 +422,9 @@ def test_the_example_of_the_sites_settings_is_read_and_complete(tmp_path: Path) 
     )
     assert done.returncode == 0, done.stderr
     assert "--ntasks-per-node=4" in done.stdout and "--time=30" in done.stdout
-    asked = re.search(r"SITE_NAMES = \((.*?)\)", (REPO / "launch" / "submit.py").read_text(), re.S)
+    asked = re.search(
+        r"SITE_NAMES = \((.*?)\)", (REPO / "rating_train" / "cluster" / "submission.py").read_text(), re.S
+    )
     assert asked is not None
     for name in re.findall(r'"(\w+)"', asked[1]):
         assert f"\n{name}=" in example.read_text()
@@ -431,7 +432,7 @@ def test_the_example_of_the_sites_settings_is_read_and_complete(tmp_path: Path) 
 
 def test_preflight_of_this_machine_alone(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(REPO / "launch" / "preflight.py"), str(tmp_path / "run")],
+        [sys.executable, "-m", "rating_train", "preflight", str(tmp_path / "run")],
         env=script_env(),
         capture_output=True,
         text=True,
@@ -442,7 +443,7 @@ def test_preflight_of_this_machine_alone(tmp_path: Path) -> None:
     assert list((tmp_path / "run").iterdir()) == [], "what it wrote is gone again"
     (tmp_path / "file").touch()
     done = subprocess.run(
-        [sys.executable, str(REPO / "launch" / "preflight.py"), str(tmp_path / "file")],
+        [sys.executable, "-m", "rating_train", "preflight", str(tmp_path / "file")],
         env=script_env(),
         capture_output=True,
         text=True,

@@ -181,7 +181,7 @@ def test_an_array_of_ablations_and_its_evaluations(cluster: Cluster, config: Cal
 
 
 def test_preflight_and_a_submitted_run(cluster: Cluster, config: Callable[..., Path]) -> None:
-    """launch/submit.py on two nodes with PREFLIGHT=1, then the evaluation that waits for it; logs in the run."""
+    """`rating-train submit` on two nodes with PREFLIGHT=1, then the evaluation that waits for it; logs in the run."""
     path = config("submitted", max_steps=3)
     submit = [REPO / "launch" / "submit.py", path, "--nodes", 2, "--time", "10"]
     output = cluster.user(cluster.env["RATING_TRAIN_PYTHON"], *submit, PREFLIGHT="1").stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -201,3 +202,21 @@ def test_a_fingerprint_ignores_the_order_of_keys_and_nothing_else() -> None:
     assert sha256_json({"a": 1, "b": [1, 2]}) == sha256_json({"b": [1, 2], "a": 1})
     different = [{"a": 1}, {"a": 2}, {"a": "1"}, {"b": 1}, {"a": [1]}, [["a", 1]], {"a": None}, {"a": 1.5}]
     assert len({sha256_json(v) for v in different}) == len(different)
+
+
+def test_a_lock_is_held_by_one_or_shared_by_several(tmp_path: Path) -> None:
+    with open(tmp_path / "lock", "w") as a, open(tmp_path / "lock") as b, open(tmp_path / "lock") as c:
+        assert files.hold_lock(a, shared=True) and files.hold_lock(b, shared=True)
+        assert files.hold_lock(c) is False
+        a.close()
+        b.close()
+        assert files.hold_lock(c) is True
+
+
+def test_a_file_system_without_locks_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    with open(tmp_path / "lock", "w") as f:
+        assert files.hold_lock(f) is None

@@ -40,3 +40,20 @@ def test_lines_of_every_rank_go_to_its_file(tmp_path: Path) -> None:
     logging.getLogger("rating_train.test").info("a line")
     text = (tmp_path / "logs" / "rank_00003.log").read_text()
     assert "r3 rating_train.test: a line" in text
+
+
+def test_progress_counts_the_rate_without_what_was_done_before() -> None:
+    progress = logs.Progress("images", 60, done=20, details=lambda: "kept 39")
+    progress._began -= 10.0
+    progress.add(20)
+    assert progress.line() == "images: 40 of 60 items, 2.0/s, 10 s left, kept 39"
+    assert "left" not in logs.Progress("images", None).line()
+
+
+def test_a_table_is_aligned() -> None:
+    assert logs.text_table(["name", "n"], [["a", "10"], ["long name", "5"]]) == [
+        "name        n",
+        "---------  --",
+        "a          10",
+        "long name   5",
+    ]

@@ -1,1 +1,0 @@
-"""From catalogue files and images to shards, out of core, in parallel, resumable."""

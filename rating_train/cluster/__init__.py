@@ -1,0 +1,1 @@
+"""A run on a Slurm cluster: its jobs, and checks of the nodes that they get."""

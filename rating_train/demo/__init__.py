@@ -1,0 +1,1 @@
+"""A synthetic catalogue and a tiny model, made without a download."""

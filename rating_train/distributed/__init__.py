@@ -1,0 +1,1 @@
+"""The ranks of a job: who they are, what they agree on, their random number generators."""

@@ -1,0 +1,224 @@
+"""Who this process is among all processes of the run: a value, made once from the environment.
+
+Both launchers are understood: ``torchrun`` (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE) and one Slurm
+task per GPU (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID, SLURM_NTASKS_PER_NODE).
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+import torch
+
+from rating_train.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_INTEGER = re.compile(r"-?[0-9]+")
+
+
+@dataclass(frozen=True)
+class World:
+    """rank in [0, size); local_rank in [0, local_size); node in [0, nodes)."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: decides, writes, and broadcasts."""
+        return self.rank == 0
+
+    @property
+    def nodes(self) -> int:
+        return self.size // self.local_size
+
+    @property
+    def node(self) -> int:
+        return self.rank // self.local_size
+
+
+def detect(env: Mapping[str, str] | None = None) -> World:
+    """The world that the launcher describes; a single process where there is no launcher.
+
+    Raises:
+        UserError: the description is incomplete or contradicts itself. A missing LOCAL_WORLD_SIZE is refused:
+            streaming would silently take every rank for the leader of a node of its own.
+    """
+    env = os.environ if env is None else env
+    if "RANK" in env or "WORLD_SIZE" in env:
+        keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    elif env.get("SLURM_NTASKS", "1") != "1" and "SLURM_PROCID" in env:
+        keys = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+    else:
+        return World()
+    missing = [k for k in keys if not env.get(k, "").strip()]
+    if missing:
+        raise UserError(
+            f"the launcher did not set {', '.join(missing)}",
+            where="environment",
+            expected="RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, or Slurm with --ntasks-per-node",
+            fix="start with torchrun, launch/local.sh or sbatch slurm/train.sbatch",
+        )
+    wrong = [f"{k}={env[k]!r}" for k in keys if not _INTEGER.fullmatch(env[k].strip())]
+    if wrong:
+        raise UserError(f"not a number: {', '.join(wrong)}", where="environment", expected="whole numbers")
+    rank, size, local_rank, local_size = (int(env[k]) for k in keys)
+    in_range = 0 <= rank < size and 0 <= local_rank < local_size <= size and size % local_size == 0
+    if not in_range or local_rank != rank % local_size:
+        raise UserError(
+            f"rank {rank} of {size}, local rank {local_rank} of {local_size} is no valid place",
+            where="environment",
+            expected="the same number of ranks on every node, numbered node after node",
+            fix="under Slurm: --ntasks-per-node and --distribution=block",
+        )
+    return World(rank, size, local_rank, local_size)
+
+
+@dataclass(frozen=True)
+class ScheduledJob:
+    """What the launcher says about the job as a whole.
+
+    Args:
+        id: names the job through all of its restarts; ``""`` without a launcher.
+        restart: how often the launcher has started it again.
+        ends_at: when the scheduler will end it, in seconds since 1970; ``None`` where nobody says.
+    """
+
+    id: str = ""
+    restart: int = 0
+    ends_at: float | None = None
+
+
+def scheduled_job(env: Mapping[str, str] | None = None) -> ScheduledJob:
+    """The job of Slurm (SLURM_JOB_ID, SLURM_RESTART_COUNT, SLURM_JOB_END_TIME) or of torchrun's agent."""
+    env = os.environ if env is None else env
+
+    def number(name: str) -> int | None:
+        text = env.get(name, "").strip()
+        return int(text) if _INTEGER.fullmatch(text) else None
+
+    if env.get("SLURM_JOB_ID"):
+        restart, ends_at = number("SLURM_RESTART_COUNT"), number("SLURM_JOB_END_TIME")
+        return ScheduledJob(f"slurm {env['SLURM_JOB_ID']}", restart or 0, ends_at or None)
+    if env.get("TORCHELASTIC_RUN_ID"):
+        restart = number("TORCHELASTIC_RESTART_COUNT")
+        return ScheduledJob(f"torchrun {env['TORCHELASTIC_RUN_ID']}", restart or 0)
+    return ScheduledJob()
+
+
+def export(world: World, env: MutableMapping[str, str] | None = None) -> None:
+    """Write the world back in torchrun's words, which DeepSpeed and streaming read, and set defaults."""
+    env = os.environ if env is None else env
+    env["RANK"], env["WORLD_SIZE"] = str(world.rank), str(world.size)
+    env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = str(world.local_rank), str(world.local_size)
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in env:
+        if world.size > 1:
+            raise UserError(
+                "the launcher did not set MASTER_PORT", where="environment", fix="see launch/env.sh"
+            )
+        with socket.socket() as s:  # a single process: any free port will do
+            s.bind(("127.0.0.1", 0))
+            env["MASTER_PORT"] = str(s.getsockname()[1])
+    # Loader workers fork after the tokenizer was used; its own threads would only warn and switch off.
+    env["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def device_of(world: World) -> torch.device:
+    """This rank's GPU where there is one, else the CPU (a first-class device, with gloo)."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if world.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {world.local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}",
+            where="launcher",
+            fix="start as many processes per node as it has GPUs",
+        )
+    return torch.device("cuda", world.local_rank)
+
+
+def connect(world: World, timeout_minutes: float = 10.0) -> torch.device:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device.
+
+    Every collective that waits longer than ``timeout_minutes`` fails instead of hanging for ever.
+    """
+    export(world)
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if world.is_main and restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        log.warning(
+            "torchrun may restart this job %s times, and its ranks would then call the addresses of dead ones: "
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, as launch/env.sh does", restarts,
+        )  # fmt: skip
+    device = device_of(world)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed must not guess
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            rank=world.rank,
+            world_size=world.size,
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+        )
+    return device
+
+
+def limit_collectives(timeout_minutes: float) -> None:
+    """Give every process group of this process the time-out of :func:`connect`.
+
+    To be called once a library has made groups of its own (DeepSpeed does, for its gradients): torch gives those its
+    own default, which is up to 30 minutes.
+    """
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    groups = torch.distributed.distributed_c10d
+    # The public name is newer than the oldest torch that we run on.
+    set_timeout = getattr(torch.distributed, "set_timeout", None) or groups._set_pg_timeout
+    for group in list(groups._world.pg_map):
+        set_timeout(timeout, group)
+
+
+def find_meeting_place() -> None:
+    """Under a bare `srun`, set MASTER_ADDR and MASTER_PORT as the jobs of slurm/ do it; elsewhere do nothing."""
+    if "MASTER_PORT" in os.environ or "SLURM_JOB_NODELIST" not in os.environ:
+        return
+    names = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+    first = subprocess.run(names, capture_output=True, text=True, check=True).stdout.split()[0]
+    os.environ["MASTER_ADDR"] = _node_address(first)
+    os.environ["MASTER_PORT"] = str(10000 + int(os.environ["SLURM_JOB_ID"]) % 20000)
+
+
+def _node_address(name: str) -> str:
+    """The name, if it resolves, else the address that Slurm has for the node."""
+    try:
+        socket.getaddrinfo(name, None)
+        return name
+    except OSError:
+        shown = subprocess.run(["scontrol", "show", "node", name], capture_output=True, text=True, check=True)
+        return next(w.partition("=")[2] for w in shown.stdout.split() if w.startswith("NodeAddr="))
+
+
+def meeting_place() -> str:
+    """HOST:PORT where the ranks meet, for messages."""
+    return f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+
+
+def node_name() -> str:
+    """What tells this node from others: Slurm's name, else the host's (Slurm may run two nodes on one host)."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def disconnect() -> None:
+    """Leave the process group, if there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

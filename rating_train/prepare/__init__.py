@@ -1,0 +1,1 @@
+"""From catalogue files and images to a dataset directory."""

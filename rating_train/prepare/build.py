@@ -1,0 +1,306 @@
+"""One ``prepare`` from its options to the dataset: plan, parts, merge, and what is refused between them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import rating_train
+from rating_train.errors import UserError
+from rating_train.files import read_json, read_json_lines, sha256_json
+from rating_train.prepare.build_dir import BUILD_NAME, BuildDir
+from rating_train.prepare.images.fetch_options import parse_fetch_options
+from rating_train.prepare.images.square import is_url
+from rating_train.prepare.images.stores import open_store
+from rating_train.prepare.options import PrepareOptions, stamps
+from rating_train.prepare.parts.merge import merge_parts
+from rating_train.prepare.parts.part import PartSpec, finished_parts, part_name, read_done
+from rating_train.prepare.parts.pool import Event, build_parts
+from rating_train.prepare.plan import scan
+from rating_train.prepare.plan.rules import PLAN_NAME
+from rating_train.prepare.progress import BuildCounts, Progress
+from rating_train.shards.schema import (
+    MANIFEST_NAME,
+    MANIFEST_VERSION,
+    MDS_COLUMNS,
+    QUARANTINE_NAME,
+    SPLITS,
+    Dropped,
+)
+from rating_train.shards.writer import refuse_existing
+
+logger = logging.getLogger(__name__)
+
+_FETCH_PARTS = 16  # parts whose URLs are fetched at once: bounds the memory
+
+
+class GivenUp(UserError):
+    """The data is not what was asked for: continuing would end the same way."""
+
+
+class Build:
+    """One command's work on one ``OUT.build``."""
+
+    def __init__(self, options: PrepareOptions) -> None:
+        self.options = options
+        self.dir = BuildDir(options.out)
+        self.counts = BuildCounts()
+        self._fresh: dict[
+            int, list[Dropped]
+        ] = {}  # of the parts under way: rows that are in no finished part
+
+    def run(self) -> dict[str, Any]:
+        """The stages that were asked for."""
+        merged = self._merged_before()
+        if merged is not None:
+            return merged
+        refuse_existing(self.dir.out)
+        with self.dir.locked(shared=self.options.stage == "parts"):
+            try:
+                return self._run()
+            except GivenUp:
+                # The stages of a job array and what was fetched are a day's work: the user removes them.
+                if self.options.stage == "all" and not self.options.fetch:
+                    self.dir.remove()
+                raise
+
+    def _run(self) -> dict[str, Any]:
+        stage = self.options.stage
+        refuse_existing(self.dir.out)  # another command may have ended between
+        self.build = self.dir.belongs_to(self.options.identity())
+        plan = self._planned()
+        if stage == "plan":
+            return {**self._counts(plan), "kept": plan["kept"], "splits": split_items(plan["items"])}
+        if stage in ("all", "parts"):
+            self._make_parts(plan)
+        if stage == "parts":
+            return {**self._counts(plan), "kept": self.counts.kept, "splits": {}}
+        return self._merge(plan)
+
+    def _merged_before(self) -> dict[str, Any] | None:
+        """The manifest, if this very build was stopped after its merge: what is left is to clear up."""
+        file = self.dir.out / MANIFEST_NAME
+        if self.options.keep_build or not (file.is_file() and self.dir.path.is_dir()):
+            return None
+        manifest = read_json(file)
+        if manifest.get("build") != sha256_json(self.options.identity()):
+            return None
+        with self.dir.locked():
+            self.dir.remove()
+        return manifest
+
+    def _planned(self) -> dict[str, Any]:
+        if self.options.stage in ("parts", "merge"):
+            if not (self.dir.plan / PLAN_NAME).exists():
+                raise UserError(
+                    "there is no finished plan",
+                    where=self.dir.plan,
+                    fix="the same command with --stage plan first",
+                )
+            plan = read_json(self.dir.plan / PLAN_NAME)
+        else:
+            try:
+                plan = make_plan(self.options, self.dir.plan)
+            except UserError:
+                if not (self.dir.plan / PLAN_NAME).exists():
+                    self.dir.remove()  # an unfinished plan is not continued
+                raise
+        self.counts = BuildCounts(plan["read"], Counter(plan["dropped"]))
+        self._stop_if_too_many()
+        self._refuse_no_training_item(plan["items"])
+        return plan
+
+    def _make_parts(self, plan: dict[str, Any]) -> None:
+        options, wanted = self.options, self.options.part_range(len(plan["parts"]))
+        spec = PartSpec(
+            options.image_size_px, options.jpeg_quality, options.shard_size_mb << 20, build=self.build
+        )
+        before = 0
+        for part in set(finished_parts(self.dir.parts)).intersection(wanted):
+            done = read_done(self.dir.parts, part, self.build)
+            self.counts.kept += sum(stats["count"] for stats in done["splits"].values())
+            self.counts.dropped.update(done["dropped"])
+            before += done["items"]
+        todo = sum(plan["parts"][part]["items"] for part in wanted)
+        if options.fetch:
+            self._fetch(wanted)
+        store = open_store(options.images, self.dir.cache if options.fetch else None)
+        progress = Progress("images", self.counts, todo, before)
+
+        def on_event(event: Event) -> None:
+            self._take(event)
+            progress.add(event.kept + len(event.dropped))
+
+        whole = False
+        try:
+            build_parts(
+                self.dir.plan,
+                self.dir.parts,
+                store,
+                spec,
+                options.workers,
+                wanted,
+                on_event,
+                self.dir.workers_lock,
+            )
+            whole = True
+        finally:
+            progress.close(whole)
+
+    def _fetch(self, wanted: range) -> None:
+        """Fetch the URLs of the parts that are still to be made, some parts at a time to bound the memory."""
+        from rating_train.prepare.images.fetch import (
+            fetch_all,  # late: a build of local images needs no client
+        )
+
+        there = set(finished_parts(self.dir.parts))
+        missing = [part for part in wanted if part not in there]
+        for i in range(0, len(missing), _FETCH_PARTS):
+            # All images of a listing: whether its first one decodes is known only when its part is made.
+            requests = [
+                (row["id"], image)
+                for part in missing[i : i + _FETCH_PARTS]
+                for row in read_json_lines(self.dir.plan / f"{part_name(part)}.jsonl")
+                for image in (row["image"], *row.get("more_images", ()))
+                if is_url(image)
+            ]
+            counts = BuildCounts()
+            progress = Progress(f"fetch, parts {missing[i]}...", counts, len(requests))
+            done = 0
+
+            def on_progress(news: Any, counts: BuildCounts = counts, progress: Progress = progress) -> None:
+                nonlocal done
+                counts.kept, counts.dropped["fetch"] = news.kept, news.problems
+                progress.add(news.kept + news.problems - done)
+                done = news.kept + news.problems
+
+            fetch_all(requests, self.dir.cache, parse_fetch_options(self.options.fetch_set), on_progress)
+            progress.close()
+
+    def _take(self, event: Event) -> None:
+        self.counts.kept += event.kept
+        self.counts.dropped.update(d.reason for d in event.dropped)
+        self._fresh.setdefault(event.part, []).extend(event.dropped)
+        if event.dropped:
+            self._stop_if_too_many()
+        if event.finished:
+            del self._fresh[event.part]
+
+    def _merge(self, plan: dict[str, Any]) -> dict[str, Any]:
+        def check() -> None:
+            if stamps(self.options.source) != self.options_stamps:
+                raise UserError(
+                    "a source changed while it was read",
+                    where=", ".join(self.options.source),
+                    fix=f"remove {self.dir.path} and run again",
+                )
+
+        self.options_stamps = read_json(self.dir.path / BUILD_NAME)["sources"]
+        self._judge_parts(plan)
+        manifest = merge_parts(
+            self.dir.plan,
+            self.dir.parts,
+            self.dir.out,
+            build=self.build,
+            head={**manifest_head(self.options, plan), "build": self.build},
+            check=check,
+            verify_hashes=self.options.verify_parts,
+        )
+        if self.options.wants_val and "val" not in manifest["splits"]:
+            logger.warning("the validation split is empty: too few product groups for what was asked")
+        if not self.options.keep_build:
+            self.dir.remove()
+        return manifest
+
+    def _judge_parts(self, plan: dict[str, Any]) -> None:
+        """Refuse what all parts together make of the catalogue, if it is too little."""
+        self.counts = BuildCounts(plan["read"], Counter(plan["dropped"]))
+        items: Counter[str] = Counter()
+        for part in finished_parts(self.dir.parts):
+            done = read_done(self.dir.parts, part, self.build)
+            self.counts.dropped.update(done["dropped"])
+            items.update({name: stats["count"] for name, stats in done["splits"].items()})
+        self._stop_if_too_many()
+        if len(finished_parts(self.dir.parts)) == len(plan["parts"]):
+            self._refuse_no_training_item(items)
+
+    def _refuse_no_training_item(self, splits: Mapping[str, int]) -> None:
+        if not splits.get("train"):
+            raise GivenUp(
+                f"no item is left to train on: {self.counts.read} records read, dropped: {self.counts.reasons()}",
+                fix="give more data, or lower --min-rating-count or the sizes of the splits",
+            )
+
+    def _stop_if_too_many(self) -> None:
+        if not self.counts.over_limit(self.options.max_dropped_fraction):
+            return
+        raise GivenUp(
+            f"too many records dropped: already {sum(self.counts.dropped.values())} of {self.counts.read}"
+            f" ({self.counts.reasons()})",
+            where=self._keep_quarantine(),
+            expected=f"at most {self.options.max_dropped_fraction:.0%} unusable records",
+            fix="see the quarantine file; mend the sources or --images, or raise --max-dropped-fraction",
+        )
+
+    def _keep_quarantine(self) -> Path:
+        """All rows so far, beside ``out``, where they outlive a build that is given up; the file's path."""
+        path = self.dir.out.with_name(f"{self.dir.out.name}.{QUARANTINE_NAME}")
+        made = [self.dir.parts / part_name(part) for part in finished_parts(self.dir.parts)]
+        with open(path, "wb") as f:
+            for folder in (self.dir.plan, *made):
+                f.write((folder / QUARANTINE_NAME).read_bytes())
+            for part, rows in sorted(self._fresh.items()):
+                if part_name(part) not in {folder.name for folder in made}:
+                    f.writelines(
+                        (json.dumps(vars(d), ensure_ascii=False) + "\n").encode("utf-8") for d in rows
+                    )
+        return path
+
+    def _counts(self, plan: dict[str, Any]) -> dict[str, Any]:
+        counts = {"read": plan["read"], "dropped": dict(self.counts.dropped.most_common())}
+        return {
+            **manifest_head(self.options, plan),
+            **counts,
+            "parts": len(plan["parts"]),
+            "stage": self.options.stage,
+        }
+
+
+def make_plan(options: PrepareOptions, folder: Path) -> dict[str, Any]:
+    """The plan of these options in a folder, with progress; see :func:`rating_train.prepare.plan.scan.make_plan`."""
+    bars: dict[str, Progress] = {}
+    done = Counter[str]()
+
+    def on_progress(phase: str, records: int, total: int | None) -> None:
+        if phase not in bars:
+            bars[phase] = Progress(phase, BuildCounts(), total)
+        bars[phase].add(records - done[phase])
+        done[phase] = records
+
+    try:
+        return scan.make_plan(options.source, folder, options.rules, on_progress, options.workers)
+    finally:
+        for bar in bars.values():
+            bar.close(whole=False)
+
+
+def split_items(items: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """Items per split as a manifest names them, empty splits left out."""
+    return {name: {"items": items[name]} for name in SPLITS if items.get(name)}
+
+
+def manifest_head(options: PrepareOptions, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says of the options and the sources."""
+    return {
+        "version": MANIFEST_VERSION,
+        "created_by": f"rating_train {rating_train.__version__}",
+        "image_size_px": options.image_size_px,
+        "columns": dict(MDS_COLUMNS),
+        "options": {name: list(v) if isinstance(v, tuple) else v for name, v in vars(options).items()},
+        "sources": [{key: entry[key] for key in ("name", "bytes", "rows")} for entry in plan["sources"]],
+        "groups": plan["groups"],
+    }

@@ -1,0 +1,115 @@
+"""The working directory of a build, ``OUT.build``: who may write it, and which build it belongs to.
+
+::
+
+    OUT.build/build.json    what the items depend on; another command does not continue this build
+    OUT.build/lock          held by the command: alone, or shared by several that make parts
+    OUT.build/workers.lock  held (shared) by every worker process while it lives
+    OUT.build/plan/  OUT.build/parts/  OUT.build/fetch/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rating_train.errors import UserError
+from rating_train.files import atomic_write_json, read_json, sha256_json
+from rating_train.prepare.full_disk import disk_full, is_full
+
+BUILD_NAME = "build.json"
+ORPHAN_SECONDS = 60.0  # for workers of a killed command to notice that it is gone
+
+
+class BuildDir:
+    """Paths of one build, and its lock."""
+
+    def __init__(self, out: str | Path) -> None:
+        self.out = Path(out)
+        self.path = self.out.with_name(f"{self.out.name}.build")
+        self.plan = self.path / "plan"
+        self.parts = self.path / "parts"
+        self.cache = self.path / "fetch"
+        self.workers_lock = self.path / "workers.lock"
+
+    @contextlib.contextmanager
+    def locked(self, *, shared: bool = False) -> Iterator[None]:
+        """Hold the build while the block runs; ``shared``: with others that only make parts.
+
+        Waits for worker processes of a command that was killed. Errors: :class:`UserError` if another command
+        has the build, or the directory cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = self._lock_file(self.path / "lock", fcntl.LOCK_SH if shared else fcntl.LOCK_EX, 0.0)
+        except OSError as e:
+            if is_full(e):
+                raise disk_full(self.path) from e
+            raise UserError(f"cannot write here ({e})", where=self.path, fix="choose another --out") from e
+        try:
+            if not shared:
+                os.close(self._lock_file(self.workers_lock, fcntl.LOCK_EX, ORPHAN_SECONDS))
+            yield
+        finally:
+            os.close(lock)
+
+    def _lock_file(self, path: Path, kind: int, wait_seconds: float) -> int:
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(lock, kind | fcntl.LOCK_NB)
+                # Removed by a build that ended between open and flock: then this is the lock of nothing.
+                if path.exists() and os.path.samestat(path.stat(), os.fstat(lock)):
+                    return lock
+                self.path.mkdir(parents=True, exist_ok=True)
+            except BlockingIOError as e:
+                if time.monotonic() >= deadline:
+                    os.close(lock)
+                    raise UserError(
+                        "another command works on this build",
+                        where=path,
+                        fix="wait for its end, or stop it; it need not be removed by hand",
+                    ) from e
+                time.sleep(0.05)
+            except OSError:  # no locks on this file system: the user's care is what remains
+                return lock
+            os.close(lock)
+
+    def belongs_to(self, identity: Mapping[str, Any]) -> str:
+        """Note what the build is made of, or compare with what was noted; the fingerprint of it.
+
+        Errors: :class:`UserError` that names each difference.
+        """
+        file = self.path / BUILD_NAME
+        if not file.exists():
+            atomic_write_json(file, identity)
+        before = read_json(file)
+        names = sorted(before.keys() | identity.keys())
+        changes = [
+            f"{name} was {before.get(name)!r}, now {identity.get(name)!r}"
+            for name in names
+            if before.get(name) != identity.get(name)
+        ]
+        if changes:
+            raise UserError(
+                "an unfinished build with other options (or changed sources) is there: " + "; ".join(changes),
+                where=self.path,
+                fix=f"give the options of that build to continue it, or remove {self.path} to begin anew",
+            )
+        return sha256_json(dict(identity))
+
+    def remove(self) -> None:
+        """Remove the build; what says whose it is goes last, so that a killed removal can be finished."""
+        for folder in (self.parts, self.plan, self.cache):
+            if folder.exists():
+                shutil.rmtree(folder)
+        for file in (self.workers_lock, self.path / "lock", self.path / BUILD_NAME):
+            file.unlink(missing_ok=True)
+        shutil.rmtree(self.path)

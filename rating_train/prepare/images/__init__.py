@@ -1,0 +1,1 @@
+"""Images of listings: where they are, fetching them, the stored square."""

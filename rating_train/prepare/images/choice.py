@@ -1,0 +1,68 @@
+"""Which of a listing's images is stored: the first that is there, decodes, and is within the limits.
+
+Reason given here: ``image_none_usable``, of a listing with several images, none of which could be used; its detail has
+the reason of each.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rating_train.prepare.images.square import ImageProblem, ImageStore
+from rating_train.shards.schema import Listing
+
+
+@dataclass
+class ImageCounts:
+    """What became of the images of listings that name several; those with one image are not in it.
+
+    All images that they name are ``listings_with_several`` - listings dropped + ``extra_unused`` + those ``refused``.
+
+    Attributes:
+        listings_with_several: listings that name more than one image, kept or not.
+        fell_back_to_a_later_one: kept ones whose first image could not be used.
+        extra_unused: images that were not looked at, because an earlier one was used.
+        refused: images that were looked at and could not be used, by reason.
+    """
+
+    listings_with_several: int = 0
+    fell_back_to_a_later_one: int = 0
+    extra_unused: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+
+    def add(self, recorded: Mapping[str, Any]) -> None:
+        """Add what :meth:`recorded` gave elsewhere."""
+        self.listings_with_several += recorded["listings_with_several"]
+        self.fell_back_to_a_later_one += recorded["fell_back_to_a_later_one"]
+        self.extra_unused += recorded["extra_unused"]
+        self.refused.update(recorded["refused"])
+
+    def recorded(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**vars(self), "refused": dict(sorted(self.refused.items()))}
+
+
+def first_usable(
+    listing: Listing, store: ImageStore, convert: Callable[[bytes], bytes], counts: ImageCounts
+) -> bytes:
+    """What ``convert`` makes of the listing's first usable image. Errors: :class:`ImageProblem` if there is none."""
+    names = (listing.image, *listing.more_images)
+    if len(names) == 1:
+        return convert(store.read(listing.image, listing.id))
+    counts.listings_with_several += 1
+    problems: list[str] = []
+    for place, name in enumerate(names, start=1):
+        try:
+            # The file of last resort, <id>.jpg, comes after all images that the listing names.
+            square = convert(store.read(name, listing.id if place == len(names) else ""))
+        except ImageProblem as e:
+            counts.refused[e.reason] += 1
+            problems.append(f"{name[:200]}: {e.reason} ({e.detail})")
+            continue
+        counts.fell_back_to_a_later_one += place > 1
+        counts.extra_unused += len(names) - place
+        return square
+    raise ImageProblem("image_none_usable", "; ".join(problems))

@@ -1,0 +1,1 @@
+"""Parts of a build: one part, the pool of worker processes, the merge."""

@@ -1,0 +1,1 @@
+"""Which listings are taken, in which split and order; out of core."""

@@ -1,0 +1,65 @@
+"""The statements of ``prepare/plan/scan.py``, in the order in which it runs them.
+
+Legend of the columns: pos = source index * 2^40 + line; g, t = 64-bit hashes of the group and of (category, title
+key), NULL where the title says too little; root = the smallest hash of a component, which names it.
+"""
+
+ROWS = """CREATE TABLE rows AS SELECT * FROM read_csv({files}, auto_detect=false, header=false, delim='\t', quote='',
+    escape='', nullstr='\x01', new_line='\\n', buffer_size=8388608, max_line_size=1048576, columns={{
+    'pos': 'UBIGINT', 'category': 'VARCHAR', 'reason': 'VARCHAR', 'id': 'VARCHAR', 'rating': 'DOUBLE',
+    'rating_count': 'BIGINT', 'image': 'VARCHAR', 'id_hash': 'UBIGINT', 'g': 'UBIGINT', 't': 'UBIGINT'}})"""
+
+# Every statement joins at most two large tables: several at once share the memory and fail instead of spilling.
+
+# The first of an id by source order wins, among the records that keep the rules.
+ITEMS = """CREATE TABLE dups AS SELECT pos FROM rows JOIN (
+    SELECT id_hash, min(pos) AS first FROM rows WHERE reason IS NULL GROUP BY id_hash HAVING count(*) > 1
+    ) USING (id_hash) WHERE reason IS NULL AND pos <> first;
+CREATE TABLE categories AS SELECT category, row_number() OVER (ORDER BY category) AS c FROM (
+    SELECT DISTINCT category FROM rows WHERE reason IS NULL);
+CREATE TABLE items AS SELECT pos, c, rating_count, id_hash, g, t
+    FROM rows JOIN categories USING (category) ANTI JOIN dups USING (pos) WHERE reason IS NULL;"""
+
+# Only titles that several groups share can join groups; min(g) <> max(g) says so without counting distinct ones.
+LINKS = """CREATE TABLE shared AS SELECT t FROM items WHERE t IS NOT NULL GROUP BY t HAVING min(g) <> max(g);
+CREATE TABLE edges AS SELECT DISTINCT g, t FROM items SEMI JOIN shared USING (t);
+CREATE TABLE label AS SELECT DISTINCT g, g AS l FROM edges;"""
+
+# Every group takes the smallest label that shares a title with it, then that label's own label (pointer jumping:
+# a chain of n groups needs about log n rounds instead of n).
+SPREAD = """CREATE OR REPLACE TABLE by_title AS SELECT t, min(l) AS l FROM edges JOIN label USING (g) GROUP BY t;
+CREATE OR REPLACE TABLE near AS SELECT g, min(l) AS l FROM edges JOIN by_title USING (t) GROUP BY g;
+CREATE OR REPLACE TABLE next AS SELECT near.g AS g, least(near.l, coalesce(far.l, near.l)) AS l
+    FROM near LEFT JOIN near AS far ON far.g = near.l;"""
+
+ROOTS = """CREATE TABLE base AS SELECT g, min(least(g, coalesce(t, g))) AS root FROM items GROUP BY g;
+CREATE TABLE linked AS SELECT l, min(root) AS root FROM label JOIN base USING (g) GROUP BY l;
+CREATE TABLE joined AS SELECT g, root FROM label JOIN linked USING (l);
+CREATE TABLE roots AS SELECT base.g AS g, coalesce(joined.root, base.root) AS root
+    FROM base LEFT JOIN joined USING (g);"""
+
+# One total order per category, so that its two ends never hold the same listing and ties fall the same way always.
+WINDOW = """CREATE TABLE chosen AS SELECT pos, g FROM (
+    SELECT pos, g, c, row_number() OVER (PARTITION BY c ORDER BY rating_count DESC, id_hash) AS place FROM items
+    ) JOIN (SELECT c, count(*) AS n FROM items GROUP BY c) USING (c) WHERE place <= {top} OR place > n - {bottom}"""
+
+GROUPS = """CREATE TABLE taken AS SELECT g, count(*) AS items FROM chosen GROUP BY g;
+CREATE TABLE members AS SELECT g, root, items FROM taken JOIN roots USING (g);
+CREATE TABLE groups AS SELECT root, sum(items)::BIGINT AS items FROM members GROUP BY root;"""
+
+PICKED = """CREATE TABLE member_sides AS SELECT g, root, split FROM members JOIN sides USING (root);
+CREATE TABLE placed AS SELECT pos, root, split FROM chosen JOIN member_sides USING (g);
+CREATE TABLE picked AS SELECT pos, id, category, rating, rating_count, image, root, split
+    FROM rows JOIN placed USING (pos) ORDER BY pos;"""
+
+SELECTION = """COPY (SELECT id, category, rating, rating_count, image,
+    lpad(lower(to_hex(root)), 16, '0') AS "group", split FROM picked ORDER BY pos)
+    TO {file} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 20480)"""
+
+SUMMARY = """SELECT category, what, sum(n)::BIGINT FROM (
+    SELECT category, reason AS what, count(*) AS n FROM rows WHERE reason IS NOT NULL GROUP BY ALL
+    UNION ALL SELECT category, 'duplicate_id', count(*) FROM rows SEMI JOIN dups USING (pos) GROUP BY ALL
+    UNION ALL SELECT category, 'not_selected', count(*) FROM items JOIN categories USING (c) GROUP BY ALL
+    UNION ALL SELECT category, 'not_selected', -count(*) FROM picked GROUP BY ALL
+    UNION ALL SELECT category, split, count(*) FROM picked GROUP BY ALL
+    ) GROUP BY ALL HAVING sum(n) <> 0 ORDER BY category NULLS FIRST, what"""

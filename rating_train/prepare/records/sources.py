@@ -1,0 +1,239 @@
+"""Read product catalogues: Amazon-2023 metadata (JSON lines) and CSV, one record at a time.
+
+Nothing here holds more than one record in memory, and nothing that a *record* contains can raise: a
+corrupt line, a wrong type or an impossible rating becomes a :class:`Dropped` with a fixed reason. Only a
+source that cannot be read as a whole (absent, torn archive, header without the needed columns) is a
+:class:`UserError`.
+
+Reasons given here: ``not_utf8``, ``bad_json``, ``bad_csv``, ``line_too_long``; the others by
+``prepare/records/listing.py``.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import importlib
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from rating_train.errors import UserError
+from rating_train.prepare.records.listing import is_clean, to_listing
+from rating_train.shards.schema import Dropped, Listing
+
+MAX_LINE_BYTES = 16 << 20  # a longer line is not a listing but a broken file; bounds the memory
+
+_BOM = b"\xef\xbb\xbf"
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_CSV_SUFFIXES = (".csv",)
+_PACKED_SUFFIXES = (".gz", ".zst")
+
+# CSV column names, in order of preference -> the name of the same thing in Amazon-2023 metadata.
+_CSV_COLUMNS: dict[str, tuple[str, ...]] = {
+    "parent_asin": ("id", "parent_asin"),
+    "title": ("title",),
+    "description": ("description",),
+    "features": ("features",),
+    "main_category": ("main_category",),
+    "average_rating": ("rating", "average_rating"),
+    "rating_number": ("rating_count", "rating_number"),
+    "image_path": ("image", "image_path"),
+    "image_paths": ("image_paths",),
+    "group_id": ("group_id",),
+}
+_CSV_RATINGS = ("average_rating", "rating_number")
+_CSV_REQUIRED = ("parent_asin", *_CSV_RATINGS)
+
+
+class Record(NamedTuple):
+    """One record of one source: ``line`` is where it starts (1 is the first line of the file)."""
+
+    source: str
+    line: int
+    item: Listing | Dropped
+
+
+def read_sources(paths: Iterable[str]) -> Iterator[Record]:
+    """:func:`read_source` of every path, one after the other."""
+    for path in paths:
+        yield from read_source(path)
+
+
+def read_source(path: str) -> Iterator[Record]:
+    """Yield every record of a ``.jsonl``/``.ndjson``/``.json`` or ``.csv`` file, also ``.gz`` or ``.zst``.
+
+    Blank lines are not records. Errors: :class:`UserError` when the file is missing, is of no known
+    kind, lacks needed CSV columns, or its archive is damaged (a torn download must not pass as a small
+    catalogue).
+    """
+    kind = source_kind(path)
+    with _open(path) as stream:
+        yield from _read_csv(stream, path) if kind == "csv" else _read_jsonl(stream, path)
+
+
+def source_kind(path: str) -> str:
+    """``"jsonl"`` or ``"csv"`` by the file's name. Errors: :class:`UserError` if absent or neither."""
+    file = Path(path)
+    if not file.exists():
+        raise UserError("source file not found", where=path, fix="check --source")
+    if not file.is_file():
+        raise UserError("source is not a file", where=path, expected="a .jsonl or .csv file")
+    suffixes = [s.lower() for s in file.suffixes]
+    if suffixes and suffixes[-1] in _PACKED_SUFFIXES:
+        suffixes.pop()
+    last = suffixes[-1] if suffixes else ""
+    if last in _JSON_SUFFIXES:
+        return "jsonl"
+    if last in _CSV_SUFFIXES:
+        return "csv"
+    raise UserError(
+        "unknown kind of source",
+        where=path,
+        expected="a name that ends in .jsonl, .ndjson, .json or .csv, then perhaps .gz or .zst",
+    )
+
+
+@contextmanager
+def _open(path: str) -> Iterator[BinaryIO]:
+    suffix = Path(path).suffix.lower()
+    damage: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error)
+    zstandard = _import_zstandard(path) if suffix == ".zst" else None
+    if zstandard is not None:
+        damage += (zstandard.ZstdError,)
+    try:
+        with open(path, "rb") as file:
+            if suffix == ".gz":
+                yield cast(BinaryIO, gzip.GzipFile(fileobj=file))
+            elif zstandard is not None:
+                # Across frames: what parallel compressors write has many, and one frame is no whole file.
+                reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+                yield cast(BinaryIO, io.BufferedReader(reader, 1 << 20))
+            else:
+                yield file
+    except damage as e:
+        raise UserError(f"cannot read the source ({e})", where=path, fix="fetch the file again") from e
+
+
+def _import_zstandard(path: str) -> Any:
+    try:
+        return importlib.import_module("zstandard")
+    except ImportError as e:
+        fix = "pip install zstandard, or unpack the file with unzstd"
+        raise UserError("reading .zst needs the zstandard package", where=path, fix=fix) from e
+
+
+def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes, bool]]:
+    """(line number, bytes, whole). A line over the bound comes as its beginning with whole=False."""
+    number = 0
+    while raw := stream.readline(MAX_LINE_BYTES):
+        number += 1
+        whole = len(raw) < MAX_LINE_BYTES or raw.endswith(b"\n")
+        rest = raw
+        while rest and not rest.endswith(b"\n"):
+            rest = stream.readline(MAX_LINE_BYTES)
+        yield number, raw.removeprefix(_BOM) if number == 1 else raw, whole
+
+
+# --- JSON lines ---------------------------------------------------------------------------------------
+
+
+def _read_jsonl(stream: BinaryIO, source: str) -> Iterator[Record]:
+    for number, raw, whole in _lines(stream):
+        if not raw.strip():
+            continue
+        if not whole:
+            item: Listing | Dropped = Dropped(
+                source, number, "", "line_too_long", f"over {MAX_LINE_BYTES} bytes"
+            )
+        else:
+            item = _parse_json_line(raw, source, number)
+        yield Record(source, number, item)
+
+
+def _parse_json_line(raw: bytes, source: str, line: int) -> Listing | Dropped:
+    try:
+        value = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as e:
+        return Dropped(source, line, "", "not_utf8", str(e))
+    except (ValueError, RecursionError) as e:  # ValueError: also an integer of thousands of digits
+        return Dropped(source, line, "", "bad_json", str(e))
+    if not isinstance(value, dict):
+        return Dropped(source, line, "", "bad_json", f"an object is needed, got {type(value).__name__}")
+    return to_listing(value, source, line)
+
+
+# --- CSV ----------------------------------------------------------------------------------------------
+
+
+def _read_csv(stream: BinaryIO, source: str) -> Iterator[Record]:
+    # surrogateescape keeps undecodable bytes visible, so that only their own row is refused.
+    text = (raw.decode("utf-8", "surrogateescape") for _, raw, _ in _lines(stream))
+    reader = csv.reader(text)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+    except csv.Error as e:
+        raise UserError(f"cannot read the CSV header ({e})", where=source) from e
+    columns = _csv_columns(header, source)
+    while True:
+        line = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as e:
+            yield Record(source, line, Dropped(source, line, "", "bad_csv", str(e)))
+            continue
+        if row:
+            yield Record(source, line, _parse_csv_row(row, columns, len(header), source, line))
+
+
+def _csv_columns(header: list[str], source: str) -> dict[str, int]:
+    columns: dict[str, int] = {}
+    for field, names in _CSV_COLUMNS.items():
+        found = [header.index(name) for name in names if name in header]
+        if found:
+            columns[field] = found[0]
+    missing = ["|".join(_CSV_COLUMNS[f]) for f in _CSV_REQUIRED if f not in columns]
+    fix = ""
+    if not columns.keys() >= {*_CSV_RATINGS}:
+        fix = (
+            "add these columns, matched by the id (the item metadata of Amazon Reviews 2023 has both); "
+            "listings without ratings can be neither trained on nor scored"
+        )
+    if not {"title", "description", "features"} & columns.keys():
+        missing.append("title, description or features")
+    if missing:
+        raise UserError(
+            f"CSV header lacks {'; '.join(missing)}",
+            where=source,
+            expected="id|parent_asin, title, description, features, main_category, rating|average_rating, "
+            "rating_count|rating_number, image|image_path or image_paths, and perhaps group_id",
+            fix=fix,
+        )
+    return columns
+
+
+def _parse_csv_row(
+    row: list[str], columns: dict[str, int], width: int, source: str, line: int
+) -> Listing | Dropped:
+    if len(row) != width:
+        return Dropped(source, line, "", "bad_csv", f"{len(row)} columns, the header has {width}")
+    values: dict[str, Any] = {field: row[i] for field, i in columns.items()}
+    if not all(is_clean(v) for v in values.values()):
+        return Dropped(source, line, "", "not_utf8", "undecodable bytes")
+    for field in ("average_rating", "rating_number"):
+        values[field] = _number(values[field])
+    return to_listing({k: v for k, v in values.items() if v != ""}, source, line)
+
+
+def _number(text: str) -> float | str:
+    """A CSV cell as a number; text that is none stays text, and is refused where it is checked."""
+    try:
+        return float(text) if text.strip() else ""
+    except ValueError:
+        return text

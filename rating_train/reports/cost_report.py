@@ -1,0 +1,108 @@
+"""``rating-train cost``: parameters, operations, C, E and CES of a model, in every counting convention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rating_train.errors import UserError
+from rating_train.log import text_table
+from rating_train.model.architecture import Architecture
+from rating_train.model.cost import PARTS, ForwardCost, count_forward, count_parameters, visual_tokens
+from rating_train.scoring.ces import CONVENTIONS, PAPER_CONVENTION, CesRow, ces_table
+
+
+@dataclass(frozen=True)
+class CostReport:
+    """What one item costs.
+
+    Attributes:
+        image_px: side of the square image, in pixels.
+        visual_tokens: tokens that the image becomes.
+        text_tokens: all other tokens of the fixed sequence: template, fields and padding.
+        parameters: part -> number of parameters, with ``backbone_total`` and ``total``.
+        forward: operations of one forward pass.
+        rows: C, E and CES in every convention.
+    """
+
+    image_px: int
+    visual_tokens: int
+    text_tokens: int
+    parameters: dict[str, int]
+    forward: ForwardCost
+    rows: list[CesRow]
+
+
+def measure_cost(arch: Architecture, image_px: int, text_tokens: int, plcc: float | None) -> CostReport:
+    """Count what one item costs, in closed form.
+
+    Args:
+        arch: the backbone and its head.
+        image_px: side of the square image, in pixels.
+        text_tokens: tokens of the fixed sequence that are not visual: template, fields and padding.
+        plcc: the Pearson correlation to weigh, or ``None``: then CES is ``None``.
+
+    Raises:
+        UserError: an image size that does not divide, a negative text length, a PLCC outside [-1, 1].
+    """
+    visual = visual_tokens(arch, image_px)
+    if text_tokens < 0:
+        raise UserError(f"text length is {text_tokens} tokens", where="cost", expected="0 or more")
+    parameters = count_parameters(arch)
+    forward = count_forward(arch, image_px, visual + text_tokens)
+    rows = ces_table(plcc, parameters["total"], forward.totals())
+    return CostReport(image_px, visual, text_tokens, parameters, forward, rows)
+
+
+def cost_report(arch: Architecture, image_px: int, text_tokens: int, plcc: float | None) -> str:
+    """:func:`measure_cost` as the text of :func:`render_cost`."""
+    return render_cost(measure_cost(arch, image_px, text_tokens, plcc))
+
+
+def render_cost(report: CostReport) -> str:
+    """The report as plain text, one table after another; no line ends in a newline but the last."""
+    sequence = report.visual_tokens + report.text_tokens
+    lines = [
+        f"Input of one item: image {report.image_px} x {report.image_px} px = {report.visual_tokens} visual "
+        f"tokens, + {report.text_tokens} text tokens = sequence of {sequence}",
+        "",
+        *_operations_table(report),
+        "",
+        *_ces_lines(report.rows),
+        "",
+        "Conventions (one multiply-accumulate, MAC, is two FLOPs):",
+        *(f"  {name:<15} {label}" for name, label in CONVENTIONS.items()),
+        "Attention products are counted over the full T x T square. Left out everywhere: norms, activations,",
+        "softmax, rotary angles, additions, the embedding look-up.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _operations_table(report: CostReport) -> list[str]:
+    header = ["part", "parameters", *(f"{name} (G)" for name in CONVENTIONS)]
+    by_part = {name: report.forward.by_part(name) for name in CONVENTIONS}
+    body = [
+        [part, f"{report.parameters[part]:,}", *(f"{by_part[name][part] / 1e9:.3f}" for name in CONVENTIONS)]
+        for part in PARTS
+    ]
+    totals = [f"{report.forward.total(name) / 1e9:.3f}" for name in CONVENTIONS]
+    body.append(["total", f"{report.parameters['total']:,}", *totals])
+    note = f"Backbone without the regression head: {report.parameters['backbone_total']:,} parameters."
+    return [*text_table(header, body), note]
+
+
+def _ces_lines(rows: Sequence[CesRow]) -> list[str]:
+    header = ["convention", "operations (G)", "C", "E", "PLCC", "CES"]
+    body = []
+    for row in rows:
+        mark = " (the paper's)" if row.convention == PAPER_CONVENTION else ""
+        numbers = [f"{row.count / 1e9:.3f}", f"{row.c:.4f}", f"{row.e:.4f}"]
+        body.append([row.convention + mark, *numbers, _optional(row.plcc), _optional(row.ces)])
+    lines = text_table(header, body)
+    if any(row.plcc is None for row in rows):
+        lines.append("PLCC and CES: not given (CES = max(0, PLCC) x E needs a PLCC).")
+    return lines
+
+
+def _optional(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

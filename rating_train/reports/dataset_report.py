@@ -1,0 +1,329 @@
+"""A look at a dataset: one HTML page that needs no other file, and its pictures as PNGs beside it.
+
+Reads at most :data:`MAX_ITEMS` items, chosen at random but the same ones each time, so that a page of 16 million items
+takes as long as one of 20 thousand. Reads shards with :mod:`rating_train.shards.mds_read`: no torch, so a login node
+can draw it (unless text is to be counted in tokens).
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rating_train.files import atomic_write_text
+from rating_train.reports import plots
+from rating_train.shards.mds_read import iter_sampled
+from rating_train.shards.schema import TEXT_FIELDS
+from rating_train.shards.verify import read_manifest
+
+PAGE_FILE = "index.html"
+MAX_ITEMS = 20_000
+SHEET_ROWS, SHEET_COLUMNS = 6, 8
+MAX_CATEGORIES = 25
+FIELD_CHARS = (50, 100, 200)  # L of the recipe and of its two ablations
+
+#: (file, title, what to look for) of every picture, in the page's order.
+PICTURES = (
+    ("ratings.png", "Ratings", "Ratings that crowd together leave little to correlate with."),
+    ("rating_counts.png", "Number of ratings", "A mean of few ratings is a noisy target."),
+    ("categories.png", "Categories", "The largest, by the listings' own main category."),
+    (
+        "text_lengths.png",
+        "Text lengths",
+        "What stands to the right of an L is cut. A curve that starts high has empty fields.",
+    ),
+    ("images.png", "Images", "As stored. Training resizes what is not of its own size."),
+    ("contact_sheet.png", "Random items", "With their ratings and numbers of ratings."),
+)
+
+
+@dataclass
+class Sampled:
+    """Columns of the sampled items; ``pictures`` holds those of the contact sheet."""
+
+    ratings: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    categories: Counter[str] = field(default_factory=Counter)
+    chars: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in TEXT_FIELDS})
+    tokens: dict[int, list[int]] = field(default_factory=lambda: {chars: [] for chars in FIELD_CHARS})
+    image_bytes: list[int] = field(default_factory=list)
+    image_px: Counter[tuple[int, int]] = field(default_factory=Counter)
+    pictures: list[dict[str, Any]] = field(default_factory=list)
+
+
+def make_data_report(data: Path, out: Path | None = None, tokenizer: str = "") -> Path:
+    """Draw the page of a dataset directory.
+
+    Args:
+        data: dataset directory.
+        out: folder for the page; default ``DATA.report`` beside it (a dataset directory holds its dataset only).
+        tokenizer: folder or hub id; "" leaves lengths in tokens out.
+
+    Returns:
+        The path of ``index.html``.
+
+    Raises:
+        UserError: not a dataset, a damaged shard, or no such tokenizer.
+    """
+    manifest = read_manifest(data)
+    folder = out or data.resolve().with_name(f"{data.resolve().name}.report")
+    count = _token_counter(tokenizer) if tokenizer else None
+    sampled = collect(iter_sampled([data / split for split in manifest["splits"]], MAX_ITEMS), count)
+    folder.mkdir(parents=True, exist_ok=True)
+    _draw_ratings(folder / PICTURES[0][0], sampled)
+    _draw_counts(folder / PICTURES[1][0], sampled)
+    _draw_categories(folder / PICTURES[2][0], sampled)
+    _draw_texts(folder / PICTURES[3][0], sampled)
+    _draw_images(folder / PICTURES[4][0], sampled)
+    _draw_sheet(folder / PICTURES[5][0], sampled.pictures)
+    page = folder / PAGE_FILE
+    atomic_write_text(page, _page(data, manifest, sampled, folder))
+    return page
+
+
+def collect(samples: Iterator[dict[str, Any]], count_tokens: Callable[[str], int] | None) -> Sampled:
+    """The columns of samples; the contact sheet is a uniform choice among all of them (reservoir sampling)."""
+    from PIL import Image
+
+    found, choice = Sampled(), random.Random(1)
+    places = SHEET_ROWS * SHEET_COLUMNS
+    for i, sample in enumerate(samples):
+        found.ratings.append(sample["rating"])
+        found.counts.append(sample["rating_count"])
+        found.categories[sample["main_category"] or "(no category)"] += 1
+        found.image_bytes.append(len(sample["image"]))
+        with Image.open(io.BytesIO(sample["image"])) as image:  # the header only
+            found.image_px[image.size] += 1
+        for name in TEXT_FIELDS:
+            found.chars[name].append(len(sample[name]))
+        if count_tokens is not None:
+            for chars, tokens in found.tokens.items():
+                tokens.append(sum(count_tokens(sample[name][:chars]) for name in TEXT_FIELDS))
+        if i < places:
+            found.pictures.append(sample)
+        elif (place := choice.randrange(i + 1)) < places:
+            found.pictures[place] = sample
+    return found
+
+
+def _token_counter(tokenizer: str) -> Callable[[str], int]:
+    from rating_train.data.prompt import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer)
+    return lambda text: len(loaded.encode(text, add_special_tokens=False).ids)
+
+
+# --- pictures ------------------------------------------------------------------------------------------
+
+
+def _draw_ratings(path: Path, found: Sampled) -> None:
+    figure = plots.new_figure(8.5, 3.6)
+    axes = figure.subplots()
+    ratings = np.asarray(found.ratings)
+    axes.hist(ratings, bins=np.arange(0.95, 5.1, 0.1).tolist(), color=plots.COLOURS[0], alpha=0.85)
+    mean = float(ratings.mean())
+    axes.axvline(mean, color=plots.COLOURS[1], ls="--", lw=1.4, label=f"mean {mean:.3f}")
+    axes.set(xlabel="average rating (stars)", ylabel="items", xlim=(0.95, 5.05))
+    _legend(axes)
+    plots.save(figure, path)
+
+
+def _draw_counts(path: Path, found: Sampled) -> None:
+    figure = plots.new_figure(8.5, 3.6)
+    left, right = figure.subplots(1, 2)
+    counts = np.maximum(np.asarray(found.counts), 1)
+    edges = np.geomspace(counts.min(), max(counts.max(), counts.min() + 1) * 1.01, 40)
+    left.hist(counts, bins=edges.tolist(), color=plots.COLOURS[0], alpha=0.85)
+    middle = float(np.median(counts))
+    left.axvline(middle, color=plots.COLOURS[1], ls="--", lw=1.4, label=f"median {middle:.0f}")
+    left.set(xscale="log", xlabel="ratings of an item", ylabel="items")
+    _legend(left)
+    # Does popularity go with the rating? Then a model may learn the one for the other.
+    columns = np.geomspace(edges[0], edges[-1], 30).tolist()
+    right.hist2d(
+        counts,
+        found.ratings,
+        bins=[columns, np.arange(0.95, 5.1, 0.1).tolist()],
+        cmin=1,
+        cmap="Blues",
+        norm="log",
+    )
+    low = min(found.ratings) - 0.15
+    right.set(xscale="log", ylim=(low, 5.05))
+    right.set(xlabel="ratings of an item", ylabel="average rating (stars)")
+    plots.save(figure, path)
+
+
+def _draw_categories(path: Path, found: Sampled) -> None:
+    largest = found.categories.most_common(MAX_CATEGORIES)
+    figure = plots.new_figure(8.5, 1.1 + 0.26 * len(largest))
+    axes = figure.subplots()
+    names = [f"{plots.plain(name[:45])} ({n:,})" for name, n in largest]
+    axes.barh(range(len(largest)), [n for _, n in largest], color=plots.COLOURS[0], alpha=0.85, height=0.7)
+    axes.set_yticks(range(len(largest)), names, fontsize=9)
+    axes.set(ylim=(len(largest) - 0.4, -0.6), xlabel="items")
+    if len(found.categories) > len(largest):
+        axes.set_title(f"the {len(largest)} largest of {len(found.categories):,}", loc="left", fontsize=10)
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    plots.save(figure, path)
+
+
+def _draw_texts(path: Path, found: Sampled) -> None:
+    tokens = {chars: values for chars, values in found.tokens.items() if values}
+    figure = plots.new_figure(11.5 if tokens else 8.5, 4.0)
+    panels = figure.subplots(1, 2 if tokens else 1, squeeze=False)[0]
+    for colour, (name, values) in zip(plots.COLOURS, found.chars.items()):
+        _cumulative(panels[0], values, f"{name.replace('_', ' ')}", colour)
+    for chars in FIELD_CHARS:
+        panels[0].axvline(chars, color="0.5", ls=":", lw=1.2)
+        panels[0].text(
+            chars,
+            101,
+            f"L={chars}" if chars == FIELD_CHARS[0] else f"{chars}",
+            ha="center",
+            va="bottom",
+            fontsize=8,
+            color="0.3",
+        )
+    panels[0].set(xscale="symlog", xlabel="characters of a field", ylabel="items at most so long (%)")
+    panels[0].set_xlim(0, max(1000, *(max(v) for v in found.chars.values())))
+    for colour, (chars, values) in zip(plots.COLOURS[4:] + plots.COLOURS[:4], tokens.items()):
+        _cumulative(panels[1], values, f"L={chars}, longest {max(values)}", colour)
+    if tokens:
+        panels[1].set(xlabel="tokens of all four fields, cut at L (without the template)")
+    for axes in panels:
+        axes.set_ylim(0, 101)
+        axes.grid(color="0.92")
+        axes.legend(frameon=False, fontsize=9, loc="lower right")
+    plots.save(figure, path)
+
+
+def _cumulative(axes: Any, values: Sequence[int], label: str, colour: str) -> None:
+    """The share of items up to each length, in percent."""
+    ordered = np.sort(np.asarray(values))
+    share = 100 * np.arange(1, len(ordered) + 1) / len(ordered)
+    axes.step(np.r_[0, ordered], np.r_[0, share], where="post", color=colour, lw=1.6, label=label)
+
+
+def _draw_images(path: Path, found: Sampled) -> None:
+    figure = plots.new_figure(8.5, 3.2)
+    axes = figure.subplots()
+    kilobytes = np.asarray(found.image_bytes) / 1000
+    axes.hist(kilobytes, bins=60, color=plots.COLOURS[0], alpha=0.85)
+    mean = float(kilobytes.mean())
+    axes.axvline(mean, color=plots.COLOURS[1], ls="--", lw=1.4, label=f"mean {mean:.1f} kB")
+    sizes = ", ".join(f"{w} x {h} px ({n:,})" for (w, h), n in found.image_px.most_common(5))
+    axes.set_title(f"stored sizes: {sizes}", loc="left", fontsize=10)
+    axes.set(xlabel="stored JPEG (kB)", ylabel="items")
+    _legend(axes)
+    plots.save(figure, path)
+
+
+def _draw_sheet(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
+    from PIL import Image
+
+    figure = plots.new_figure(14, 12.6)
+    for axes in figure.subplots(SHEET_ROWS, SHEET_COLUMNS).flat:
+        axes.axis("off")
+    for axes, sample in zip(figure.axes, samples):
+        with Image.open(io.BytesIO(sample["image"])) as image:
+            axes.imshow(np.asarray(image.convert("RGB").resize((192, 192))))
+        title = " ".join(sample["title"].split())
+        shown = title if len(title) <= 26 else f"{title[:25]}…"
+        axes.set_title(
+            f"{sample['rating']:.1f} stars, {sample['rating_count']:,} ratings\n{plots.plain(shown)}",
+            fontsize=7,
+        )
+    plots.save(figure, path)
+
+
+def _legend(axes: Any) -> None:
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=9)
+
+
+# --- the page ------------------------------------------------------------------------------------------
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222 }
+h1 { margin-bottom: 0 } h2 { margin: 1.6em 0 0 } p { margin: .2em 0 .6em; color: #555 }
+img { max-width: 100%; height: auto } table { border-collapse: collapse; margin: .6em 0 }
+th, td { padding: .25em .9em; border-bottom: 1px solid #ddd; text-align: right }
+th:first-child, td:first-child { text-align: left } code { overflow-wrap: anywhere }
+"""
+
+
+def _page(data: Path, manifest: Mapping[str, Any], found: Sampled, folder: Path) -> str:
+    """The HTML text; pictures are inside it."""
+    splits = manifest["splits"]
+    items = sum(entry["items"] for entry in splits.values())
+    dropped = manifest.get("dropped") or {}
+    read = manifest.get("read")
+    name = html.escape(data.resolve().name)
+    seen = len(found.ratings)
+    parts = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{name}</title><style>{_STYLE}</style>",
+        f"<h1>{name}</h1><p>{items:,} items. Pictures show "
+        f"{'all of them' if seen == items else f'{seen:,} of them, chosen at random'}. "
+        f"Fingerprint <code>{html.escape(str(manifest.get('fingerprint', '')))}</code></p>",
+        _table(
+            ("split", "items", "shards", "MB", "mean rating", "its deviation"),
+            [
+                (
+                    split,
+                    f"{e['items']:,}",
+                    f"{e['shards']:,}",
+                    f"{e['bytes'] / 1e6:,.1f}",
+                    f"{e['rating_mean']:.3f}",
+                    f"{e['rating_std']:.3f}",
+                )
+                for split, e in splits.items()
+            ],
+        ),
+        f"<h2>Dropped</h2><p>{sum(dropped.values()):,} of {read if read is None else f'{read:,}'} records, "
+        "by reason; each is named in quarantine.jsonl.</p>",
+        _table(
+            ("reason", "records", "share"),
+            [(k, f"{n:,}", f"{100 * n / read:.2f} %" if read else "") for k, n in Counter(dropped).most_common()],
+        ) if dropped else "<p>none</p>",
+        _cut_table(found),
+    ]  # fmt: skip
+    for file, title, note in PICTURES:
+        content = base64.b64encode((folder / file).read_bytes()).decode("ascii")
+        parts.append(
+            f'<h2>{title}</h2><p>{note}</p><img alt="{title}" src="data:image/png;base64,{content}">'
+        )
+    return "\n".join(parts) + "\n</html>\n"
+
+
+def _cut_table(found: Sampled) -> str:
+    """Per field: how many are empty, how long, and what share is cut at each L."""
+    rows = []
+    for name, values in found.chars.items():
+        lengths = np.asarray(values)
+        cut = [f"{100 * float(np.mean(lengths > chars)):.1f} %" for chars in FIELD_CHARS]
+        middle, high = (f"{np.quantile(lengths, q):,.0f}" for q in (0.5, 0.95))
+        rows.append(
+            (name.replace("_", " "), f"{100 * float(np.mean(lengths == 0)):.1f} %", middle, high, *cut)
+        )
+    head = ("field", "empty", "median chars", "95% at most", *(f"cut at L={chars}" for chars in FIELD_CHARS))
+    return "<h2>Text fields</h2>" + _table(head, rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = "".join(f"<th>{html.escape(text)}</th>" for text in head)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows
+    )
+    return f"<table><tr>{cells}</tr>{body}</table>"

@@ -1,0 +1,320 @@
+"""``rating-train report``: what a run did, as three pictures and one JSON file.
+
+Reads ``train.jsonl``, ``eval.jsonl`` and the newest file of ``predictions/``; any of them may be missing,
+and so may any key of a row: what cannot be drawn is left out and named, with its reason, in
+``summary.json``. Imports no torch, so that a login node can draw the report of a running job.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rating_train.errors import UserError
+from rating_train.files import atomic_write_json, read_json_lines
+from rating_train.reports import plots
+from rating_train.run_dir import EVAL_LOG, PREDICTIONS_DIR, REPORT_DIR, TRAIN_LOG
+from rating_train.scoring.metrics import Scores, per_group, score
+from rating_train.scoring.predictions import Prediction, deduplicate, read_predictions
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CURVES_FILE = "curves.png"
+SCATTER_FILE = "scatter.png"
+CATEGORIES_FILE = "error_by_category.png"
+SUMMARY_FILE = "summary.json"
+
+NO_CATEGORY = "(no category)"
+MAX_CATEGORIES = 30
+
+Rows = Sequence[Mapping[str, Any]]
+Curve = tuple[str, Rows, str, str]  # label, rows, key of the number, line style
+
+
+def make_report(run_dir: Path) -> Path:
+    """Draw the report of one run.
+
+    Writes ``report/curves.png``, ``report/scatter.png``, ``report/error_by_category.png`` (each only
+    where there is something to draw; an older one is removed) and ``report/summary.json``.
+
+    Returns:
+        The report folder.
+
+    Raises:
+        UserError: no such folder, a folder that is not a run, or a log that is not JSON lines.
+    """
+    train = _rows_by_step(run_dir / TRAIN_LOG).get("", [])
+    evaluations = {split or "val": rows for split, rows in _rows_by_step(run_dir / EVAL_LOG).items()}
+    newest = _newest_predictions(run_dir / PREDICTIONS_DIR)
+    if not (train or evaluations or newest):
+        raise UserError(
+            "nothing to report: no rows of training, evaluation or predictions",
+            where=run_dir,
+            expected=f"a run directory with {TRAIN_LOG}, {EVAL_LOG} or {PREDICTIONS_DIR}/*.jsonl",
+            fix="name the directory that `rating-train train` wrote",
+        )
+    report = run_dir / REPORT_DIR
+    report.mkdir(exist_ok=True)
+    skipped: dict[str, str] = {}
+    if train or evaluations:
+        _draw_curves(report / CURVES_FILE, run_dir.name, train, evaluations)
+    else:
+        skipped[CURVES_FILE] = f"neither {TRAIN_LOG} nor {EVAL_LOG} has rows"
+    predictions = _report_predictions(report, newest, skipped)
+    figures = [f for f in (CURVES_FILE, SCATTER_FILE, CATEGORIES_FILE) if f not in skipped]
+    for name in skipped:
+        (report / name).unlink(missing_ok=True)
+    summary = {
+        "run": run_dir.name,
+        "training": _training_summary(train),
+        "evaluation": {split: _evaluation_summary(rows) for split, rows in evaluations.items()},
+        "predictions": predictions,
+        "figures": figures,
+        "figures_left_out": skipped,
+    }
+    atomic_write_json(report / SUMMARY_FILE, _without_nan(summary))
+    return report
+
+
+def _rows_by_step(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Split -> the rows that have a step, in order of steps; a row that names no split is under "".
+
+    A run that was killed goes on from its last checkpoint and logs some steps again: the last row of a
+    step is the one that led to the final weights.
+    """
+    rows: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in read_json_lines(path) if path.is_file() else ():
+        step = row.get("step") if isinstance(row, dict) else None
+        if isinstance(step, int) and not isinstance(step, bool):
+            rows.setdefault(str(row.get("split") or ""), {})[step] = row
+    return {split: [found[step] for step in sorted(found)] for split, found in rows.items()}
+
+
+def _newest_predictions(folder: Path) -> Path | None:
+    """The file written last; of files written in the same instant, the last by name."""
+    found = [(path.stat().st_mtime_ns, path.name, path) for path in folder.glob("*.jsonl")]
+    return max(found)[2] if found else None
+
+
+def _report_predictions(report: Path, newest: Path | None, skipped: dict[str, str]) -> dict[str, Any] | None:
+    """Draw and sum up one file of predictions; notes in ``skipped`` what could not be drawn."""
+    if newest is None:
+        skipped[SCATTER_FILE] = skipped[CATEGORIES_FILE] = f"no files in {PREDICTIONS_DIR}/"
+        return None
+    rows = [row for row in deduplicate(read_predictions(newest)) if row.rating is not None]
+    if not rows:
+        skipped[SCATTER_FILE] = skipped[CATEGORIES_FILE] = f"{newest.name} has no rows with a rating"
+        return {"file": newest.name, "scores": None, "by_category": None}
+    scores = score([row.score for row in rows], _ratings(rows))
+    _draw_scatter(report / SCATTER_FILE, newest.stem, [row.score for row in rows], _ratings(rows), scores)
+    by_category = _by_category(rows)
+    if by_category:
+        _draw_categories(report / CATEGORIES_FILE, newest.stem, by_category, scores)
+    else:
+        skipped[CATEGORIES_FILE] = f"{newest.name} has no categories"
+    table = {name: s.as_dict() for name, s in by_category.items()}
+    return {"file": newest.name, "scores": scores.as_dict(), "by_category": table or None}
+
+
+def _ratings(rows: Sequence[Prediction]) -> list[float]:
+    return [row.rating for row in rows if row.rating is not None]
+
+
+def _by_category(rows: Sequence[Prediction]) -> dict[str, Scores]:
+    """Category -> scores, the largest first; empty where no row has a category."""
+    if not any(row.category for row in rows):
+        return {}
+    names = [row.category or NO_CATEGORY for row in rows]
+    return per_group([row.score for row in rows], _ratings(rows), names)
+
+
+def _training_summary(rows: Rows) -> dict[str, Any] | None:
+    """First and last step, the loss at the end, and the typical speed (medians: a stall is no trend)."""
+    if not rows:
+        return None
+    waits = [
+        wait / step
+        for wait, step in ((_number(r, "data_wait_seconds"), _number(r, "step_seconds")) for r in rows)
+        if wait is not None and step
+    ]
+    losses = [loss for loss in (_number(r, "loss") for r in rows) if loss is not None]
+    tail = losses[-max(1, len(losses) // 20) :]
+    return {
+        "first_step": rows[0]["step"],
+        "last_step": rows[-1]["step"],
+        "rows": len(rows),
+        "last_epoch": _number(rows[-1], "epoch"),
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "mean_loss_of_last_20th": statistics.fmean(tail) if tail else None,
+        "median_samples_per_second": _median([_number(r, "samples_per_second") for r in rows]),
+        "median_step_seconds": _median([_number(r, "step_seconds") for r in rows]),
+        "median_data_wait_share": _median(waits),
+    }
+
+
+def _evaluation_summary(rows: Rows) -> dict[str, Any]:
+    """The last row and the row with the highest PLCC, as they were logged."""
+    defined = (row for row in rows if _number(row, "plcc") is not None)
+    best = max(defined, key=lambda row: row["plcc"], default=None)
+    return {"evaluations": len(rows), "best_by_plcc": best, "last": rows[-1]}
+
+
+def _number(row: Mapping[str, Any], key: str) -> float | None:
+    """``row[key]`` as a finite float, or ``None`` where it is missing, null, NaN or not a number."""
+    value = row.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    defined = [v for v in values if v is not None]
+    return statistics.median(defined) if defined else None
+
+
+def _without_nan(value: Any) -> Any:
+    """The same JSON with NaN and infinity (a log of another program may hold them) as ``None``."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _draw_curves(path: Path, run: str, train: Rows, evaluations: Mapping[str, Rows]) -> None:
+    figure = plots.new_figure(13.5, 7.2)
+    grid = figure.subplots(2, 3)
+    figure.suptitle(plots.plain(run), fontweight="bold")
+    _panel(grid[0, 0], "Training loss (MSE)", [("", train, "loss", "-")], smooth=True)
+    _panel(grid[0, 1], "Learning rate", _learning_rates(train))
+    _panel(grid[0, 2], "Gradient norm", [("", train, "grad_norm", "-")], smooth=True)
+    splits = evaluations.items()
+    plcc = [(f"{split} PLCC", rows, "plcc", "o-") for split, rows in splits]
+    srcc = [(f"{split} SRCC", rows, "srcc", "s--") for split, rows in splits]
+    _panel(grid[1, 0], "PLCC and SRCC", plcc + srcc, colours=len(evaluations))
+    rmse = [(f"{split} RMSE", rows, "rmse", "o-") for split, rows in splits]
+    mae = [(f"{split} MAE", rows, "mae", "s--") for split, rows in splits]
+    _panel(grid[1, 1], "RMSE and MAE (stars)", rmse + mae, colours=len(evaluations))
+    _panel(grid[1, 2], "Throughput (samples/s)", [("", train, "samples_per_second", "-")], smooth=True)
+    grid[1, 2].set_ylim(bottom=0, top=1.1 * grid[1, 2].get_ylim()[1])
+    grid[0, 1].yaxis.set_major_formatter("{x:.1e}")
+    # One range of steps everywhere, so that panels can be read against each other.
+    steps = [row["step"] for rows in (train, *evaluations.values()) for row in rows]
+    margin = max(1.0, 0.02 * (max(steps) - min(steps)))
+    for axes in grid.flat:
+        axes.set_xlim(min(steps) - margin, max(steps) + margin)
+    plots.save(figure, path)
+
+
+def _learning_rates(train: Rows) -> list[Curve]:
+    """One curve for each parameter group, or one for all where the log has a single number.
+
+    Groups with equal rates share one curve: drawn apart, the last would hide the others.
+    """
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for row in train:
+        rates = row.get("lr")
+        for name, rate in (rates if isinstance(rates, Mapping) else {"": rates}).items():
+            curves.setdefault(str(name), []).append({"step": row["step"], "lr": rate})
+    shared: dict[str, tuple[list[str], list[dict[str, Any]]]] = {}
+    for name, rows in curves.items():
+        shared.setdefault(repr(rows), ([], rows))[0].append(name)
+    return [(", ".join(names), rows, "lr", "-") for names, rows in shared.values()]
+
+
+def _panel(axes: Axes, title: str, curves: Sequence[Curve], smooth: bool = False, colours: int = 0) -> None:
+    """One panel of curves (label, rows, key, style) over the step; says so where nothing was logged.
+
+    ``smooth`` draws the raw numbers faintly under their moving mean; after ``colours`` curves the colours
+    begin again (0: never).
+    """
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel("step")
+    axes.grid(color="0.92")
+    for i, (label, rows, key, style) in enumerate(curves):
+        points = [(row["step"], value) for row in rows if (value := _number(row, key)) is not None]
+        if not points:
+            continue
+        steps, values = [step for step, _ in points], [value for _, value in points]
+        colour = plots.COLOURS[(i % colours if colours else i) % len(plots.COLOURS)]
+        if smooth and len(values) >= 20:
+            axes.plot(steps, values, color=colour, lw=1.0, alpha=0.3, label="logged")
+            values, label = _moving_mean(values), "moving mean"
+        axes.plot(steps, values, style, color=colour, ms=4, lw=1.6, label=plots.plain(label))
+        if smooth and min(values) > 0 and max(values) > 8 * min(values):
+            axes.set_yscale("log")
+    if not axes.lines:
+        axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="0.5")
+        axes.set_yticks([])
+    elif any(axes.get_legend_handles_labels()[1]):
+        axes.legend(frameon=False, fontsize=9)
+
+
+def _moving_mean(values: Sequence[float]) -> list[float]:
+    """Mean over a window of about a fortieth of the curve, centred, so that it does not lag behind."""
+    half = max(2, len(values) // 80)
+    return [statistics.fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def _draw_scatter(path: Path, name: str, predicted: list[float], true: list[float], scores: Scores) -> None:
+    figure = plots.new_figure(6.6, 6.0)
+    axes = figure.subplots()
+    # The scale of a rating, widened where a number lies outside of it.
+    low, high = min(1.0, *predicted, *true) - 0.1, max(5.0, *predicted, *true) + 0.1
+    axes.plot([low, high], [low, high], "--", color="0.35", lw=1.2, label="y = x", zorder=3)
+    if len(true) > 2000:
+        square = (low, high, low, high)
+        bins = axes.hexbin(true, predicted, gridsize=60, bins="log", mincnt=1, extent=square)
+        figure.colorbar(bins, ax=axes, label="items", shrink=0.85)
+    else:
+        axes.scatter(true, predicted, s=14, alpha=0.45, color=plots.COLOURS[0], linewidths=0)
+    axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.set(xlabel="true rating (stars)", ylabel="predicted rating (stars)")
+    shown = f"PLCC {_shown(scores.plcc)}   SRCC {_shown(scores.srcc)}   RMSE {_shown(scores.rmse)}"
+    axes.set_title(f"{plots.plain(name)}\n{shown}   n = {scores.n:,}", fontsize=11)
+    axes.legend(frameon=False, loc="upper left")
+    plots.save(figure, path)
+
+
+def _draw_categories(path: Path, name: str, table: Mapping[str, Scores], overall: Scores) -> None:
+    """RMSE and PLCC of the largest categories, side by side, the worst RMSE on top."""
+    largest = list(table.items())[:MAX_CATEGORIES]
+    shown = sorted(largest, key=lambda item: item[1].rmse or 0.0)
+    figure = plots.new_figure(11.5, 1.5 + 0.29 * len(shown))
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = range(len(shown))
+    for axes, metric, unit in ((left, "rmse", " (stars)"), (right, "plcc", "")):
+        values = [getattr(s, metric) for _, s in shown]
+        axes.barh(places, [v or 0.0 for v in values], color=plots.COLOURS[0], alpha=0.85, height=0.7)
+        # Numbers stand in a column beside the bars; a missing bar would read as zero, so it says why.
+        beside = axes.get_yaxis_transform()
+        for place, value in zip(places, values):
+            axes.text(1.01, place, _shown(value), transform=beside, va="center", fontsize=8)
+        total = getattr(overall, metric)
+        if total is not None:
+            axes.axvline(total, color=plots.COLOURS[1], lw=1.4, ls="--", label=f"all items {total:.3f}")
+            axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderpad=0)
+        axes.set_title(f"{metric.upper()}{unit}", loc="left", fontsize=11)
+        axes.grid(axis="x", color="0.9")
+        axes.set_axisbelow(True)
+    left.set_ylim(-0.6, len(shown) - 0.4)
+    left.set_yticks(places, [f"{plots.plain(category[:40])} ({s.n:,})" for category, s in shown], fontsize=9)
+    right.tick_params(axis="y", length=0)
+    left_out = f" ({MAX_CATEGORIES} largest of {len(table)})" if len(table) > MAX_CATEGORIES else ""
+    figure.suptitle(
+        f"{plots.plain(name)}: error by category{left_out}, number of items in brackets", fontweight="bold"
+    )
+    plots.save(figure, path)
+
+
+def _shown(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"

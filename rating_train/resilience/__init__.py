@@ -1,0 +1,1 @@
+"""Fault tolerance of a running job: run lock, watchdog, graceful stop, supervisor."""

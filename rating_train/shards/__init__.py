@@ -1,0 +1,1 @@
+"""The dataset format on disk, without torch: schema, MDS reading and writing, verification."""

@@ -1,0 +1,1 @@
+"""Training: the loop, the job and what it is made of, evaluation."""

@@ -1,0 +1,123 @@
+"""The verb ``evaluate``: score a checkpoint of a run on a split, on any number of ranks."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from rating_train import run_dir
+from rating_train.checkpoint import store
+from rating_train.checkpoint.deepspeed_io import consolidated_weights
+from rating_train.checkpoint.state import STATE_FILE, from_json
+from rating_train.config.schema import Config
+from rating_train.data.loader import open_evaluation
+from rating_train.distributed.collectives import on_main
+from rating_train.errors import UserError
+from rating_train.files import append_json_line, read_json
+from rating_train.scoring.ces import CONVENTIONS
+from rating_train.training import setup
+from rating_train.training.evaluation import evaluate
+from rating_train.training.predictor import load_predictor
+
+log = logging.getLogger(__name__)
+
+
+def evaluate_run(run: Path, config: Config, checkpoint: str, split: str) -> dict[str, Any]:
+    """Score one checkpoint; writes the predictions and a row of eval.jsonl, and returns the row.
+
+    Args:
+        run: run directory.
+        config: the run's configuration, with what is to differ (another ``data.path``).
+        checkpoint: ``best``, ``latest`` or a step.
+        split: ``""`` takes the split of the run's own evaluations.
+    """
+    split = split or config.data.eval_split
+    world, device = setup.join_job()
+    directory = on_main(lambda: choose_checkpoint(run / run_dir.CHECKPOINTS_DIR, checkpoint))
+    content = on_main(lambda: read_json(directory / STATE_FILE))
+    step, stage = from_json(content).step, content["identity"]["topology"]["zero_stage"]
+    log.info("evaluating %s on %s", directory, split)
+    inputs = setup.read_model_inputs(config)
+    data = open_evaluation(config.data, inputs.prompt, world, split, _batch_items(config, world.size))
+    weights = consolidated_weights(directory, stage)
+    start = inputs.prompt.layout.image_start
+    predictor = load_predictor(config, inputs.architecture, start, weights, device)
+    started = time.monotonic()
+    result = evaluate(
+        predictor, data, run_dir.predictions_file(run, split, step), progress(data.samples, world.size)
+    )
+    seconds = time.monotonic() - started
+    row = setup.evaluation_row(
+        inputs, result.scores, step=step, split=split, source="evaluate", seconds=seconds
+    )
+    on_main(lambda: append_json_line(run / run_dir.EVAL_LOG, row))
+    return row
+
+
+def choose_checkpoint(root: Path, wanted: str) -> Path:
+    """The directory of ``best``, ``latest`` or a step, verified.
+
+    Raises:
+        UserError: no such checkpoint, or its bytes are not those that were saved.
+    """
+    names = {"best": store.BEST, "latest": store.LATEST}
+    if wanted in names:
+        step = store.pointed_step(root, names[wanted])
+    elif wanted.isdigit():
+        step = int(wanted)
+    else:
+        raise UserError(
+            f"{wanted!r} names no checkpoint", where="--checkpoint", expected="best, latest or a step"
+        )
+    present = [s for s, _ in store.steps_present(root)]
+    if step is None or step not in present:
+        raise UserError(
+            f"there is no checkpoint {wanted}",
+            where=root,
+            expected=f"one of the steps {', '.join(map(str, present))}" if present else "a trained run",
+        )
+    directory = root / store.step_name(step)
+    if problem := store.problem(directory):
+        raise UserError(f"the checkpoint cannot be trusted: {problem}", where=directory)
+    return directory
+
+
+def progress(items: int, ranks: int) -> Any:
+    """A callback that logs rate and remaining time every ten seconds (this rank's batches stand for all)."""
+    state = {"done": 0, "started": time.monotonic(), "logged": time.monotonic()}
+
+    def on_batch(count: int) -> None:
+        state["done"] += count * ranks
+        now = time.monotonic()
+        if now - state["logged"] >= 10:
+            state["logged"] = now
+            rate = state["done"] / (now - state["started"])
+            left = max(0, items - state["done"]) / rate
+            log.info(
+                "%d of %d items, %.1f items/s, %.0f s left", min(state["done"], items), items, rate, left
+            )
+
+    return on_batch
+
+
+def render(row: dict[str, Any]) -> str:
+    """The row for a terminal: every number with its name, CES with its convention."""
+    lines = [f"step {row['step']}, split {row['split']}, {row['n']} items, {row['items_per_second']} items/s"]
+    for name, label in (("plcc", "PLCC"), ("srcc", "SRCC"), ("rmse", "RMSE (stars)"), ("mae", "MAE (stars)")):
+        value = row[name]
+        reason = (row.get("undefined") or {}).get(name, "")
+        lines.append(f"{label:<14} {f'{value:.4f}' if value is not None else f'undefined: {reason}'}")
+    for convention, label in CONVENTIONS.items():
+        value = row[f"ces_{convention}"]
+        lines.append(
+            f"CES            {'undefined' if value is None else f'{value:.4f}'}  [{convention}: {label}]"
+        )
+    return "\n".join(lines)
+
+
+def _batch_items(config: Config, ranks: int) -> int:
+    if config.eval.micro_items or config.batch.micro_items:
+        return config.eval.micro_items or config.batch.micro_items
+    return max(1, config.batch.global_items // ranks)

@@ -1,0 +1,90 @@
+"""The parts that several verbs need, put together from a configuration the same way each time."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rating_train import log as logs
+from rating_train.config.schema import Config
+from rating_train.data.prompt import PromptEncoder, load_tokenizer
+from rating_train.distributed import world as worlds
+from rating_train.distributed.collectives import on_main
+from rating_train.errors import UserError
+from rating_train.model.architecture import Architecture
+from rating_train.model.cost import count_forward, count_parameters, visual_tokens
+from rating_train.model.load import read_architecture
+from rating_train.scoring.ces import ces_table
+from rating_train.scoring.metrics import Scores
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """A configuration with what its backbone implies: known before any weight or shard is read."""
+
+    config: Config
+    architecture: Architecture
+    prompt: PromptEncoder
+
+
+def read_model_inputs(config: Config) -> ModelInputs:
+    """Read the backbone's configuration and tokenizer.
+
+    Raises:
+        UserError: unknown backbone, an image size that does not divide, a tokenizer that does not fit.
+    """
+    architecture = read_architecture(config.model)
+    visual = visual_tokens(architecture, config.data.image_px)
+    where = config.model.tokenizer or config.model.backbone
+    tokenizer = load_tokenizer(where, config.model.revision)
+    if tokenizer.get_vocab_size() > architecture.text.vocab:
+        raise UserError(
+            f"the tokenizer has {tokenizer.get_vocab_size()} ids, the backbone embeds {architecture.text.vocab}",
+            where=where,
+            fix="set model.tokenizer to the backbone's own",
+        )
+    prompt = PromptEncoder(tokenizer, visual, config.data.text_tokens, config.data.field_chars)
+    return ModelInputs(config, architecture, prompt)
+
+
+def ces_by_convention(inputs: ModelInputs, plcc: float | None) -> dict[str, float | None]:
+    """CES of a PLCC in each counting convention of :mod:`rating_train.scoring.ces`."""
+    forward = count_forward(inputs.architecture, inputs.config.data.image_px, inputs.prompt.layout.length)
+    parameters = count_parameters(inputs.architecture)["total"]
+    return {row.convention: row.ces for row in ces_table(plcc, parameters, forward.totals())}
+
+
+def evaluation_row(
+    inputs: ModelInputs, scores: Scores, *, step: int, split: str, source: str, seconds: float
+) -> dict[str, Any]:
+    """One line of eval.jsonl: the scores, the reasons of undefined ones, and CES named by convention."""
+    ces = ces_by_convention(inputs, scores.plcc)
+    return {
+        "step": step,
+        "split": split,
+        "source": source,
+        **scores.as_dict(),
+        **{f"ces_{name}": value for name, value in ces.items()},
+        "seconds": round(seconds, 3),
+        "items_per_second": round(scores.n / seconds, 2) if seconds > 0 else None,
+    }
+
+
+def join_job(log_file: Any = None, timeout_minutes: float = 10.0) -> tuple[worlds.World, Any]:
+    """Detect the world, connect to the process group, set up the log of this rank; returns (world, device).
+
+    Args:
+        log_file: a function of the rank that gives its log file, or ``None``.
+        timeout_minutes: of every collective.
+    """
+    world = worlds.detect()
+    file: Path | None = log_file(world.rank) if log_file else None
+    logs.set_up(world.rank, file)
+    device = worlds.connect(world, timeout_minutes)
+    nodes = f", {world.nodes} nodes" if world.nodes > 1 else ""
+    on_main(lambda: log.info("%d ranks%s on %s", world.size, nodes, device.type))
+    return world, device

@@ -1,0 +1,105 @@
+"""Metrics of a run: append-only JSON lines, and the same numbers as TensorBoard events. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from rating_train import run_dir
+from rating_train.files import append_json_line, atomic_write_bytes
+
+log = logging.getLogger(__name__)
+
+
+class Tracker:
+    """Writes ``train.jsonl``, ``eval.jsonl`` and TensorBoard events of one run.
+
+    Args:
+        run: the run directory.
+        first_step: rows of later steps, left by a run that was resumed from an older checkpoint, are dropped
+            at the start, so that each step stands there once.
+        enabled: whether this is the rank that writes.
+    """
+
+    def __init__(self, run: Path, first_step: int, enabled: bool) -> None:
+        self._run = run
+        self._enabled = enabled
+        self._writer: Any = None
+        self._waiting: list[tuple[str, dict[str, Any]]] = []  # rows that the disk had no room for
+        if not enabled:
+            return
+        for name in (run_dir.TRAIN_LOG, run_dir.EVAL_LOG):
+            _drop_rows_after(run / name, first_step)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run / run_dir.TENSORBOARD_DIR), purge_step=first_step + 1)
+
+    def train(self, row: dict[str, Any]) -> None:
+        """One line of train.jsonl; ``row`` holds ``step``."""
+        self._write(run_dir.TRAIN_LOG, "train", row)
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """One line of eval.jsonl; ``row`` holds ``step`` and ``split``."""
+        self._write(run_dir.EVAL_LOG, f"eval_{row.get('split', '')}", row)
+
+    def close(self) -> None:
+        """Write the rows that wait for room, and flush the event file."""
+        self._append_waiting()
+        if self._waiting:
+            log.error("%d rows of the metrics files are lost: there is no room for them", len(self._waiting))
+        self._draw("close")
+
+    def _write(self, file: str, prefix: str, row: dict[str, Any]) -> None:
+        if not self._enabled:
+            return
+        self._waiting.append((file, {**row, "time": round(time.time(), 3)}))
+        self._append_waiting()
+        for key, value in row.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and key != "step":
+                self._draw("add_scalar", f"{prefix}/{key}", value, row["step"])
+
+    def _append_waiting(self) -> None:
+        """In order. On a full disk rows wait in memory: whether training stops is for the saves to say."""
+        while self._waiting:
+            file, row = self._waiting.pop(0)
+            try:
+                append_json_line(self._run / file, row)
+            except OSError as e:
+                self._waiting.insert(0, (file, row))
+                if len(self._waiting) == 1:
+                    log.error("%s cannot be written (%s): rows wait in memory for room", self._run / file, e)
+                return
+
+    def _draw(self, method: str, *arguments: Any) -> None:
+        """TensorBoard has a copy of the rows; it does without, rather than end the run."""
+        if self._writer is None:
+            return
+        try:
+            getattr(self._writer, method)(*arguments)
+        except OSError as e:
+            self._writer = None
+            log.error("TensorBoard's events end here (%s): train.jsonl and eval.jsonl have all rows", e)
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    """Keep the rows up to ``step``, atomically; a torn last line goes too."""
+    if not path.is_file():
+        return
+    kept, dropped = [], 0
+    for line in path.read_bytes().splitlines(
+        keepends=True
+    ):  # of bytes: at line ends alone, as they were written
+        try:
+            keep = line.endswith(b"\n") and json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            keep = False
+        if keep:
+            kept.append(line)
+        else:
+            dropped += 1
+    if dropped:
+        log.info("%s: dropped %d rows after step %d (they will be written again)", path.name, dropped, step)
+        atomic_write_bytes(path, b"".join(kept))

@@ -1,0 +1,256 @@
+"""Saving in one process, with a dict in the engine's place: the two halves of a save, and how each of them fails."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rating_train.checkpoint import manager, store
+from rating_train.checkpoint.deepspeed_io import copy_to_memory
+from rating_train.checkpoint.manager import Checkpointer, Saved, SaveFailed
+from rating_train.checkpoint.state import Identity, TrainState
+from rating_train.distributed.world import World
+from rating_train.files import read_json
+
+pytestmark = pytest.mark.timeout(60)
+
+IDENTITY = Identity({}, "", {}, {"ranks": 1, "zero_stage": 1})
+SHARD = "engine/weights.pt"
+
+
+class Gate:
+    """Threads write once it is open; ``captured`` are the checkpoints that stood whenever a state was copied."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self.captured: list[list[int]] = []
+
+
+@pytest.fixture
+def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate, write = Gate(), manager._write
+
+    def capture(ds: dict[str, Any]) -> dict[str, Any]:
+        gate.captured.append([step for step, _ in store.steps_present(tmp_path)])
+        return copy_to_memory(ds)
+
+    def gated(*args: Any) -> store.Files:
+        assert gate.opened.wait(30)
+        return write(*args)
+
+    monkeypatch.setattr(manager, "capture_shards", capture)
+    monkeypatch.setattr(manager, "_write", gated)
+    yield gate
+    gate.opened.set()
+
+
+@pytest.fixture
+def engine() -> dict[str, Any]:
+    return {SHARD: {"w": torch.arange(1000.0)}}
+
+
+def saver(root: Path, background: bool = True, keep_last: int = 9) -> Checkpointer:
+    return Checkpointer(root, World(), keep_last, 0, background)
+
+
+def save(checkpointer: Checkpointer, engine: dict[str, Any], step: int, best: bool = False) -> Saved | None:
+    return checkpointer.save(engine, TrainState(step=step, best_value=0.5), IDENTITY, 100, best)
+
+
+def names(root: Path) -> list[str]:
+    return sorted(p.name for p in root.iterdir())
+
+
+def test_in_the_foreground_a_save_returns_what_it_committed(
+    tmp_path: Path, gate: Gate, engine: dict[str, Any]
+) -> None:
+    gate.opened.set()
+    saved = save(saver(tmp_path, background=False), engine, 5, best=True)
+    assert saved is not None and saved.path == tmp_path / "step_00000005"
+    files = store.verify(saved.path)["files"]
+    assert set(files) == {SHARD, "rank_00000.pt", "state.json"}
+    assert saved.bytes == sum(entry["bytes"] for entry in files.values())
+    assert 0 < saved.blocked_seconds <= saved.seconds
+    assert store.pointed_step(tmp_path, store.LATEST) == store.pointed_step(tmp_path, store.BEST) == 5
+    assert read_json(saved.path / "state.json")["train_state"]["step"] == 5
+
+
+def test_in_the_background_it_holds_the_state_of_its_step_whatever_training_does_meanwhile(
+    tmp_path: Path, gate: Gate, engine: dict[str, Any]
+) -> None:
+    checkpointer = saver(tmp_path)
+    assert save(checkpointer, engine, 5) is None
+    engine[SHARD]["w"].zero_()
+    assert store.steps_present(tmp_path) == [], "not committed before it is settled"
+    gate.opened.set()
+    saved = checkpointer.finalize()
+    assert saved is not None
+    assert torch.load(saved.path / SHARD)["w"].equal(torch.arange(1000.0))
+    assert checkpointer.finalize() is None
+
+
+def test_settle_if_done_waits_for_nothing(tmp_path: Path, gate: Gate, engine: dict[str, Any]) -> None:
+    checkpointer = saver(tmp_path)
+    assert checkpointer.finalize_if_done() is None
+    save(checkpointer, engine, 5)
+    assert checkpointer.finalize_if_done() is None and store.steps_present(tmp_path) == []
+    gate.opened.set()
+    assert checkpointer._under_way is not None
+    checkpointer._under_way.written.result(timeout=30)
+    saved = checkpointer.finalize_if_done()
+    assert saved is not None and saved.path.name == "step_00000005"
+    assert checkpointer.finalize_if_done() is None
+
+
+def test_never_are_two_saves_under_way(tmp_path: Path, gate: Gate, engine: dict[str, Any]) -> None:
+    checkpointer = saver(tmp_path)
+    save(checkpointer, engine, 5)
+    opener = threading.Timer(0.3, gate.opened.set)
+    opener.start()
+    save(checkpointer, engine, 10)  # waits for the first
+    assert gate.captured == [[], [5]], "the first is committed before the second's state is copied"
+    opener.join()
+    assert checkpointer.finalize() is not None
+    assert [step for step, _ in store.steps_present(tmp_path)] == [10, 5]
+
+
+def test_an_error_of_the_thread_surfaces_when_it_is_settled_and_the_next_save_works(
+    tmp_path: Path, gate: Gate, engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real full disk: /dev/full stands where a file is to be written."""
+    begin = store.begin
+
+    def begin_full(root: Path, step: int) -> Path:
+        temporary = begin(root, step)
+        (temporary / "engine").mkdir()
+        (temporary / SHARD).symlink_to("/dev/full")
+        return temporary
+
+    checkpointer = saver(tmp_path)
+    gate.opened.set()
+    save(checkpointer, engine, 5)
+    with monkeypatch.context() as m:
+        m.setattr(store, "begin", begin_full)
+        assert save(checkpointer, engine, 10) is None
+    assert checkpointer._under_way is not None
+    assert checkpointer._under_way.written.exception(timeout=30) is not None
+    assert not (checkpointer._under_way.temporary / SHARD).is_symlink(), "removed by the thread, at once"
+    open_files = [os.readlink(f.path) for f in os.scandir("/proc/self/fd") if os.path.islink(f.path)]
+    assert "/dev/full" not in open_files, "an open file would keep its room"
+    with pytest.raises(SaveFailed, match=rf"step 10 could not be written \(rank 0: {SHARD}: ") as caught:
+        checkpointer.finalize_if_done()
+    assert f"where: {tmp_path}" in str(caught.value) and "bytes of free space" in str(caught.value)
+    assert caught.value.on_all_ranks, "one line for the job"
+    assert names(tmp_path) == ["latest.json", "step_00000005"]
+    assert checkpointer.finalize() is None, "it is told once"
+    save(checkpointer, engine, 15)
+    assert checkpointer.finalize() is not None and store.pointed_step(tmp_path, store.LATEST) == 15
+
+
+def test_the_error_of_a_save_also_surfaces_at_the_next_one(
+    tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate.opened.set()
+    checkpointer = saver(tmp_path)
+    unpicklable = {SHARD: {"w": torch.zeros(3), "f": lambda: None}}
+    save(checkpointer, unpicklable, 5)
+    with pytest.raises(SaveFailed, match=r"checkpoint of step 5 .*lambda"):
+        save(checkpointer, unpicklable, 10)
+    assert names(tmp_path) == [] and gate.captured == [[]], "the second one was not begun"
+
+
+def test_too_little_room_is_said_before_anything_is_written(
+    tmp_path: Path, gate: Gate, engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate.opened.set()
+    checkpointer = saver(tmp_path)
+    with monkeypatch.context() as m:
+        m.setattr(manager, "tensor_bytes", lambda _state: 10**17)
+        with pytest.raises(SaveFailed, match="needs 100,000,000,000,000,000 bytes") as caught:
+            save(checkpointer, engine, 5)
+    assert str(tmp_path) in str(caught.value) and names(tmp_path) == []
+    assert checkpointer.finalize() is None
+    save(checkpointer, engine, 5)
+    assert checkpointer.finalize() is not None
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "bad"), store.InvalidCheckpoint("bad")])
+def test_a_commit_that_fails_leaves_nothing(
+    tmp_path: Path, gate: Gate, engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def commit(*_: object) -> Path:
+        raise error
+
+    gate.opened.set()
+    monkeypatch.setattr(store, "commit", commit)
+    with pytest.raises(SaveFailed, match=r"\(rank 0: (OSError|InvalidCheckpoint): .*bad"):
+        save(saver(tmp_path, background=False), engine, 5)
+    assert names(tmp_path) == []
+
+
+def test_a_pointer_that_cannot_be_written_fails_the_save_but_keeps_the_checkpoint(
+    tmp_path: Path, gate: Gate, engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def point(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    gate.opened.set()
+    checkpointer = saver(tmp_path, background=False)
+    with monkeypatch.context() as m:
+        m.setattr(store, "point", point)
+        with pytest.raises(SaveFailed, match=r"rank 0: it is whole, but latest\.json or best\.json is not"):
+            save(checkpointer, engine, 5)
+    assert store.newest_valid(tmp_path) == (store.Found(5, tmp_path / "step_00000005"), [])
+    assert save(checkpointer, engine, 10) is not None
+    assert store.pointed_step(tmp_path, store.LATEST) == 10
+
+
+def test_old_ones_are_pruned_by_the_thread_and_an_error_of_it_is_logged(
+    tmp_path: Path, gate: Gate, engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    gate.opened.set()
+    caplog.set_level(logging.INFO)
+    checkpointer = saver(tmp_path, background=False, keep_last=1)
+    save(checkpointer, engine, 5, best=True)
+    for step in (10, 15):
+        save(checkpointer, engine, step)
+
+    def prune(*_: object) -> list[int]:
+        raise OSError(errno.EBUSY, "busy")
+
+    with monkeypatch.context() as m:
+        m.setattr(store, "prune", prune)
+        save(checkpointer, engine, 20)
+        checkpointer.close()
+    assert "pruned the checkpoints of steps 10" in caplog.text
+    assert "old checkpoints could not be removed" in caplog.text and "busy" in caplog.text
+    assert names(tmp_path) == ["best.json", "latest.json", "step_00000005", "step_00000015", "step_00000020"]
+
+
+def test_pointers_that_a_crash_left_behind_are_mended_by_the_next_start(
+    tmp_path: Path, gate: Gate, engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate.opened.set()
+    checkpointer = saver(tmp_path, background=False, keep_last=1)
+    save(checkpointer, engine, 5, best=True)
+    state = TrainState(step=10, best_value=0.7, best_step=10)
+    checkpointer.save(engine, state, IDENTITY, 100, best=True)
+    checkpointer.close()
+    for name in (store.LATEST, store.BEST):  # as if it had died right after the rename
+        store.point(tmp_path, name, 5)
+    monkeypatch.setattr(manager, "read_shards", lambda *_: None)
+    again = saver(tmp_path, background=False, keep_last=1)
+    path = again.find("must")
+    assert path is not None and path.name == store.step_name(10)
+    assert again.restore(None, path, again.read_state(path), IDENTITY) == state
+    assert [store.pointed_step(tmp_path, name) for name in (store.LATEST, store.BEST)] == [10, 10]
+    assert read_json(tmp_path / store.BEST)["value"] == 0.7

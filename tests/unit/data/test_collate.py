@@ -1,0 +1,174 @@
+"""Batches: divided and moved without changing a value; images are exactly the pixels that were stored."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rating_train.data.collate import Batch, Collator, decode_square
+from rating_train.data.prompt import PromptEncoder, load_tokenizer
+from rating_train.demo.tokenizer import make_tokenizer
+
+S = 24
+TENSORS = ("images", "input_ids", "used_tokens", "ratings", "rating_counts")
+
+
+def jpeg(size: int = S, seed: int = 0, mode: str = "RGB") -> bytes:
+    """Smooth random colours: a photo, not noise, so that a resize keeps them about as they are."""
+    small = np.random.default_rng(seed).integers(0, 256, size=(4, 4, 3), dtype=np.uint8)
+    image = Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC).convert(mode)
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=95)
+    return out.getvalue()
+
+
+def sample(number: int, **changes: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "id": f"item-{number}",
+        "image": jpeg(seed=number),
+        "title": f"Kettle number {number}",
+        "description": "",
+        "features": "Red. " * number,
+        "main_category": "Kitchen" if number % 2 else "Toys",
+        "rating": np.float32(1 + number % 5),
+        "rating_count": np.int64(10 * number + 3),
+    }
+    return {**given, **changes}
+
+
+@pytest.fixture(scope="module")
+def prompt(tmp_path_factory: pytest.TempPathFactory) -> PromptEncoder:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(["Kettle number 1. Red. Red."] * 4, folder, vocab_size=300)
+    return PromptEncoder(load_tokenizer(str(folder)), visual_tokens=9, text_tokens=200, field_chars=100)
+
+
+@pytest.fixture(scope="module")
+def batch(prompt: PromptEncoder) -> Batch:
+    return Collator(prompt, S)([sample(i) for i in range(8)])
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    same = all(torch.equal(getattr(a, name), getattr(b, name)) for name in TENSORS)
+    return same and (a.ids, a.categories) == (b.ids, b.categories)
+
+
+def test_a_batch_holds_every_column_in_order_with_fixed_shapes_and_types(
+    batch: Batch, prompt: PromptEncoder
+) -> None:
+    assert len(batch) == 8 and batch.ids == [f"item-{i}" for i in range(8)]
+    assert batch.categories == ["Toys", "Kitchen"] * 4
+    assert batch.images.shape == (8, 3, S, S) and batch.images.dtype == torch.uint8
+    assert batch.images.is_contiguous()
+    assert batch.input_ids.shape == (8, 209) and batch.input_ids.dtype == torch.int64
+    assert batch.ratings.dtype == batch.rating_counts.dtype == torch.float32
+    assert batch.ratings.tolist() == [1 + i % 5 for i in range(8)]
+    assert batch.rating_counts.tolist() == [10 * i + 3 for i in range(8)]
+    for i in range(8):
+        pixels = np.asarray(Image.open(io.BytesIO(jpeg(seed=i))))  # (S, S, 3)
+        assert np.array_equal(batch.images[i].permute(1, 2, 0).numpy(), pixels)
+        encoded = prompt.encode(sample(i))
+        assert np.array_equal(batch.input_ids[i].numpy(), encoded.ids)
+        assert batch.used_tokens[i] == encoded.used
+
+
+def test_cut_tokens_are_counted_over_all_items(prompt: PromptEncoder) -> None:
+    long = [sample(i, title="q" * 100, description="z" * 100, features="x" * 100) for i in range(3)]
+    cut = [prompt.encode(s).cut for s in long]
+    assert min(cut) > 0
+    assert Collator(prompt, S)(long).truncated_tokens == sum(cut)
+
+
+@pytest.mark.parametrize("items", [1, 2, 3, 8, 100])
+def test_micro_batches_joined_are_the_batch(batch: Batch, items: int) -> None:
+    parts = batch.split(items)
+    assert [len(p) for p in parts] == [len(range(i, min(8, i + items))) for i in range(0, 8, items)]
+    joined = Batch(
+        ids=[i for p in parts for i in p.ids],
+        categories=[c for p in parts for c in p.categories],
+        **{name: torch.cat([getattr(p, name) for p in parts]) for name in TENSORS},
+        truncated_tokens=0,
+    )
+    assert equal(joined, batch)
+
+
+def test_micro_batches_are_views_and_the_count_of_cut_tokens_is_not_doubled(batch: Batch) -> None:
+    parts = batch.split(4)
+    assert parts[1].images.data_ptr() == batch.images[4:].data_ptr()
+    assert sum(p.truncated_tokens for p in parts) == 0
+
+
+def test_moving_a_batch_keeps_every_value_and_the_original(batch: Batch) -> None:
+    moved = batch.to(torch.device("cpu"))
+    assert equal(moved, batch) and moved.truncated_tokens == batch.truncated_tokens
+    meta = batch.to(torch.device("meta"))
+    assert all(getattr(meta, name).device.type == "meta" for name in TENSORS)
+    assert meta.ids == batch.ids and batch.images.device.type == "cpu"
+
+
+def test_an_image_of_the_right_size_is_decoded_and_not_resampled() -> None:
+    data = jpeg()
+    pixels = decode_square(data, S, "a")
+    assert pixels.shape == (S, S, 3) and pixels.dtype == np.uint8
+    assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(data))))
+
+
+@pytest.mark.parametrize("stored", [12, 48, 33])
+def test_an_image_of_another_size_is_squashed_bilinearly(stored: int) -> None:
+    data = jpeg(stored)
+    pixels = decode_square(data, S, "a")
+    expected = Image.open(io.BytesIO(data)).resize((S, S), Image.Resampling.BILINEAR)
+    assert pixels.shape == (S, S, 3)
+    assert np.array_equal(pixels, np.asarray(expected))
+    assert np.abs(pixels.astype(float).mean() - np.asarray(Image.open(io.BytesIO(data))).mean()) < 6
+
+
+@pytest.mark.parametrize("size", [S, 30])
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_an_image_of_another_mode_becomes_rgb(mode: str, size: int) -> None:
+    assert decode_square(jpeg(size, mode=mode), S, "a").shape == (S, S, 3)
+
+
+@pytest.mark.parametrize("size", [S, 40])
+@pytest.mark.parametrize("damage", ["empty", "text", "head only", "half", "a torn png", "a broken png"])
+def test_a_corrupt_image_is_an_error_that_names_the_item(damage: str, size: int) -> None:
+    whole = jpeg(size)
+    png = io.BytesIO()
+    Image.open(io.BytesIO(whole)).save(png, "PNG")
+    content = {
+        "empty": b"",
+        "text": b"<html>not here</html>",
+        "head only": whole[:60],
+        "half": whole[: len(whole) // 2],
+        "a torn png": png.getvalue()[:-30],
+        "a broken png": png.getvalue().replace(b"IDAT", b"I\0AT", 1),
+    }[damage]
+    with pytest.raises(ValueError, match="item 'B00-7'"):
+        decode_square(content, S, "B00-7")
+
+
+def test_any_changed_byte_gives_pixels_or_an_error_that_names_the_item() -> None:
+    whole = jpeg()
+    rng = np.random.default_rng(11)
+    refused = 0
+    for position in rng.choice(len(whole), size=min(600, len(whole)), replace=False):
+        content = bytearray(whole)
+        content[position] ^= int(rng.integers(1, 256))
+        try:
+            assert decode_square(bytes(content), S, "B00-7").shape == (S, S, 3)
+        except ValueError as e:
+            assert "B00-7" in str(e)
+            refused += 1
+    assert refused > 0
+
+
+def test_one_corrupt_image_among_good_ones_names_the_right_item(prompt: PromptEncoder) -> None:
+    samples = [sample(i) for i in range(4)]
+    samples[2]["image"] = samples[2]["image"][:100]
+    with pytest.raises(ValueError, match="item-2"):
+        Collator(prompt, S)(samples)

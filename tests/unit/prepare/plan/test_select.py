@@ -1,0 +1,133 @@
+"""Selecting and splitting: pure, stable, and variants of one product never straddle a split."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from rating_train.prepare.plan.select import Fractions, Rules, cap_text, hash64, split_of, title_key
+from rating_train.prepare.records.sources import Record
+from rating_train.shards.schema import Dropped, Listing
+from tests.select_reference import Groups, apply_rules, drop_duplicates, split_counts
+
+BASE = Listing("B1", "A title of some length", "d", "f", "Toys", "1.jpg", 4.0, 10, "B1")
+
+
+def run(items: list[Listing | Dropped], rules: Rules | None = None) -> list[Listing | Dropped]:
+    records = [Record("s", n, item) for n, item in enumerate(items, start=1)]
+    out = list(drop_duplicates(apply_rules(records, rules or Rules())))
+    assert [r.line for r in out] == list(range(1, len(items) + 1)), "every record comes out again, in order"
+    return [r.item for r in out]
+
+
+def reasons(items: list[Listing | Dropped]) -> list[str]:
+    return [item.reason if isinstance(item, Dropped) else "" for item in items]
+
+
+def test_rules() -> None:
+    items: list[Listing | Dropped] = [
+        BASE,
+        replace(BASE, id="B2", rating_count=9),
+        replace(BASE, id="B3", title=" ", description="", features="\n\t"),
+        replace(BASE, id="B4", title="", description="", features="x"),
+        Dropped("s", 5, "B5", "bad_json", ""),
+    ]
+    assert reasons(run(items)) == ["", "few_ratings", "empty_text", "", "bad_json"]
+
+
+def test_the_first_of_an_id_wins_among_those_that_pass() -> None:
+    items: list[Listing | Dropped] = [
+        replace(BASE, rating_count=1),
+        replace(BASE, title="first"),
+        replace(BASE, title="second"),
+    ]
+    out = run(items)
+    assert reasons(out) == ["few_ratings", "", "duplicate_id"]
+    assert isinstance(out[1], Listing) and out[1].title == "first"
+
+
+def test_texts_are_capped_in_characters() -> None:
+    capped = cap_text(replace(BASE, title="é" * 9, main_category="c" * 9), 4)
+    assert (capped.title, capped.main_category, capped.description) == ("é" * 4, "c" * 4, "d")
+    assert cap_text(BASE, 4000) is BASE
+
+
+def test_title_key_forgets_what_tells_variants_apart() -> None:
+    blue = title_key("Spigen Ultra Hybrid Case for iPhone 14 (TPU | Matte Black)")
+    assert blue == "spigen ultra hybrid case for iphone 14"
+    assert blue == title_key("SPIGEN ultra-hybrid case, for iPhone 14 [Sierra Blue]")
+    assert blue != title_key("Spigen Ultra Hybrid Case for iPhone 13 (TPU)")
+    assert title_key("T-Shirt (Red)") == "", "too short to mean one product"
+    assert title_key("") == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "together"),
+    [
+        ({"group": "g"}, False),
+        ({"group": "B1", "title": "Another thing altogether"}, True),
+        ({"title": "A TITLE of some length (red)"}, True),
+        ({"title": "A TITLE of some length (red)", "main_category": "Books"}, False),
+        ({"title": "A title of some other length"}, False),
+    ],
+)
+def test_who_stays_together(change: dict[str, Any], together: bool) -> None:
+    first = (
+        replace(BASE, title="A title of some length (blue)")
+        if "title" in change
+        else replace(BASE, title="x")
+    )
+    second = replace(BASE, **dict[str, Any]({"id": "B2", "group": "B2", "title": "y"}, **change))
+    groups = Groups()
+    for item in (first, second):
+        groups.add(item)
+    assert (groups.root(first) == groups.root(second)) is together
+
+
+def test_groups_do_not_depend_on_the_order_and_join_in_chains() -> None:
+    chain = [
+        replace(BASE, id=f"B{i}", group=f"g{i // 2}", title=f"Quite a long title number {(i + 1) // 2}")
+        for i in range(40)
+    ]
+    roots = []
+    for seed in range(3):
+        shuffled = random.Random(seed).sample(chain, len(chain))
+        groups = Groups()
+        for item in shuffled:
+            groups.add(item)
+        roots.append({item.id: groups.root(item) for item in chain})
+        assert list(groups.sizes().values()) == [40]
+    assert roots[0] == roots[1] == roots[2]
+
+
+def test_split_shares_seed_and_stability() -> None:
+    roots = [hash64("group", str(i)) for i in range(20_000)]
+    fractions = Fractions(val=0.1, test=0.05)
+    split = [split_of(r, fractions, "s") for r in roots]
+    counts = Counter(split)
+    assert counts["val"] == pytest.approx(2000, abs=150) and counts["test"] == pytest.approx(1000, abs=110)
+    assert split != [split_of(r, fractions, "other") for r in roots]
+    without_test = [split_of(r, Fractions(val=0.1), "s") for r in roots]
+    assert [s == "val" for s in split] == [s == "val" for s in without_test], "a test split leaves val alone"
+    assert {split_of(r, Fractions(0.0, 0.0), "s") for r in roots} == {"train"}
+
+
+def test_hash_is_the_same_in_another_process_and_frames_its_parts() -> None:
+    code = "from rating_train.prepare.plan.select import hash64; print(hash64('a', 'bé'))"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(other.stdout) == hash64("a", "bé")
+    assert hash64("ab", "c") != hash64("a", "bc")
+
+
+def test_split_counts_add_up() -> None:
+    groups = Groups()
+    for i in range(500):
+        groups.add(replace(BASE, id=f"B{i}", group=f"g{i // 5}", title=""))
+    counts = split_counts(groups, Fractions(0.2, 0.2), "s")
+    assert sum(counts.values()) == 500 and all(n % 5 == 0 for n in counts.values()) and len(counts) == 3

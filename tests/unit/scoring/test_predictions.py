@@ -1,0 +1,133 @@
+"""Predictions: duplicates, coverage, files."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+
+from rating_train.errors import UserError
+from rating_train.scoring.predictions import (
+    DUPLICATE_TOLERANCE_STARS,
+    Prediction,
+    check_coverage,
+    deduplicate,
+    read_predictions,
+    write_predictions,
+    write_submission,
+)
+
+ROWS = [
+    Prediction("B0001", 4.123456789012345, 4.5, "Books"),
+    Prediction('odd, "id"\nü', 1 / 3, 1.0, 'Home, "Kitchen"'),
+    Prediction("B0003", 2.0),
+]
+
+
+def test_duplicates_keep_the_first_in_order() -> None:
+    near = Prediction("B0001", ROWS[0].score + 0.5 * DUPLICATE_TOLERANCE_STARS, 4.5, "Books")
+    assert deduplicate([ROWS[0], ROWS[2], near, ROWS[2]]) == [ROWS[0], ROWS[2]]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Prediction("B0001", ROWS[0].score + 2 * DUPLICATE_TOLERANCE_STARS, 4.5, "Books"),
+        Prediction("B0001", math.nan, 4.5, "Books"),
+        Prediction("B0001", ROWS[0].score, 4.4, "Books"),
+        Prediction("B0001", ROWS[0].score, None, "Books"),
+        Prediction("B0001", ROWS[0].score, 4.5, "Music"),
+    ],
+)
+def test_duplicates_that_disagree(other: Prediction) -> None:
+    with pytest.raises(UserError, match="B0001"):
+        deduplicate([ROWS[0], other])
+
+
+def test_coverage() -> None:
+    ids = [row.id for row in ROWS]
+    check_coverage(ROWS, expected_ids=ids, expected_count=3)
+    check_coverage(ROWS, expected_ids=iter([*ids, ids[0]]))
+    check_coverage(ROWS)
+
+
+def test_missing_ids_are_counted_and_the_first_five_named() -> None:
+    with pytest.raises(UserError) as error:
+        check_coverage(ROWS, expected_ids=[*(row.id for row in ROWS), *(f"gone{i}" for i in range(7))])
+    text = str(error.value)
+    assert "7 of 10 missing (gone0, gone1, gone2, gone3, gone4, ...)" in text
+    assert "gone5" not in text
+
+
+def test_unexpected_repeated_and_wrong_count() -> None:
+    with pytest.raises(UserError, match=r"1 not expected \(B0003\)"):
+        check_coverage(ROWS, expected_ids=[ROWS[0].id, ROWS[1].id])
+    with pytest.raises(UserError, match=r"1 repeated \(B0001\)"):
+        check_coverage([*ROWS, ROWS[0]])
+    with pytest.raises(UserError, match="3 distinct items, expected 4"):
+        check_coverage(ROWS, expected_count=4)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_files_read_back_bit_equal(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"predictions{suffix}"
+    write_predictions(path, ROWS)
+    assert read_predictions(path) == ROWS
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    write_predictions(path, ROWS)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="row 2"):
+        write_predictions(path, [ROWS[0], Prediction("bad", math.nan)])
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"id": "x", "score": NaN}\n', "score is nan"),
+        ("a.jsonl", '{"id": "x"}\n', "no score"),
+        ("a.jsonl", '{"id": 7, "score": 1}\n', "id is 7"),
+        ("a.jsonl", '{"id": "ok", "score": 1}\n[1]\n', "row 2"),
+        ("a.csv", "id,score\nx,high\n", "'high'"),
+        ("a.csv", "item,score\nx,1\n", "no column id"),
+        ("a.txt", "", "suffix"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_predictions(tmp_path / name)
+
+
+def test_absent_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not found"):
+        read_predictions(tmp_path / "none.csv")
+
+
+def test_submission(tmp_path: Path) -> None:
+    path = tmp_path / "submission.csv"
+    write_submission(path, ROWS, params=228_266_113, flops=72.025e9)
+    with open(path, newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert list(rows[0]) == ["item_id", "score", "params", "flops"]
+    assert [row["item_id"] for row in rows] == [row.id for row in ROWS]
+    assert float(rows[0]["score"]) == pytest.approx(ROWS[0].score, abs=1e-6)
+    assert {(float(r["params"]), float(r["flops"])) for r in rows} == {(228.266113, 72.025)}
+
+
+def test_bad_submissions(tmp_path: Path) -> None:
+    path = tmp_path / "submission.csv"
+    with pytest.raises(UserError, match="no predictions"):
+        write_submission(path, [], 1, 1)
+    with pytest.raises(UserError, match="repeated"):
+        write_submission(path, [ROWS[0], ROWS[0]], 1, 1)
+    with pytest.raises(UserError, match="flops"):
+        write_submission(path, ROWS, 1, 0)
+    assert not path.exists()
