@@ -22,6 +22,7 @@ VERBS = {
     "verify": "check a dataset, every byte of it",
     "train": "train a regressor (under torchrun, Slurm, or alone)",
     "evaluate": "score a checkpoint: PLCC, SRCC, RMSE, MAE, CES",
+    "compare": "which run is better on the same items, by how much",
     "cost": "parameters, MACs, FLOPs, C, E and CES of a configuration",
     "report": "plots of a run, or of a dataset",
     "status": "how far a run is, and which checkpoints are valid",
