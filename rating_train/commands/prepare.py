@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="catalogues: JSON lines, CSV, also .gz, .zst",
+        help="catalogues: JSON lines, CSV (also .gz, .zst), Parquet",
     )
     parser.add_argument(
         "--images",

@@ -47,7 +47,7 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
     "transformers": ("model.load", "model.vision", "data.prompt"),
     "aiohttp": ("prepare.images.http_client",),
     "yarl": ("prepare.images.http_client",),
-    "duckdb": ("prepare.plan.scan",),
+    "duckdb": ("prepare.plan.scan", "prepare.records.parquet"),
 }
 
 #: Modules and packages (with a trailing dot: all of it) that import no torch when they are imported, themselves or

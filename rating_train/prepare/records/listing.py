@@ -24,8 +24,14 @@ class _Refused(Exception):
         self.detail = detail
 
 
-def to_listing(record: dict[str, Any], source: str, line: int) -> Listing | Dropped:
-    """The listing in a record's fields; nothing that is in them can raise. ``source``, ``line``: its place."""
+def to_listing(record: dict[str, Any], source: str, line: int, rated: bool = True) -> Listing | Dropped:
+    """Return the listing in a record's fields; nothing that is in them can raise.
+
+    Args:
+        record: fields by their names in Amazon Reviews 2023.
+        source: the file that it comes from; with ``line``, its place in a :class:`Dropped`.
+        rated: whether a rating is needed. If not, none is read: the listing's rating is NaN, of 0 ratings.
+    """
     item_id = ""
     try:
         item_id = _id(record.get("parent_asin"))
@@ -38,8 +44,8 @@ def to_listing(record: dict[str, Any], source: str, line: int) -> Listing | Drop
             features=_text(record, "features"),
             main_category=_text(record, "main_category"),
             image=image,
-            rating=_rating(record.get("average_rating")),
-            rating_count=_rating_count(record.get("rating_number")),
+            rating=_rating(record.get("average_rating")) if rated else math.nan,
+            rating_count=_rating_count(record.get("rating_number")) if rated else 0,
             group=item_id if group is None else _clean(f"{group}"),
             more_images=tuple(more_images),
         )
@@ -61,14 +67,25 @@ def _id(value: Any) -> str:
 
 
 def _text(record: dict[str, Any], field: str) -> str:
-    value = record.get(field)
+    try:
+        return plain_text(record.get(field), field)
+    except TypeError as e:
+        raise _Refused("bad_type", str(e)) from e
+
+
+def plain_text(value: Any, field: str) -> str:
+    """Return the text of a field: as it is, the parts of a list joined by spaces, "" for ``None``.
+
+    Raises:
+        TypeError: it is neither text nor a list of texts; the message names ``field``.
+    """
     if value is None:
         return ""
     if isinstance(value, str):
         return _clean(value)
     if isinstance(value, list) and all(v is None or isinstance(v, str) for v in value):
         return _clean(" ".join(v for v in value if v))
-    raise _Refused("bad_type", f"{field} is neither text nor a list of texts")
+    raise TypeError(f"{field} is neither text nor a list of texts")
 
 
 def _rating(value: Any) -> float:

@@ -1,4 +1,4 @@
-"""Read product catalogues: Amazon-2023 metadata (JSON lines) and CSV, one record at a time.
+"""Read product catalogues: Amazon-2023 metadata (JSON lines), CSV and Parquet, one record at a time.
 
 Nothing here holds more than one record in memory, and nothing that a *record* contains can raise: a
 corrupt line, a wrong type or an impossible rating becomes a :class:`Dropped` with a fixed reason. Only a
@@ -17,13 +17,15 @@ import importlib
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from rating_train.errors import UserError
 from rating_train.prepare.records.listing import is_clean, to_listing
+from rating_train.prepare.records.parquet import parquet_rows
 from rating_train.shards.schema import Dropped, Listing
 
 MAX_LINE_BYTES = 16 << 20  # a longer line is not a listing but a broken file; bounds the memory
@@ -51,7 +53,7 @@ _CSV_REQUIRED = ("parent_asin", *_CSV_RATINGS)
 
 
 class Record(NamedTuple):
-    """One record of one source: ``line`` is where it starts (1 is the first line of the file)."""
+    """One record of one source: ``line`` is where it starts (1 is the first line of the file, or row of a Parquet)."""
 
     source: str
     line: int
@@ -64,26 +66,52 @@ def read_sources(paths: Iterable[str]) -> Iterator[Record]:
         yield from read_source(path)
 
 
-def read_source(path: str) -> Iterator[Record]:
-    """Yield every record of a ``.jsonl``/``.ndjson``/``.json`` or ``.csv`` file, also ``.gz`` or ``.zst``.
+def read_source(path: str, rated: bool = True) -> Iterator[Record]:
+    """Yield every record of a ``.jsonl``/``.ndjson``/``.json``, ``.csv`` (also ``.gz``, ``.zst``) or ``.parquet`` file.
 
-    Blank lines are not records. Errors: :class:`UserError` when the file is missing, is of no known
-    kind, lacks needed CSV columns, or its archive is damaged (a torn download must not pass as a small
-    catalogue).
+    Blank lines are not records. ``rated``: see :func:`read_raw`. Errors: as :func:`read_raw`.
+    """
+    for raw in read_raw(path, rated):
+        yield Record(raw.source, raw.line, raw.parse())
+
+
+class Raw(NamedTuple):
+    """One record of one source, not parsed yet: who passes it over pays for finding its end, no more."""
+
+    source: str
+    line: int
+    parse: Callable[[], Listing | Dropped]
+
+
+def read_raw(path: str, rated: bool = True) -> Iterator[Raw]:
+    """Yield the records that :func:`read_source` yields, without parsing them.
+
+    Args:
+        path: the file.
+        rated: whether a record needs a rating; if not, ratings are not looked at.
+
+    Raises:
+        UserError: the file is missing, is of no known kind, lacks needed CSV columns, or its archive is damaged (a
+            torn download must not pass as a small catalogue).
     """
     kind = source_kind(path)
+    if kind == "parquet":
+        yield from _read_parquet(path, rated)
+        return
     with _open(path) as stream:
-        yield from _read_csv(stream, path) if kind == "csv" else _read_jsonl(stream, path)
+        yield from _read_csv(stream, path, rated) if kind == "csv" else _read_jsonl(stream, path, rated)
 
 
 def source_kind(path: str) -> str:
-    """``"jsonl"`` or ``"csv"`` by the file's name. Errors: :class:`UserError` if absent or neither."""
+    """``"jsonl"``, ``"csv"`` or ``"parquet"``, by the name. Errors: :class:`UserError` if absent or none of them."""
     file = Path(path)
     if not file.exists():
         raise UserError("source file not found", where=path, fix="check --source")
     if not file.is_file():
-        raise UserError("source is not a file", where=path, expected="a .jsonl or .csv file")
+        raise UserError("source is not a file", where=path, expected="a .jsonl, .csv or .parquet file")
     suffixes = [s.lower() for s in file.suffixes]
+    if suffixes and suffixes[-1] == ".parquet":
+        return "parquet"
     if suffixes and suffixes[-1] in _PACKED_SUFFIXES:
         suffixes.pop()
     last = suffixes[-1] if suffixes else ""
@@ -94,7 +122,7 @@ def source_kind(path: str) -> str:
     raise UserError(
         "unknown kind of source",
         where=path,
-        expected="a name that ends in .jsonl, .ndjson, .json or .csv, then perhaps .gz or .zst",
+        expected="a name that ends in .jsonl, .ndjson, .json or .csv, then perhaps .gz or .zst; or in .parquet",
     )
 
 
@@ -142,20 +170,22 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes, bool]]:
 # --- JSON lines ---------------------------------------------------------------------------------------
 
 
-def _read_jsonl(stream: BinaryIO, source: str) -> Iterator[Record]:
+def _read_jsonl(stream: BinaryIO, source: str, rated: bool) -> Iterator[Raw]:
     for number, raw, whole in _lines(stream):
         if not raw.strip():
             continue
         if not whole:
-            item: Listing | Dropped = Dropped(
-                source, number, "", "line_too_long", f"over {MAX_LINE_BYTES} bytes"
-            )
+            too_long = Dropped(source, number, "", "line_too_long", f"over {MAX_LINE_BYTES} bytes")
+            yield Raw(source, number, partial(_same, too_long))
         else:
-            item = _parse_json_line(raw, source, number)
-        yield Record(source, number, item)
+            yield Raw(source, number, partial(_parse_json_line, raw, source, number, rated))
 
 
-def _parse_json_line(raw: bytes, source: str, line: int) -> Listing | Dropped:
+def _same(dropped: Dropped) -> Dropped:
+    return dropped
+
+
+def _parse_json_line(raw: bytes, source: str, line: int, rated: bool) -> Listing | Dropped:
     try:
         value = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as e:
@@ -164,13 +194,13 @@ def _parse_json_line(raw: bytes, source: str, line: int) -> Listing | Dropped:
         return Dropped(source, line, "", "bad_json", str(e))
     if not isinstance(value, dict):
         return Dropped(source, line, "", "bad_json", f"an object is needed, got {type(value).__name__}")
-    return to_listing(value, source, line)
+    return to_listing(value, source, line, rated)
 
 
 # --- CSV ----------------------------------------------------------------------------------------------
 
 
-def _read_csv(stream: BinaryIO, source: str) -> Iterator[Record]:
+def _read_csv(stream: BinaryIO, source: str, rated: bool) -> Iterator[Raw]:
     # surrogateescape keeps undecodable bytes visible, so that only their own row is refused.
     text = (raw.decode("utf-8", "surrogateescape") for _, raw, _ in _lines(stream))
     reader = csv.reader(text)
@@ -178,7 +208,7 @@ def _read_csv(stream: BinaryIO, source: str) -> Iterator[Record]:
         header = [name.strip() for name in next(reader, [])]
     except csv.Error as e:
         raise UserError(f"cannot read the CSV header ({e})", where=source) from e
-    columns = _csv_columns(header, source)
+    columns = _columns(header, source, rated, "CSV header")
     while True:
         line = reader.line_num + 1
         try:
@@ -186,21 +216,23 @@ def _read_csv(stream: BinaryIO, source: str) -> Iterator[Record]:
         except StopIteration:
             return
         except csv.Error as e:
-            yield Record(source, line, Dropped(source, line, "", "bad_csv", str(e)))
+            yield Raw(source, line, partial(_same, Dropped(source, line, "", "bad_csv", str(e))))
             continue
         if row:
-            yield Record(source, line, _parse_csv_row(row, columns, len(header), source, line))
+            parse = partial(_parse_csv_row, row, columns, len(header), source, line, rated)
+            yield Raw(source, line, parse)
 
 
-def _csv_columns(header: list[str], source: str) -> dict[str, int]:
+def _columns(header: list[str], source: str, rated: bool, what: str) -> dict[str, int]:
     columns: dict[str, int] = {}
     for field, names in _CSV_COLUMNS.items():
         found = [header.index(name) for name in names if name in header]
         if found:
             columns[field] = found[0]
-    missing = ["|".join(_CSV_COLUMNS[f]) for f in _CSV_REQUIRED if f not in columns]
+    required = [f for f in _CSV_REQUIRED if rated or f not in _CSV_RATINGS]
+    missing = ["|".join(_CSV_COLUMNS[f]) for f in required if f not in columns]
     fix = ""
-    if not columns.keys() >= {*_CSV_RATINGS}:
+    if rated and not columns.keys() >= {*_CSV_RATINGS}:
         fix = (
             "add these columns, matched by the id (the item metadata of Amazon Reviews 2023 has both); "
             "listings without ratings can be neither trained on nor scored"
@@ -209,26 +241,47 @@ def _csv_columns(header: list[str], source: str) -> dict[str, int]:
         missing.append("title, description or features")
     if missing:
         raise UserError(
-            f"CSV header lacks {'; '.join(missing)}",
+            f"{what} lacks {'; '.join(missing)}",
             where=source,
             expected="id|parent_asin, title, description, features, main_category, rating|average_rating, "
-            "rating_count|rating_number, image|image_path or image_paths, and perhaps group_id",
+            "rating_count|rating_number, image|image_path or image_paths, and perhaps group_id"
+            if rated
+            else "id|parent_asin, title, description, features, main_category, image|image_path or image_paths",
             fix=fix,
         )
     return columns
 
 
 def _parse_csv_row(
-    row: list[str], columns: dict[str, int], width: int, source: str, line: int
+    row: list[str], columns: dict[str, int], width: int, source: str, line: int, rated: bool
 ) -> Listing | Dropped:
     if len(row) != width:
         return Dropped(source, line, "", "bad_csv", f"{len(row)} columns, the header has {width}")
     values: dict[str, Any] = {field: row[i] for field, i in columns.items()}
     if not all(is_clean(v) for v in values.values()):
         return Dropped(source, line, "", "not_utf8", "undecodable bytes")
-    for field in ("average_rating", "rating_number"):
+    for field in _CSV_RATINGS if rated else ():
         values[field] = _number(values[field])
-    return to_listing({k: v for k, v in values.items() if v != ""}, source, line)
+    return to_listing({k: v for k, v in values.items() if v != ""}, source, line, rated)
+
+
+# --- Parquet ------------------------------------------------------------------------------------------
+
+
+def _read_parquet(source: str, rated: bool) -> Iterator[Raw]:
+    header, rows = parquet_rows(source)
+    columns = _columns(header, source, rated, "Parquet schema")
+    if "images" in header:  # nested, as Amazon's own files have them
+        columns["images"] = header.index("images")
+    for number, row in enumerate(rows, start=1):
+        yield Raw(source, number, partial(_parse_parquet_row, row, columns, source, number, rated))
+
+
+def _parse_parquet_row(
+    row: tuple[Any, ...], columns: dict[str, int], source: str, line: int, rated: bool
+) -> Listing | Dropped:
+    record = {field: row[i] for field, i in columns.items()}
+    return to_listing({k: v for k, v in record.items() if v != ""}, source, line, rated)
 
 
 def _number(text: str) -> float | str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,7 @@ def test_whole_sources_that_cannot_be_read_are_user_errors(tmp_path: Path) -> No
     with pytest.raises(UserError, match="not a file"):
         list(read_sources([str(tmp_path)]))
     with pytest.raises(UserError, match="unknown kind"):
-        read_lines(tmp_path, b"x", name="a.parquet")
+        read_lines(tmp_path, b"x", name="a.xlsx")
 
 
 # --- CSV ----------------------------------------------------------------------------------------------
@@ -319,3 +320,75 @@ def test_real_catalogues_are_read_without_a_loss(shared_data: Path) -> None:
         dropped = [r.item for r in records if isinstance(r.item, Dropped)]
         assert records and not dropped, (path, dropped[:3])
         assert all(r.item.image for r in records if isinstance(r.item, Listing)), path
+
+
+# ---- records without ratings, and Parquet
+
+
+def test_ratings_are_not_looked_at_where_none_are_needed(tmp_path: Path) -> None:
+    unrated = {k: v for k, v in GOOD.items() if k not in ("average_rating", "rating_number")}
+    path = tmp_path / "a.jsonl"
+    rows = [unrated, {**GOOD, "average_rating": "many"}, {**GOOD, "parent_asin": None}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second, third = [record.item for record in read_source(str(path), rated=False)]
+    assert listing(first).title == listing(second).title == "Brush"
+    assert math.isnan(listing(first).rating) and listing(second).rating_count == 0
+    assert reason(third) == "missing_field"
+    assert [reason(r.item) for r in read_source(str(path))] == [
+        "missing_field",
+        "bad_rating",
+        "missing_field",
+    ]
+
+
+def test_the_challenges_csv_needs_no_ratings_to_be_scored(tmp_path: Path) -> None:
+    path = tmp_path / "input.csv"
+    path.write_text(
+        "parent_asin,main_category,title,features,description,image_paths\nB1,Toys,Bear,soft,A bear.,a.jpg;b.jpg\n"
+    )
+    (only,) = read_source(str(path), rated=False)
+    bear = listing(only.item)
+    assert (bear.id, bear.title, bear.image, bear.more_images) == ("B1", "Bear", "a.jpg", ("b.jpg",))
+    with pytest.raises(UserError, match=r"CSV header lacks rating\|average_rating"):
+        list(read_source(str(path)))
+
+
+def test_records_that_are_passed_over_are_not_parsed(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("{broken\n\n" + json.dumps(GOOD) + "\n")
+    broken, good = sources.read_raw(str(path))
+    assert (broken.line, good.line) == (1, 3)
+    assert reason(broken.parse()) == "bad_json" and listing(good.parse()).id == "B0001"
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> str:
+    import duckdb
+
+    lines = path.with_suffix(".jsonl")
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    duckdb.sql(f"COPY (SELECT * FROM read_json('{lines}')) TO '{path}' (FORMAT PARQUET)")
+    return str(path)
+
+
+def test_parquet_gives_the_listings_of_json_lines_in_order(tmp_path: Path) -> None:
+    rows = [{**GOOD, "parent_asin": f"B{n:05d}", "rating_number": n} for n in range(5000)]
+    rows[7]["features"] = []
+    rows[8]["average_rating"] = 7.0
+    path = write_parquet(tmp_path / "a.parquet", rows)
+    found = [(r.line, r.item) for r in read_source(path)]
+    expected = [(r.line, r.item) for r in read_source(str(tmp_path / "a.jsonl"))]
+    for (line, item), (other_line, other) in zip(found, expected, strict=True):
+        assert line == other_line
+        if isinstance(item, Listing):
+            assert item == other
+    assert reason(found[8][1]) == "bad_rating" and listing(found[0][1]).image.endswith("main_hi.jpg")
+
+
+def test_parquet_that_cannot_be_read_is_one_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 not really PAR1")
+    with pytest.raises(UserError, match=r"cannot read the Parquet file .*a\.parquet"):
+        list(read_source(str(path)))
+    path = Path(write_parquet(tmp_path / "b.parquet", [{"title": "Brush", "other": 1}]))
+    with pytest.raises(UserError, match=r"Parquet schema lacks id\|parent_asin; rating\|average_rating"):
+        list(read_source(str(path)))

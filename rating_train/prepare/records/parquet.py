@@ -1,0 +1,42 @@
+"""Read a catalogue in Parquet through DuckDB, a few thousand rows at a time, in the file's order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rating_train.errors import UserError
+
+_ROWS_AT_ONCE = 2048
+
+
+def parquet_rows(path: str) -> tuple[list[str], Iterator[tuple[Any, ...]]]:
+    """Return the column names of a Parquet file, and its rows as Python values.
+
+    Lists come as lists and structs as dictionaries.
+
+    Raises:
+        UserError: the file is not Parquet, or is damaged (also while its rows are read).
+    """
+    import duckdb  # late: other kinds of source do not need it
+
+    try:
+        # The default of `preserve_insertion_order` holds: row n is row n of the file.
+        result = duckdb.connect(":memory:").execute("SELECT * FROM read_parquet(?)", [path])
+    except duckdb.Error as e:
+        raise _damaged(path, e) from e
+    names = [column[0] for column in result.description]
+
+    def rows() -> Iterator[tuple[Any, ...]]:
+        try:
+            while block := result.fetchmany(_ROWS_AT_ONCE):
+                yield from block
+        except duckdb.Error as e:
+            raise _damaged(path, e) from e
+
+    return names, rows()
+
+
+def _damaged(path: str, error: Exception) -> UserError:
+    said = str(error).partition("\n")[0]
+    return UserError(f"cannot read the Parquet file ({said})", where=path, fix="fetch the file again")
