@@ -59,7 +59,8 @@ if [[ $# -eq 0 ]]; then
     fi
     if [[ -d "$transformers5" ]]; then
         step "pytest on transformers 5" env PYTHONPATH="$transformers5:$PYTHONPATH" "$PYTHON" -m pytest \
-            tests/unit/model/test_regressor.py tests/unit/model/test_vision.py tests/unit/model/test_head.py tests/unit/data/test_prompt.py
+            tests/unit/model/test_attention.py tests/unit/model/test_regressor.py tests/unit/model/test_vision.py \
+            tests/unit/model/test_head.py tests/unit/data/test_prompt.py
     else
         rt_say "== transformers 5: not tested (no $transformers5, and nothing is to be installed)"
     fi

@@ -20,6 +20,7 @@ from rating_train.config.schema import ModelConfig
 from rating_train.errors import UserError
 from rating_train.files import read_json
 from rating_train.model.architecture import KNOWN_ARCHITECTURES, Architecture, architecture_from_config
+from rating_train.model.attention import register_attention
 
 log = logging.getLogger(__name__)
 
@@ -54,14 +55,14 @@ def load_backbone(config: ModelConfig, architecture: Architecture) -> nn.Module:
             head's is the only one that may be left over).
     """
     if config.weights == "random":
-        model = AutoModel.from_config(backbone_config(architecture), attn_implementation="sdpa")
+        model = AutoModel.from_config(backbone_config(architecture), attn_implementation=register_attention())
         return model.float()
     try:
         model, info = AutoModel.from_pretrained(
             config.backbone,
             revision=config.revision or None,
             dtype=torch.float32,
-            attn_implementation="sdpa",
+            attn_implementation=register_attention(),
             output_loading_info=True,
         )
     except (

@@ -44,7 +44,7 @@ SAME_LAYER = {
 ADAPTERS: dict[str, tuple[str, ...]] = {
     "streaming": ("data.streaming_dataset", "data.shared_memory"),
     "deepspeed": ("engine.", "checkpoint.deepspeed_io"),
-    "transformers": ("model.load", "model.vision", "data.prompt"),
+    "transformers": ("model.attention", "model.load", "data.prompt"),
     "aiohttp": ("prepare.images.http_client",),
     "yarl": ("prepare.images.http_client",),
     "duckdb": ("prepare.plan.scan", "prepare.records.parquet"),

@@ -1,4 +1,4 @@
-"""The regressor is the stock SmolVLM with pooling and a head; its checkpoints load whole or not at all."""
+"""The regressor is the stock SmolVLM with pooling and a head; its checkpoints load completely or not at all."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rating_train.config.schema import ModelConfig
 from rating_train.demo.model import demo_architecture
 from rating_train.errors import UserError
 from rating_train.model.architecture import KNOWN_ARCHITECTURES, Architecture, VisionArchitecture
+from rating_train.model.attention import ATTENTION
 from rating_train.model.load import backbone_config, load_backbone, read_architecture, save_random_backbone
 from rating_train.model.regressor import RatingRegressor, build_regressor, part_of
 
@@ -27,7 +28,7 @@ B, TEXT = 5, 30
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No look-up at the hub. (The libraries read the environment when they are imported, so that is too late.)"""
+    """No request to the hub. (The libraries read the environment when they are imported: too late here.)"""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("transformers.utils.hub._is_offline_mode", True, raising=False)
@@ -43,7 +44,7 @@ def regressor(arch: Architecture, image_px: int, seed: int = 0) -> RatingRegress
     model = build_regressor(config, arch, image_px, IMAGE_START, seed).eval()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for parameter in model.parameters():  # far from the small initial weights, so that errors show
+        for parameter in model.parameters():  # larger than the initial weights, so that errors show
             parameter.data += 0.05 * torch.randn_like(parameter)
     return model
 
@@ -71,9 +72,11 @@ def stock_outputs(model: RatingRegressor, images: Tensor, ids: Tensor, used: Ten
     """
     mask = torch.arange(ids.shape[1]) < used[:, None]  # (B, T)
     pixels = (images[:, None].float() / 255 - 0.5) / 0.5  # (B, 1, 3, S, S)
+    model.backbone.set_attn_implementation("sdpa")  # its own masks
     hidden = model.backbone(
         input_ids=ids, attention_mask=mask.long(), pixel_values=pixels, use_cache=False
     ).last_hidden_state
+    model.backbone.set_attn_implementation(ATTENTION)
     pooled = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
     head = model.head
     inner = torch.relu(pooled @ head.inner.weight.T + head.inner.bias)
@@ -193,7 +196,7 @@ def test_a_seed_gives_the_same_weights_and_leaves_the_callers_generator_alone() 
 
 @pytest.mark.parametrize("image_px", [60, 40, 24])
 def test_an_image_side_that_does_not_divide_is_refused(image_px: int) -> None:
-    """60 is no multiple of the patch; 40 and 24 give 5 and 3 patches a side, which the 2x2 shuffle cannot join."""
+    """60 is not a multiple of the patch; 40 and 24 give 5 and 3 patches a side, which a 2x2 shuffle cannot merge."""
     with pytest.raises((UserError, ValueError), match=rf"{image_px}"):
         regressor(architecture(), image_px)
 

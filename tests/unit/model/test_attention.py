@@ -1,0 +1,128 @@
+"""What the attention kernels are given, in both towers: no mask, causality as an argument, heads not repeated."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from rating_train.config.schema import ModelConfig
+from rating_train.demo.model import demo_architecture
+from rating_train.model.architecture import Architecture
+from rating_train.model.attention import maskless_attention
+from rating_train.model.regressor import RatingRegressor, build_regressor
+
+IMAGE_START, PX, ITEMS, TEXT = 4, 64, 3, 40
+
+
+def architecture() -> Architecture:
+    demo = demo_architecture(300)
+    return dataclasses.replace(demo, text=dataclasses.replace(demo.text, heads=6, kv_heads=2, head_dim=16))
+
+
+@pytest.fixture(scope="module")
+def regressor() -> RatingRegressor:
+    config = ModelConfig(weights="random", head_hidden=24, head_dropout=0.0)
+    model = build_regressor(config, architecture(), PX, IMAGE_START, seed=0).train()
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """Shapes and options of every call of SDPA, which still computes."""
+    recorded: list[dict[str, Any]] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def record(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **options: Any) -> Tensor:
+        shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
+        recorded.append({**shapes, "mask": attn_mask, **options})
+        return real(query, key, value, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    yield recorded
+
+
+def batch(model: RatingRegressor) -> tuple[Tensor, Tensor, Tensor]:
+    """images (B, 3, S, S), ids (B, T), used (B,) with padding on the right of two items."""
+    g = torch.Generator().manual_seed(3)
+    images = torch.randint(0, 256, (ITEMS, 3, PX, PX), generator=g, dtype=torch.uint8)
+    tokens = TEXT + model.visual_tokens
+    ids = torch.randint(7, 300, (ITEMS, tokens), generator=g)
+    return images, ids, torch.tensor([tokens, tokens - 9, tokens - 20])
+
+
+def stock(model: RatingRegressor) -> RatingRegressor:
+    """The same weights with the attention of transformers itself."""
+    other = copy.deepcopy(model)
+    other.backbone.set_attn_implementation("sdpa")
+    return other
+
+
+def test_both_towers_get_no_mask_and_the_decoders_heads_are_not_repeated(
+    regressor: RatingRegressor, calls: list[dict[str, Any]]
+) -> None:
+    regressor(*batch(regressor))
+    text, vision = architecture().text, architecture().vision
+    assert len(calls) == vision.layers + text.layers
+    patches, tokens = (PX // vision.patch) ** 2, TEXT + regressor.visual_tokens
+    for call in calls[: vision.layers]:
+        assert call["mask"] is None and call["is_causal"] is False and call["enable_gqa"] is False
+        assert call["query"] == call["key"] == (ITEMS, vision.heads, patches, vision.hidden // vision.heads)
+    for call in calls[vision.layers :]:
+        assert call["mask"] is None and call["is_causal"] is True and call["enable_gqa"] is True
+        assert call["query"] == (ITEMS, text.heads, tokens, text.head_dim)
+        assert call["key"] == call["value"] == (ITEMS, text.kv_heads, tokens, text.head_dim)
+
+
+@pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) >= 5, reason="transformers 5.23 skips the mask by itself"
+)
+def test_transformers_4_by_itself_builds_a_mask_for_the_decoder_and_repeats_its_heads(
+    regressor: RatingRegressor, calls: list[dict[str, Any]]
+) -> None:
+    """The reason for an attention function of this package."""
+    model = stock(regressor)
+    model(*batch(model))
+    decoder = calls[architecture().vision.layers :]
+    tokens = TEXT + model.visual_tokens
+    assert all(call["mask"] is not None and call["mask"].shape[-2:] == (tokens, tokens) for call in decoder)
+    assert all(call["key"][1] == architecture().text.heads for call in decoder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_ratings_are_bit_equal_to_those_with_the_mask(regressor: RatingRegressor, dtype: torch.dtype) -> None:
+    ours = copy.deepcopy(regressor)
+    for parameter in ours.parameters():
+        parameter.data = parameter.data.to(dtype)
+    ratings = ours(*batch(ours))
+    assert ratings.std() > 0.01
+    assert torch.equal(ratings, stock(ours)(*batch(ours)))
+
+
+def test_gradients_are_those_with_the_mask_but_for_the_order_of_additions(regressor: RatingRegressor) -> None:
+    """Grouped heads sum the gradients of a key head inside the kernel: fp32 rounding, 1e-6 of the largest."""
+    gradients = []
+    for model in (copy.deepcopy(regressor), stock(regressor)):
+        model(*batch(model)).square().sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    for name, gradient in gradients[1].items():
+        assert gradient is not None
+        worst = float((gradients[0][name] - gradient).abs().max())
+        assert worst <= 1e-5 * max(1.0, float(gradient.abs().max())), (name, worst)
+
+
+def test_a_mask_is_refused_not_ignored() -> None:
+    q = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="takes no mask"):
+        maskless_attention(torch.nn.Module(), q, q, q, torch.ones(1, 1, 3, 3, dtype=torch.bool))
