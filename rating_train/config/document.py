@@ -1,4 +1,4 @@
-"""The schema written out as YAML: every field in order, its documentation above it.
+"""Write the schema out as YAML: every field in order, its documentation above it.
 
 ``python -m rating_train.config.document > configs/base.yaml`` writes the file; a test holds the two equal.
 """
@@ -24,13 +24,13 @@ its `base:` key (relative to the file; chains are followed), the file itself, `-
 
 
 def render_base_yaml() -> str:
-    """The text of configs/base.yaml."""
+    """Render the text of configs/base.yaml."""
     header = "".join(f"# {line}\n" for line in _HEADER.splitlines())
     return header + "\n" + "\n".join(_section(Config(), 0)) + "\n"
 
 
 def _section(values: Any, depth: int) -> Iterator[str]:
-    """The lines of one section: for each field its comment, then ``key: value`` or a nested section."""
+    """Yield the lines of one section: for each field its comment, then ``key: value`` or a nested section."""
     pad = "  " * depth
     hints = typing.get_type_hints(type(values))
     for index, field in enumerate(dataclasses.fields(values)):
@@ -54,7 +54,7 @@ def _choices(hint: Any) -> str:
 
 
 def _scalar(value: Any) -> str:
-    """A value as one line of YAML that reads back as the same value of the same type."""
+    """Write a value as one line of YAML that reads back as the same value of the same type."""
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
     return text.removesuffix("...\n").strip()
 

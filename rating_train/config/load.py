@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from rating_train.config.schema import Config, to_dict
+from rating_train.config.schema import PARTS, Config, to_dict
 from rating_train.errors import UserError, one_error
 
 BASE_KEY = "base"
@@ -237,11 +237,10 @@ def check_bounds(config: Config) -> list[str]:
         if not low <= value <= high
     ]
     problems += _remote_problems(config)
-    parts = ("vision", "connector", "decoder", "head")
     for part in config.model.freeze:
-        if part not in parts:
-            problems.append(f"`model.freeze` holds {part!r}, expected any of {', '.join(parts)}")
-    if set(config.model.freeze) >= set(parts):
+        if part not in PARTS:
+            problems.append(f"`model.freeze` holds {part!r}, expected any of {', '.join(PARTS)}")
+    if set(config.model.freeze) >= set(PARTS):
         problems.append("`model.freeze` holds every part: nothing would be trained")
     zero = config.zero
     if zero.offload_optimizer and zero.stage == 0:

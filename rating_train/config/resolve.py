@@ -1,4 +1,4 @@
-"""What a configuration implies once the number of ranks and items is known. Pure functions."""
+"""Derive what a configuration implies once the numbers of ranks and items are known. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rating_train.errors import UserError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """global_items = ranks x micro_items x accumulation, exactly."""
+    """How a global batch is divided: global_items = ranks x micro_items x accumulation, exactly."""
 
     global_items: int
     ranks: int
@@ -27,7 +27,10 @@ class BatchPlan:
 def plan_batch(global_items: int, micro_items: int, ranks: int) -> BatchPlan:
     """Divide the global batch over ranks and accumulation steps.
 
-    ``micro_items`` 0 takes the whole rank batch in one forward pass.
+    Args:
+        global_items: items of an optimizer step over all ranks.
+        micro_items: items per forward pass; 0 takes a rank's complete batch.
+        ranks: number of processes.
 
     Raises:
         UserError: the global batch does not divide; the message lists sizes that do.
@@ -62,9 +65,9 @@ def _list(numbers: list[int], most: int = 16) -> str:
 
 
 def total_steps(config: Config, train_items: int) -> int:
-    """Optimizer steps of the whole run: every sample is seen at least ``epochs`` times.
+    """Count the optimizer steps of a run: every sample is seen at least ``epochs`` times.
 
-    The last global batch is filled up with the first samples of the epoch after it.
+    The last global batch is filled with the first samples of the following epoch.
     """
     steps = math.ceil(config.train.epochs * train_items / config.batch.global_items - 1e-9)
     steps = max(1, steps)
@@ -72,9 +75,9 @@ def total_steps(config: Config, train_items: int) -> int:
 
 
 def order_fingerprint_inputs(config: Config, data_fingerprint: str) -> dict[str, object]:
-    """Everything that decides which samples a step reads. A resumed run must agree on all of it.
+    """Collect everything that decides which samples a step reads. A resumed run must agree on all of it.
 
-    World size, micro-batch and workers are left out on purpose: they do not change the order.
+    World size, micro-batch and DataLoader workers are left out on purpose: they do not change the order.
     """
     d = config.data
     return {

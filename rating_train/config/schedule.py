@@ -8,12 +8,12 @@ from rating_train.config.schema import OptimConfig
 
 
 def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
-    """Share of the peak learning rate used by step ``step`` in [0, total_steps).
+    """Compute the share of the peak learning rate that step ``step`` in [0, total_steps) uses.
 
-    Linear warm-up over ceil(warmup_fraction * total) steps: step k of w uses (k+1)/w, so no step is spent
-    at 0. Then linear or cosine decay to ``final_fraction``, which the last step reaches.
+    Linear warm-up over w = ceil(warmup_fraction * total) steps: step k uses (k + 1) / w, so no step is wasted at
+    0. Then linear or cosine decay to ``final_fraction``, which the last step reaches.
     """
-    warmup = math.ceil(config.warmup_fraction * total_steps - 1e-9)  # 0.07 * 100 is a little above 7
+    warmup = math.ceil(config.warmup_fraction * total_steps - 1e-9)  # 0.07 * 100 is slightly above 7
     if step < warmup:
         return (step + 1) / warmup
     if config.schedule == "constant":

@@ -1,7 +1,7 @@
 """Every setting, in frozen sections; ``configs/base.yaml`` is this file written out.
 
-A field is declared with :func:`setting`, which holds its default and its documentation. Units are in the
-names. What two settings imply together is checked in :mod:`rating_train.config.resolve`.
+A field is declared with :func:`setting`, which holds its default and its documentation. Units are in the names.
+What the settings imply for a number of ranks is in :mod:`rating_train.config.resolve`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from typing import Any, Literal
 
 
 def setting(default: Any, doc: str) -> Any:
-    """A documented field. Mutable defaults are copied for every instance."""
+    """Declare a documented field. Mutable defaults are copied for every instance."""
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata={"doc": doc})
     return field(default=default, metadata={"doc": doc})
 
 
 def section(cls: type, doc: str) -> Any:
-    """A documented sub-section."""
+    """Declare a documented sub-section."""
     return field(default_factory=cls, metadata={"doc": doc})
+
+
+#: Parts of the model: each is trained or frozen, and has a learning rate of its own.
+PARTS = ("vision", "connector", "decoder", "head")
 
 
 @dataclass(frozen=True)
@@ -37,16 +41,16 @@ class DataConfig:
     )
     cache_limit_mb: int = setting(
         0,
-        "Most MiB of one split in the cache, at least four shards; the shard not used for longest makes room. "
-        "0 keeps all. Only with `remote`: it would delete the only copy.",
+        "Largest size of one split in the cache, in MiB, and at least four shards; the least recently used shard "
+        "is evicted. 0 keeps all. Only with `remote`: without it, the only copy would be deleted.",
     )
     predownload_items: int = setting(
-        0, "Items whose shards each loader process fetches ahead; 0 takes 8 batches. Only with `remote`."
+        0, "Items whose shards each DataLoader worker fetches ahead; 0 takes 8 batches. Only with `remote`."
     )
     verify: Literal["first_read", "size"] = setting(
         "first_read",
-        "Check each shard's hash when the node first reads it (about 3.5 GB/s from memory), or only its size at "
-        "the start. Downloads are always hashed.",
+        "Check the hash of each shard when the node first reads it (about 3.5 GB/s from memory), or only its size "
+        "at start-up. Downloads are always hashed.",
     )
     train_split: str = setting("train", "Split to train on.")
     eval_split: str = setting("val", "Split to evaluate on while training.")
@@ -65,15 +69,18 @@ class DataConfig:
     shuffle: bool = setting(True, "Shuffle the training split anew in every epoch.")
     shuffle_seed: int = setting(9176, "Seed of the shuffle. Changing it changes the order of the samples.")
     shuffle_block_samples: int = setting(
-        262144, "Samples within which shards are mixed. Larger mixes better, smaller keeps fewer shards open."
+        262144,
+        "Samples within which shards are mixed. A larger block mixes better, a smaller one keeps fewer shards open.",
     )
     num_canonical_nodes: int = setting(
-        1, "Parts into which the shuffled shards are divided. Pinned: it must not follow the number of nodes."
+        1,
+        "Parts into which the shuffled shards are divided. Fixed, so that the order does not depend on the number of "
+        "nodes.",
     )
     workers: int = setting(
-        4, "Loader processes per rank; 0 loads in the training process. Order is the same."
+        4, "DataLoader workers per rank; 0 loads in the training process. The order of samples is the same."
     )
-    prefetch_batches: int = setting(4, "Batches that each loader process keeps ready.")
+    prefetch_batches: int = setting(4, "Batches that each DataLoader worker keeps ready.")
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,8 @@ class ModelConfig:
     head_hidden: int = setting(288, "Hidden units of the regression head.")
     head_dropout: float = setting(0.1, "Dropout probability in the regression head.")
     rating_bias: float = setting(
-        0.0, "Initial bias of the head's last layer, in logits: y = 1 + 4 sigmoid(x). 1.15 starts at 4.04."
+        0.0,
+        "Initial bias of the last layer of the head, in logits: y = 1 + 4 sigmoid(x). 1.15 starts training at 4.04.",
     )
     gradient_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass: less memory, about a third more compute."
@@ -105,9 +113,10 @@ class LossConfig:
     huber_delta: float = setting(0.5, "Huber: error in stars beyond which the loss grows linearly.")
     count_weight: Literal["none", "log", "sqrt"] = setting(
         "none",
-        "Weight of an item by its number of ratings n: 1, log(1+n) or sqrt(n), to a mean of 1 per batch.",
+        "Weight of an item by its number of ratings n: 1, log(1 + n) or sqrt(n), divided by the same function of "
+        "`count_reference`. Weights are not normalised within a batch.",
     )
-    count_reference: float = setting(100.0, "Number of ratings at which `count_weight` is 1.")
+    count_reference: float = setting(100.0, "Number of ratings at which an item has weight 1.")
     plcc_weight: float = setting(0.0, "Weight of an added (1 - PLCC) term over each micro-batch.")
 
 
@@ -121,7 +130,7 @@ class LearningRates:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    lr: LearningRates = section(LearningRates, "Peak learning rate of every part of the model.")
+    lr: LearningRates = section(LearningRates, "Peak learning rate of each part of the model.")
     schedule: Literal["linear", "cosine", "constant"] = setting("linear", "Decay after the warm-up.")
     warmup_fraction: float = setting(0.03, "Share of all steps over which the learning rate rises from 0.")
     final_fraction: float = setting(0.0, "Learning rate at the last step, as a share of the peak.")
@@ -137,10 +146,11 @@ class OptimConfig:
 @dataclass(frozen=True)
 class BatchConfig:
     global_items: int = setting(
-        64, "Items per optimizer step, over all ranks. It never follows the world size."
+        64, "Items per optimizer step over all ranks. It does not change with the number of ranks."
     )
     micro_items: int = setting(
-        0, "Items per forward pass of one rank; 0 takes the whole rank batch. The rest is accumulation."
+        0,
+        "Items per forward pass of one rank; 0 takes its complete batch. The rest is gradient accumulation.",
     )
 
 
@@ -148,21 +158,22 @@ class BatchConfig:
 class ZeroConfig:
     stage: Literal[0, 1, 2, 3] = setting(
         2,
-        "DeepSpeed ZeRO stage: what is divided over the ranks (0 nothing ... 3 optimizer, gradients, weights).",
+        "DeepSpeed ZeRO stage: what is divided over the ranks (0: nothing, 1: optimizer state, 2: gradients too, "
+        "3: weights too).",
     )
     offload_optimizer: bool = setting(False, "Keep optimizer state in CPU memory (stages 1 to 3).")
     offload_param: bool = setting(False, "Keep weights in CPU memory (stage 3).")
     bucket_mb: int = setting(50, "Size of communication buckets, in MiB of bf16 values.")
     extra: dict[str, Any] = setting(
-        {}, "Rarer keys of DeepSpeed's zero_optimization section, passed through; derived keys are refused."
+        {}, "Further keys of DeepSpeed's zero_optimization section, passed through; derived keys are refused."
     )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     epochs: float = setting(5.0, "Passes over the training split.")
-    max_steps: int = setting(0, "Stop after so many optimizer steps; 0 leaves it to `epochs`.")
-    seed: int = setting(17, "Seed of weights that are not loaded, and of dropout.")
+    max_steps: int = setting(0, "Stop after this many optimizer steps; 0 trains for `epochs`.")
+    seed: int = setting(17, "Seed of dropout and of weights that are not loaded.")
     precision: Literal["bf16", "fp32"] = setting(
         "bf16", "bf16 compute with fp32 master weights and fp32 accumulation, or fp32 throughout."
     )
@@ -171,46 +182,47 @@ class TrainConfig:
     save_every_steps: int = setting(
         500, "Steps between checkpoints; 0 saves only at the end or when stopped."
     )
-    keep_last: int = setting(2, "Newest checkpoints kept. The best one is kept besides.")
+    keep_last: int = setting(2, "Newest checkpoints kept. The best one is kept in addition.")
     keep_every_steps: int = setting(
-        0, "Also keep every checkpoint at a multiple of so many steps; 0 keeps none."
+        0, "Also keep the checkpoints at multiples of this many steps; 0 keeps none."
     )
     select_metric: Literal["plcc", "srcc", "rmse", "mae"] = setting(
         "plcc", "Validation metric of the best checkpoint and of early stopping."
     )
     early_stop_evals: int = setting(
-        0, "Stop after so many evaluations in a row without a better `select_metric`; 0 never does."
+        0, "Stop after this many evaluations in a row without a better `select_metric`; 0 never does."
     )
     max_skipped_steps: int = setting(
-        10, "Steps with a non-finite loss or gradient are skipped and counted; stop after more in a row."
+        10,
+        "Steps with a non-finite loss or gradient are skipped and counted; training stops after more in a row.",
     )
-    stop_check_steps: int = setting(5, "Steps between the ranks' agreements on stopping.")
+    stop_check_steps: int = setting(5, "Steps after which the ranks agree on whether to stop.")
     log_sample_ids: bool = setting(
-        False, "Write the ids of every step of every rank to samples/ (for audits)."
+        False, "Write the ids of the samples of every step and rank to samples/ (for audits)."
     )
-    time_limit_minutes: float = setting(0.0, "Save and stop after so long; 0 never does.")
+    time_limit_minutes: float = setting(0.0, "Save and stop after this time; 0 never does.")
     job_end_margin_minutes: float = setting(
         3.0,
-        "Save and stop so long before the scheduler ends the job, where it says when (SLURM_JOB_END_TIME); "
-        "at most a quarter of the time that is left at the start.",
+        "Save and stop this long before the scheduler ends the job (SLURM_JOB_END_TIME, where it is set), but at "
+        "most a quarter of the time that is left at start-up.",
     )
     background_save: bool = setting(
         True,
-        "Write checkpoints in the background, from a copy in memory (a rank's share of weights and optimizer "
-        "state: about 3.6 GB for 228M parameters over all ranks). False makes training wait for the disk.",
+        "Write checkpoints in the background from a copy in memory (of weights and optimizer state: about 3.6 GB "
+        "for 228M parameters, divided over the ranks). `false` makes training wait for the disk.",
     )
     max_failed_saves: int = setting(
         2,
-        "Checkpoints in a row that may fail (a full disk), loudly, before training stops; 0 stops at the first. "
-        "The last one of a run may never fail.",
+        "Checkpoints in a row that may fail (on a full disk, say) before training stops; 0 stops at the first. "
+        "Each failure is logged, and the last checkpoint of a run may not fail.",
     )
     watchdog_minutes: float = setting(
         20.0,
-        "Without progress for so long (data, a collective, a save), every rank writes its stacks to logs/ and "
-        "exits with code 75, for the launcher to start it again; 0 never does.",
+        "After this time without progress (in data, a collective or a save), every rank writes its stacks to logs/ "
+        "and exits with code 75, so that the launcher can restart it; 0 never does.",
     )
     collective_timeout_minutes: float = setting(
-        10.0, "A collective that waits for longer fails. Set as the time-out of gloo, NCCL and DeepSpeed."
+        10.0, "Time-out of a collective, set for gloo, NCCL and DeepSpeed."
     )
 
 
@@ -220,26 +232,26 @@ class EvalConfig:
         0, "Items per forward pass of one rank in evaluation; 0 takes that of training."
     )
     max_items: int = setting(
-        0, "Evaluate only the first so many items of the split while training; 0 takes all."
+        0, "Evaluate only the first items of the split, up to this many, while training; 0 takes all."
     )
 
 
 @dataclass(frozen=True)
 class Config:
-    """The whole configuration. Immutable: what changes while training is in ``TrainState``."""
+    """The complete configuration. Immutable: what changes during training is in ``TrainState``."""
 
     name: str = setting("run", "Name of the run; its directory is `runs_dir`/`name`.")
     runs_dir: str = setting("runs", "Folder of run directories.")
-    data: DataConfig = section(DataConfig, "What is read and in which order.")
+    data: DataConfig = section(DataConfig, "What is read, and in which order.")
     model: ModelConfig = section(ModelConfig, "The regressor.")
-    loss: LossConfig = section(LossConfig, "What is minimised.")
+    loss: LossConfig = section(LossConfig, "The training loss.")
     optim: OptimConfig = section(OptimConfig, "AdamW and its learning rates.")
     batch: BatchConfig = section(BatchConfig, "global = ranks x micro x accumulation, exactly.")
     zero: ZeroConfig = section(ZeroConfig, "DeepSpeed ZeRO.")
-    train: TrainConfig = section(TrainConfig, "The loop.")
+    train: TrainConfig = section(TrainConfig, "The training loop.")
     eval: EvalConfig = section(EvalConfig, "Evaluation.")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A section as plain nested dicts, in the order of declaration."""
+    """Convert a section to plain nested dicts, in the order of declaration."""
     return dataclasses.asdict(config)

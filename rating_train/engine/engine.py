@@ -20,7 +20,7 @@ from rating_train.engine.optimizer import build_optimizer
 from rating_train.errors import UserError
 from rating_train.model.head import dropout_keys
 from rating_train.model.loss import rating_loss
-from rating_train.model.param_groups import ParamGroup, param_groups, table
+from rating_train.model.param_groups import ParamGroup, group_table, param_groups
 from rating_train.model.regressor import RatingRegressor
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def build_engine(model: RatingRegressor, config: Config, plan: BatchPlan, device
             fix="pip install -U deepspeed",
         )
     groups = param_groups(model, config.optim)
-    log.info("optimizer groups\n%s", table(model, groups))
+    log.info("optimizer groups\n%s", group_table(model, groups))
     optimizer = build_optimizer(groups, config, device)
     _without_shared_memory_collectives(deepspeed)
     deepspeed.init_distributed(

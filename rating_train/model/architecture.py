@@ -1,8 +1,8 @@
 """The shape of a backbone as plain numbers, from a name or from a ``config.json``. Imports no torch.
 
-SmolVLM (and Idefics3, which it is built like): a SigLIP vision tower, a pixel shuffle with one linear
-layer (the connector), and a Llama decoder. Field names here say what a number is; the names of the
-``transformers`` configuration stand beside them where they are read.
+SmolVLM and Idefics3 share one layout: a SigLIP vision tower, a pixel shuffle with one linear layer (the
+connector), and a Llama decoder. Field names here say what a number is; the names that ``transformers`` uses are
+given beside them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MODEL_TYPES = ("smolvlm", "idefics3")
 
 @dataclass(frozen=True)
 class TextArchitecture:
-    """The Llama decoder.
+    """A Llama decoder.
 
     Attributes:
         hidden: width of a token (``hidden_size``).
@@ -56,7 +56,7 @@ class VisionArchitecture:
         heads: ``num_attention_heads``.
         mlp: inner width of the MLP (``intermediate_size``).
         patch: side of a square patch, in pixels (``patch_size``).
-        image_size: side of the pre-training's images, in pixels; sets the number of learned positions.
+        image_size: side of the images of the pre-training, in pixels; sets the number of learned positions.
         channels: colour channels of an image (``num_channels``).
         layer_norm_eps: epsilon of the layer norms.
     """
@@ -78,12 +78,12 @@ class Architecture:
     Attributes:
         text: the decoder.
         vision: the vision tower.
-        scale_factor: the pixel shuffle joins scale_factor x scale_factor patches into one visual token.
-        image_token_id: the token that is replaced by a visual token.
+        scale_factor: the pixel shuffle merges scale_factor x scale_factor patches into one visual token.
+        image_token_id: the placeholder token that a visual token replaces.
         pad_token_id: the decoder's padding token, or ``None`` where the configuration names none.
         head_hidden: inner width of the regression head.
-        tie_word_embeddings: whether the published LM head shares the token embedding. The LM head is
-            not part of the regressor; this says only how large the published checkpoint is.
+        tie_word_embeddings: whether the published LM head shares the token embedding. The regressor has no
+            LM head; this only tells how large the published checkpoint is.
     """
 
     text: TextArchitecture
@@ -96,7 +96,7 @@ class Architecture:
 
 
 def _smolvlm2(hidden: int, layers: int, heads: int, kv_heads: int, mlp: int) -> Architecture:
-    """A SmolVLM2 "Video-Instruct" model: one vision tower, decoders of two sizes."""
+    """Describe a SmolVLM2 "Video-Instruct" model: the vision tower is the same, decoders differ in size."""
     return Architecture(
         text=TextArchitecture(hidden, layers, heads, kv_heads, head_dim=64, mlp=mlp, vocab=49280),
         vision=VisionArchitecture(hidden=768, layers=12, heads=12, mlp=3072, patch=16, image_size=512),
@@ -107,8 +107,8 @@ def _smolvlm2(hidden: int, layers: int, heads: int, kv_heads: int, mlp: int) -> 
     )
 
 
-#: Hub id -> shape, so that a cost is known without a download. The regression head of the 500M model
-#: is this project's choice: half of the decoder's width, as in the 256M model.
+#: Hub id -> shape, so that costs are known without a download. The size of the 500M model's regression head is
+#: this project's choice: half of the decoder's width, as in the 256M model.
 KNOWN_ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         "HuggingFaceTB/SmolVLM2-256M-Video-Instruct": _smolvlm2(576, 30, 9, 3, 1536),
@@ -120,11 +120,11 @@ KNOWN_ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 def architecture_from_config(
     config: Mapping[str, Any], where: object, head_hidden: int | None = None
 ) -> Architecture:
-    """The architecture that a SmolVLM or Idefics3 ``config.json`` describes.
+    """Read the architecture from the ``config.json`` of a SmolVLM or Idefics3 model.
 
-    Published files leave out what equals the defaults of ``transformers``; the same defaults hold here
-    (SmolVLMConfig, SmolVLMVisionConfig and LlamaConfig of transformers 4.57), so that the numbers are
-    those of the model that ``transformers`` would build.
+    Published files leave out what equals the defaults of ``transformers``. The same defaults are used here
+    (SmolVLMConfig, SmolVLMVisionConfig and LlamaConfig of transformers 4.57), so the numbers are those of the
+    model that ``transformers`` would build.
 
     Args:
         config: the parsed ``config.json`` with nested ``text_config`` and ``vision_config``.
@@ -132,7 +132,7 @@ def architecture_from_config(
         head_hidden: inner width of the regression head; half of the decoder's width by default.
 
     Raises:
-        UserError: all that is missing, of a wrong type, or inconsistent, in one error.
+        UserError: values are missing, of a wrong type, or inconsistent; one error lists them all.
     """
     reader = _Reader()
     if config.get("model_type") not in MODEL_TYPES:
@@ -146,8 +146,8 @@ def architecture_from_config(
     if head_hidden is not None and head_hidden < 1:
         reader.problems.append(f"head_hidden is {head_hidden}, expected at least 1")
     if not reader.problems and image_token_id >= text.vocab:
-        # The stock code embeds the placeholder before it replaces it, so the row must exist.
-        reader.problems.append(f"image_token_id {image_token_id} lies outside the vocabulary ({text.vocab})")
+        # The placeholder is embedded before it is replaced, so its row must exist.
+        reader.problems.append(f"image_token_id {image_token_id} is outside the vocabulary ({text.vocab})")
     if reader.problems:
         raise one_error(
             reader.problems, where=where, fix="use the config.json of a SmolVLM or Idefics3 model"
@@ -164,7 +164,7 @@ def architecture_from_config(
 
 
 class _Reader:
-    """Reads typed values with defaults and notes every problem instead of stopping at the first."""
+    """Reads typed values with defaults and collects problems instead of stopping at the first."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
@@ -212,7 +212,7 @@ def _read_text(reader: _Reader, section: Mapping[str, Any]) -> TextArchitecture:
         reader.problems.append(f"text_config: {heads} heads are not a multiple of {kv_heads} key/value heads")
     if section.get("head_dim") is None and hidden % heads:
         reader.problems.append(f"text_config: hidden_size {hidden} is not a multiple of {heads} heads")
-    # transformers 5 moved rope_theta into rope_parameters.
+    # transformers 5 writes rope_theta into rope_parameters.
     rope = section.get("rope_parameters")
     rope_section = rope if isinstance(rope, Mapping) and "rope_theta" in rope else section
     return TextArchitecture(
@@ -252,9 +252,9 @@ def _read_vision(reader: _Reader, section: Mapping[str, Any]) -> VisionArchitect
 
 
 def _pad_token(config: Mapping[str, Any], vocab: int) -> int | None:
-    """The decoder's own padding token, else the outer one where it is a token at all.
+    """Find the padding token: the decoder's own, else the outer one if it is in the vocabulary.
 
-    SmolVLM2 files keep Idefics3's outer 128002, which lies outside their vocabulary of 49280.
+    SmolVLM2 files carry the outer 128002 of Idefics3, which is outside their vocabulary of 49280.
     """
     for section in (config["text_config"], config):
         value = section.get("pad_token_id")

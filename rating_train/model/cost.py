@@ -1,27 +1,26 @@
-"""Parameters and operations of a regressor in closed form, from its architecture. Imports no torch.
+"""Count the parameters and operations of a regressor in closed form, from its architecture. Imports no torch.
 
-Counted, per item: the patch convolution, every linear layer, and (in the ``*_attention`` conventions) the
-two attention products Q K^T and A V, over the full T x T square as the unfused kernel computes them: a
-causal mask zeroes half of that square but does not save its work there. A fused causal kernel may skip it.
+Counted per item: the patch convolution, every linear layer, and (in the ``*_attention`` conventions) the two
+attention products Q K^T and A V over the full T x T square. A causal mask zeroes half of that square, which an
+unfused kernel computes all the same; a fused one may skip it.
 
-Left out in every convention: norms, activations, softmax, rotary angles, residual and bias additions,
-the embedding look-up, pixel scaling, pooling, the sigmoid. Estimated at a few operations per element, they
-come to about 0.5% of the FLOPs.
+Left out in every convention: norms, activations, softmax, rotary angles, residual and bias additions, the
+embedding look-up, pixel scaling, pooling, the sigmoid. At a few operations per element they add up to about 0.5%
+of the FLOPs.
 
-One multiply-accumulate (MAC) is two floating-point operations (FLOPs). The closed form is held against
-``torch.utils.flop_counter`` by a test; that counter sees no fused attention on a CPU, so the unfused
-("math") kernel has to be chosen there.
+One multiply-accumulate (MAC) is two floating-point operations (FLOPs). A test compares the closed form with
+``torch.utils.flop_counter``, which counts nothing for fused attention on a CPU, so the test selects the unfused
+("math") kernel.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rating_train.config.schema import PARTS
 from rating_train.errors import UserError
 from rating_train.model.architecture import Architecture, TextArchitecture, VisionArchitecture
 from rating_train.scoring.ces import CONVENTIONS
-
-PARTS = ("vision", "connector", "decoder", "head")
 
 
 @dataclass(frozen=True)
@@ -29,18 +28,18 @@ class ForwardCost:
     """Operations of one forward pass over one item.
 
     Attributes:
-        linear_macs: part (of :data:`PARTS`) -> MACs of its linear and convolution layers.
-        attention_macs: part -> MACs of its two attention products.
+        linear_macs: part of the model -> MACs of its linear and convolution layers.
+        attention_macs: part of the model -> MACs of its two attention products.
     """
 
     linear_macs: dict[str, int]
     attention_macs: dict[str, int]
 
     def by_part(self, convention: str) -> dict[str, float]:
-        """Part -> operations in ``convention`` (a key of ``scoring.ces.CONVENTIONS``).
+        """Count the operations of each part in ``convention`` (a key of ``scoring.ces.CONVENTIONS``).
 
         Raises:
-            UserError: an unknown convention.
+            UserError: the convention is unknown.
         """
         if convention not in CONVENTIONS:
             raise UserError(
@@ -57,26 +56,26 @@ class ForwardCost:
         }
 
     def total(self, convention: str) -> float:
-        """Operations of the whole forward pass in ``convention``."""
+        """Count the operations of one forward pass in ``convention``."""
         return sum(self.by_part(convention).values())
 
     def totals(self) -> dict[str, float]:
-        """Convention -> operations of the whole forward pass, for every convention."""
+        """Count the operations of one forward pass in every convention."""
         return {convention: self.total(convention) for convention in CONVENTIONS}
 
 
 def visual_tokens(arch: Architecture, image_px: int) -> int:
-    """Number of tokens that a square image of ``image_px`` pixels becomes: 36 at 384, 64 at 512.
+    """Count the tokens that a square image of ``image_px`` pixels becomes: 36 at 384 pixels, 64 at 512.
 
     Raises:
-        UserError: a side that is not a positive multiple of patch x scale_factor.
+        UserError: the side is not a positive multiple of patch x scale_factor.
     """
     block = arch.vision.patch * arch.scale_factor
     if image_px < block or image_px % block:
         below = max(block, image_px // block * block)
         raise UserError(
             f"an image side of {image_px} pixels does not divide into visual tokens",
-            where="image size",
+            where="data.image_px",
             expected=f"a positive multiple of {block} (patch {arch.vision.patch} x scale factor "
             f"{arch.scale_factor}), for example {below} or {below + block}",
         )
@@ -84,7 +83,7 @@ def visual_tokens(arch: Architecture, image_px: int) -> int:
 
 
 def count_parameters(arch: Architecture) -> dict[str, int]:
-    """Number of parameters by part.
+    """Count the parameters of each part.
 
     Returns:
         ``vision``, ``connector``, ``decoder`` (with the token embedding, without an LM head), ``head``
@@ -104,16 +103,16 @@ def count_parameters(arch: Architecture) -> dict[str, int]:
 
 
 def count_forward(arch: Architecture, image_px: int, sequence_tokens: int) -> ForwardCost:
-    """Operations of one forward pass over one item with one image.
+    """Count the operations of one forward pass over one item with one image.
 
     Args:
         arch: the backbone and its head.
         image_px: side of the square image, in pixels.
         sequence_tokens: length of the decoder's input in tokens: visual tokens, template, text and
-            padding (a padded position costs as much as any other).
+            padding (a padding token costs as much as any other).
 
     Raises:
-        UserError: an image size that does not divide, or a sequence shorter than its visual tokens.
+        UserError: the image size does not divide, or the sequence is shorter than its visual tokens.
     """
     visual = visual_tokens(arch, image_px)
     if sequence_tokens < visual:
@@ -141,17 +140,17 @@ def count_forward(arch: Architecture, image_px: int, sequence_tokens: int) -> Fo
 
 
 def _attention_macs(tokens: int, width: int) -> int:
-    """Q K^T and A V: each (T, d) x (d, T) or (T, T) x (T, d) for every head; width = heads x d."""
+    """Count Q K^T and A V: (T, d) x (d, T) and (T, T) x (T, d) for every head; width = heads x d."""
     return 2 * tokens * tokens * width
 
 
 def _vision_layer_weights(vision: VisionArchitecture) -> int:
-    """Weights (no biases) of one layer's linear layers: q, k, v, out; two of the MLP."""
+    """Count one layer's weights without biases: q, k, v, out, and two of the MLP."""
     return 4 * vision.hidden**2 + 2 * vision.hidden * vision.mlp
 
 
 def _decoder_layer_weights(text: TextArchitecture) -> int:
-    """Weights of one layer's linear layers: q, o; k, v on fewer heads; gate, up, down."""
+    """Count one layer's weights: q and o; k and v on fewer heads; gate, up and down."""
     query = text.hidden * text.heads * text.head_dim
     key = text.hidden * text.kv_heads * text.head_dim
     return 2 * query + 2 * key + 3 * text.hidden * text.mlp

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 
 def masked_mean(hidden: Tensor, used: Tensor) -> Tensor:
-    """sum(m * h) / sum(m) over the tokens before the padding.
+    """Average the hidden states of the tokens before the padding: sum(m * h) / sum(m).
 
     Args:
         hidden: (B, T, D), any float dtype.
@@ -24,16 +24,16 @@ def masked_mean(hidden: Tensor, used: Tensor) -> Tensor:
         (B, D) float32.
     """
     mask = torch.arange(hidden.shape[1], device=hidden.device) < used[:, None]  # (B, T)
-    # As a product: sums of T terms in fp32 whatever the dtype of hidden, without an fp32 copy of it.
+    # In fp32 whatever the dtype of hidden: a bf16 sum of hundreds of terms loses most of their bits.
     total = torch.einsum("btd,bt->bd", hidden.float(), mask.float())
     return total / used[:, None].float()
 
 
 class Linear32(nn.Linear):
-    """A linear layer that computes in fp32 even where its weights are bf16 copies of fp32 master weights.
+    """A linear layer that computes in fp32, also with bf16 weights.
 
-    A bf16 result would quantise scores near 4 to steps of 2^-6. A module of its own, because ZeRO-3 gathers
-    a layer's weights when the layer is called.
+    A bf16 result would round scores near 4 to steps of 2^-6. This is a module, not a function, because ZeRO-3
+    gathers the weights of a layer when that layer is called.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,7 +51,18 @@ class RatingHead(nn.Module):
         nn.init.constant_(self.outer.bias, rating_bias)
 
     def forward(self, pooled: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
-        """(B, D), and in training with dropout (B,) int64 of :func:`dropout_keys` -> (B,) float32 ratings."""
+        """Rate pooled states.
+
+        Args:
+            pooled: (B, D).
+            dropout_keys: (B,) int64 of :func:`dropout_keys`; needed in training with dropout only.
+
+        Returns:
+            (B,) float32 in (1, 5).
+
+        Raises:
+            ValueError: training with dropout, and no keys.
+        """
         x = F.relu(self.inner(pooled))
         if self.training and self.dropout > 0:
             if dropout_keys is None:
@@ -61,21 +72,33 @@ class RatingHead(nn.Module):
 
 
 def dropout_keys(ids: Sequence[str], seed: int, step: int) -> Tensor:
-    """(B,) int64: what the dropout masks of these items at this step are made of."""
+    """Make the keys of the dropout masks of these items at this step.
+
+    Args:
+        ids: B item ids.
+        seed: ``train.seed``.
+        step: optimizer steps done before this one.
+
+    Returns:
+        (B,) int64 on the CPU.
+    """
     base = (seed * 1_000_003 + step) << 32
     return torch.tensor([_signed(base + zlib.crc32(i.encode("utf-8"))) for i in ids], dtype=torch.int64)
 
 
 def item_dropout(x: Tensor, p: float, keys: Tensor) -> Tensor:
-    """Dropout whose mask follows the item and the step, not the process that computes it.
+    """Apply dropout with masks that depend on item and step only, not on the process that computes them.
 
-    So a run on another number of ranks, with another micro-batch, or resumed, drops the same units. The random
+    A run on another number of ranks, with another micro-batch, or after a resume drops the same units. The random
     bits are SplitMix64 (Steele et al., OOPSLA 2014) of key and unit.
 
     Args:
         x: (B, H) float32.
-        p: probability of a unit to be dropped, in [0, 1).
+        p: probability that a unit is dropped, in [0, 1).
         keys: (B,) int64.
+
+    Returns:
+        (B, H) float32, what is kept scaled by 1 / (1 - p).
     """
     units = torch.arange(1, x.shape[1] + 1, device=x.device)
     z = _mix(keys)[:, None] + units * _signed(0x9E3779B97F4A7C15)  # (B, H), wrapping
@@ -90,11 +113,11 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right: torch's keeps the sign."""
+    """Shift to the right and fill with zeros; torch's own shift repeats the sign bit."""
     return z >> bits & ((1 << (64 - bits)) - 1)
 
 
 def _signed(value: int) -> int:
-    """The low 64 bits as a signed number, torch's only 64-bit kind that computes everywhere."""
+    """Reinterpret the low 64 bits as signed: int64 is the only 64-bit type with arithmetic on every device."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value

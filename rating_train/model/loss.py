@@ -1,4 +1,4 @@
-"""What is minimised. One function, so that adding a loss is one branch and one config field.
+"""Training losses.
 
 Legend: b items of a micro-batch.
 """
@@ -14,15 +14,15 @@ from rating_train.config.schema import LossConfig
 
 
 def rating_loss(scores: Tensor, ratings: Tensor, rating_counts: Tensor, config: LossConfig) -> Tensor:
-    """The loss of a micro-batch.
+    """Compute the loss of a micro-batch.
 
     * ``mse``: (y - r)^2, the paper's (arXiv 2605.27737).
     * ``huber``: e^2 / 2 for |e| <= d, else d (|e| - d/2) (Huber 1964), with d = ``huber_delta`` stars.
-    * ``count_weight``: item i counts w(n_i) / w(n_ref) with n_ref = ``count_reference``; w is log(1 + n) or
-      sqrt(n). An item's weight depends on nothing but itself, so the loss does not change with the division
-      of a batch over ranks. The variance of a mean of n ratings falls as 1/n.
-    * ``plcc_weight``: plus weight * (1 - PLCC) over the micro-batch (Pearson's correlation; an item's term
-      depends on its neighbours, so this one does change with ``batch.micro_items``).
+    * ``count_weight``: item i is weighted by w(n_i) / w(n_ref) with n_ref = ``count_reference``; w is log(1 + n)
+      or sqrt(n). The weight depends on the item alone, so the loss does not change with the division of a batch
+      over ranks. (The variance of a mean of n ratings falls as 1/n.)
+    * ``plcc_weight``: adds weight * (1 - PLCC) over the micro-batch (Pearson's correlation). An item's share
+      depends on its neighbours, so this term does change with ``batch.micro_items``.
 
     Args:
         scores: (b,) float32 predictions.
@@ -50,6 +50,6 @@ def rating_loss(scores: Tensor, ratings: Tensor, rating_counts: Tensor, config: 
 
 
 def batch_plcc(x: Tensor, y: Tensor, eps: float = 1e-6) -> Tensor:
-    """Pearson's correlation of two (b,) tensors, with ``eps`` under the root so that constants give 0."""
+    """Correlate two (b,) tensors by Pearson's formula; ``eps`` under the root makes constants give 0."""
     x, y = x - x.mean(), y - y.mean()
     return (x * y).sum() / ((x**2).sum() * (y**2).sum() + eps).sqrt()

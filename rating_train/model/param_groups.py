@@ -1,4 +1,4 @@
-"""Every trained parameter in exactly one optimizer group: part x (decayed or not)."""
+"""Assign every trained parameter to exactly one optimizer group: part of the model x (decayed or not)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from rating_train.config.schema import OptimConfig
+from rating_train.config.schema import PARTS, OptimConfig
 from rating_train.log import text_table
-from rating_train.model.regressor import PARTS, part_of
+from rating_train.model.regressor import part_of
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class ParamGroup:
 
     @property
     def numel(self) -> int:
-        # ds_numel: under ZeRO-3 a parameter that is not gathered has no elements of its own.
+        # Under ZeRO-3 a parameter that is not gathered is empty; ds_numel is its real size.
         return sum(int(getattr(p, "ds_numel", p.numel())) for p in self.parameters)
 
 
 def param_groups(model: nn.Module, config: OptimConfig) -> list[ParamGroup]:
-    """Groups of the parameters that require a gradient, in a fixed order; empty ones are left out.
+    """Group the parameters that require a gradient, in a fixed order, without empty groups.
 
-    Matrices of linear and convolution layers decay; biases, norm weights and embeddings do not.
+    Weight decay applies to the matrices of linear and convolution layers, not to biases, norms and embeddings.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     buckets: dict[tuple[str, bool], list[nn.Parameter]] = {
@@ -53,12 +53,12 @@ def param_groups(model: nn.Module, config: OptimConfig) -> list[ParamGroup]:
 
 
 def for_optimizer(groups: list[ParamGroup]) -> list[dict[str, Any]]:
-    """The groups in torch.optim's form. Learning rates start at 0: the schedule sets them before each step."""
+    """Convert groups to the form of torch.optim. Learning rates are 0 until the schedule sets them."""
     return [{"params": list(g.parameters), "lr": 0.0, "weight_decay": g.weight_decay} for g in groups]
 
 
-def table(model: nn.Module, groups: list[ParamGroup]) -> str:
-    """A table of the groups, and of what is frozen, for the log."""
+def group_table(model: nn.Module, groups: list[ParamGroup]) -> str:
+    """Render the groups, and what is frozen, as a table for the log."""
     rows = [[g.name, f"{g.numel:,}", f"{g.peak_lr:.2g}", f"{g.weight_decay:g}"] for g in groups]
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     rows += [["trained", f"{sum(g.numel for g in groups):,}", "", ""], ["frozen", f"{frozen:,}", "", ""]]

@@ -1,4 +1,4 @@
-"""The regressor: visual tokens and text through the decoder, pooled, to one rating.
+"""The regressor: visual tokens and text, through the decoder, pooled, to one rating.
 
 Legend: B items, S pixels a side, T tokens (V visual), D decoder width.
 """
@@ -20,7 +20,6 @@ from rating_train.model.vision import encode_images, position_ids
 
 log = logging.getLogger(__name__)
 
-PARTS = ("vision", "connector", "decoder", "head")
 _PREFIXES = {
     "backbone.vision_model.": "vision",
     "backbone.connector.": "connector",
@@ -34,7 +33,7 @@ class RatingRegressor(nn.Module):
 
     Args:
         backbone: SmolVLMModel or Idefics3Model.
-        architecture: its numbers.
+        architecture: the backbone's shape.
         image_px: side of the square images.
         image_start: position of the first visual token; the same in every item.
         head_dropout, rating_bias: see :class:`~rating_train.config.schema.ModelConfig`.
@@ -64,12 +63,12 @@ class RatingRegressor(nn.Module):
     def forward(
         self, images: Tensor, input_ids: Tensor, used_tokens: Tensor, dropout_keys: Tensor | None = None
     ) -> Tensor:
-        """Ratings of a batch.
+        """Rate a batch.
 
         Args:
             images: (B, 3, S, S) uint8.
-            input_ids: (B, T) int64, padded on the right; the V tokens from ``image_start`` on stand for the
-                image and are replaced.
+            input_ids: (B, T) int64, padded on the right; visual tokens replace the V placeholders that begin at
+                ``image_start``.
             used_tokens: (B,) int64, tokens before the padding.
             dropout_keys: (B,) int64 of :func:`~.head.dropout_keys`; needed in training with dropout only.
 
@@ -80,8 +79,8 @@ class RatingRegressor(nn.Module):
         text = self.backbone.get_input_embeddings()(input_ids)  # (B, T, D)
         start, end = self.image_start, self.image_start + self.visual_tokens
         merged = torch.cat([text[:, :start], visual.to(text.dtype), text[:, end:]], dim=1)
-        # No padding mask: attention is causal and the padding is on the right, so no real token ever sees it;
-        # what the padding itself computes is left out by the pooling.
+        # No padding mask: attention is causal and the padding is on the right, so no real token sees it, and the
+        # pooling leaves out what the padding computes.
         hidden = self.backbone.text_model(inputs_embeds=merged, use_cache=False).last_hidden_state
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             return self.head(masked_mean(hidden, used_tokens), dropout_keys)
@@ -90,9 +89,17 @@ class RatingRegressor(nn.Module):
 def build_regressor(
     config: ModelConfig, architecture: Architecture, image_px: int, image_start: int, seed: int
 ) -> RatingRegressor:
-    """Load (or draw) the backbone, draw the head, freeze what ``config.freeze`` names.
+    """Load (or draw) the backbone, draw the head, and freeze the parts that ``config.freeze`` names.
 
-    The same ``seed`` gives the same weights on every rank.
+    Args:
+        config: the section ``model``.
+        architecture: the backbone's shape.
+        image_px: side of the square images.
+        image_start: position of the first visual token.
+        seed: of what is drawn; the same seed gives the same weights on every rank.
+
+    Raises:
+        UserError: the backbone cannot be loaded, or the image size does not divide.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -108,7 +115,11 @@ def build_regressor(
 
 
 def part_of(parameter_name: str) -> str:
-    """The part of the model (vision, connector, decoder, head) that a parameter belongs to."""
+    """Name the part of the model (of ``PARTS``) that a parameter belongs to.
+
+    Raises:
+        KeyError: it belongs to none.
+    """
     for prefix, part in _PREFIXES.items():
         if parameter_name.startswith(prefix):
             return part

@@ -1,7 +1,7 @@
 """Vision tower and connector for squares of one fixed size.
 
-The stock embedding loops over the images of a batch with a device synchronisation each, to find out how
-many patches are real. With one square size every position is a constant, computed here once.
+The stock embedding loops over the images of a batch and synchronises the device for each, to find out how many of
+its patches are real. With one square size every position is a constant, computed here once.
 
 Legend: B images, S pixels a side, P patches, Dv vision width, V visual tokens, D decoder width.
 """
@@ -17,30 +17,40 @@ from rating_train.errors import UserError
 
 
 def position_ids(image_px: int, patch: int, pretrained_px: int) -> Tensor:
-    """(P,) int64: the learned position of every patch of a square of ``image_px``.
+    """Look up the learned position of every patch of a square image.
 
-    Patch i of n stands at position floor(i * grid / n) of the pre-training grid, in integers: the rule that the
-    model was trained with (NaViT-style fractional coordinates), and that transformers 5 computes. The stock code
-    of transformers 4.55 to 4.57 multiplies by (1 - 1e-6) first; in fp32 that puts every patch on a bin's edge
-    into the bin below (287 of 576 patches at 384 px, 1023 of 1024 at 512 px), see its issue 41190.
+    Patch i of n is at position floor(i * grid / n) of the pre-training grid, in integers: the rule that the model
+    was trained with (NaViT-style fractional coordinates), and that transformers 5 computes. transformers 4.55 to
+    4.57 multiply by (1 - 1e-6) first; in fp32 that moves every patch on the edge of a bin into the bin below (287
+    of 576 patches at 384 px, 1023 of 1024 at 512 px), see transformers issue 41190.
+
+    Args:
+        image_px: side of the image, in pixels.
+        patch: side of a patch, in pixels.
+        pretrained_px: side of the images of the pre-training, in pixels.
+
+    Returns:
+        (P,) int64.
 
     Raises:
         UserError: the side is not a multiple of the patch.
     """
     if image_px % patch:
-        raise UserError(f"{image_px} pixels are no multiple of the patch of {patch}", where="data.image_px")
+        raise UserError(
+            f"{image_px} pixels are not a multiple of the patch size {patch}", where="data.image_px"
+        )
     n, grid = image_px // patch, pretrained_px // patch
     bins = torch.arange(n) * grid // n
     return (bins[:, None] * grid + bins).flatten()
 
 
 def scale_pixels(images: Tensor) -> Tensor:
-    """uint8 in [0, 255] to float32 in [-1, 1]: rescale by 1/255, then (x - 0.5) / 0.5."""
+    """Scale uint8 in [0, 255] to float32 in [-1, 1]: by 1/255, then (x - 0.5) / 0.5."""
     return (images.float() / 255 - 0.5) / 0.5
 
 
 def encode_images(backbone: Any, images: Tensor, positions: Tensor) -> Tensor:
-    """Visual tokens of a batch of squares.
+    """Encode a batch of square images as visual tokens.
 
     Args:
         backbone: SmolVLMModel or Idefics3Model.
@@ -48,14 +58,14 @@ def encode_images(backbone: Any, images: Tensor, positions: Tensor) -> Tensor:
         positions: (P,) int64 of :func:`position_ids`.
 
     Returns:
-        (B, V, D) in the backbone's dtype. No image is dropped: the stock code takes an all-zero image for
-        padding and shifts its neighbours' rows.
+        (B, V, D) in the backbone's dtype. No image is dropped; the stock code takes an all-zero image for padding
+        and shifts the rows of its neighbours.
     """
     vision = backbone.vision_model
     embeddings = vision.embeddings
     pixels = scale_pixels(images).to(embeddings.patch_embedding.weight.dtype)
     patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, P, Dv)
     hidden = patches + embeddings.position_embedding(positions)
-    # No mask: every patch is real, so attention may take its fast path.
+    # No mask: every patch is real.
     hidden = vision.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state
     return backbone.connector(vision.post_layernorm(hidden))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rating_train.config.schema import PARTS
 from rating_train.errors import UserError
 from rating_train.log import text_table
 from rating_train.model.architecture import Architecture
-from rating_train.model.cost import PARTS, ForwardCost, count_forward, count_parameters, visual_tokens
+from rating_train.model.cost import ForwardCost, count_forward, count_parameters, visual_tokens
 from rating_train.scoring.ces import CONVENTIONS, PAPER_CONVENTION, CesRow, ces_table
 
 

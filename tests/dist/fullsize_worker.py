@@ -1,4 +1,4 @@
-"""The whole 228M architecture with random weights: 5 steps on CPU ranks at one ZeRO stage, with the memory it took.
+"""Train the complete 228M architecture, with random weights, for 5 steps on CPU ranks; report the memory it took.
 
 Usage: torchrun --nproc-per-node=2 fullsize_worker.py STAGE OUT.json [STEPS]
 """

@@ -1,4 +1,4 @@
-"""Trains every combination with the engine and with 40 lines of plain PyTorch, on 2 ranks, and writes the differences.
+"""Train every combination with the engine and with 40 lines of plain PyTorch, on 2 ranks, and write the differences.
 
 Usage: torchrun --nproc-per-node=2 parity_worker.py OUT.json fp32|bf16
 """
@@ -76,7 +76,7 @@ def batches() -> list[Batch]:
 
 
 def reference(model, config, data, micro_items):
-    """Plain PyTorch on the whole global batch: fp32 master weights, fp32 gradients, clip, AdamW."""
+    """Plain PyTorch on the complete global batch: fp32 master weights, fp32 gradients, clipping, AdamW."""
     bf16, stage0 = config.train.precision == "bf16", config.zero.stage == 0
     low = copy.deepcopy(model)  # the weights that compute
     if bf16 and not stage0:

@@ -1,4 +1,4 @@
-"""`rating-train evaluate` gives the numbers of the run's own evaluation, at every stage and precision."""
+"""`rating-train evaluate` reproduces the run's own evaluation at every stage and precision."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_checkpoint_evaluates_as_the_run_did(
 def check(run: Path, stage: int, precision: str) -> None:
     trained, alone = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
     assert (trained["source"], alone["source"]) == ("train", "evaluate") and trained["n"] == alone["n"]
-    # One rank instead of two: other batches, so other roundings.
+    # One rank instead of two: other batches, hence other rounding.
     tolerance = 1e-5 if precision == "fp32" else 2e-2
     for metric in ("plcc", "srcc", "rmse", "mae"):
         assert abs(trained[metric] - alone[metric]) < tolerance, (run.name, metric)

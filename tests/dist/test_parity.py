@@ -1,7 +1,7 @@
 """ZeRO stages 0 to 3 x accumulation x clipping x freezing against plain PyTorch, on 2 gloo ranks.
 
 Tolerances, absolute for weights after 4 steps whose largest update is about 1e-2, relative for losses. fp32: at most
-1.2e-7 seen everywhere. bf16: most combinations agree as closely, but a master weight that differs in its last fp32
+1.2e-7 seen in every combination. bf16: most combinations agree as closely, but a master weight that differs in its last fp32
 bit (clipping divides in another order) may round to the neighbouring bf16 value, and the next loss then differs by
 1e-5 to 4e-4. Gradients accumulated in bf16, which this must catch, differ by 4e-3.
 """

@@ -1,4 +1,4 @@
-"""The learning rate by hand-computed numbers: warm-up without a zero step, then decay to the stated end."""
+"""The learning rate against numbers computed by hand: warm-up without a zero step, then decay to the stated end."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_warm_up_has_no_extra_step_by_float_noise(total: int, fraction: floa
     assert factors(total, schedule="constant", warmup_fraction=fraction).index(1) == steps - 1
 
 
-def test_a_longer_run_changes_the_schedule_and_nothing_else_does() -> None:
+def test_the_length_of_the_run_changes_the_schedule_and_clipping_does_not() -> None:
     config = OptimConfig()
     assert lr_factor(50, 100, config) == lr_factor(50, 100, OptimConfig(clip_norm=3.0))
     assert lr_factor(50, 100, config) < lr_factor(50, 200, config)

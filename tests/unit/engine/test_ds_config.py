@@ -78,7 +78,7 @@ def test_a_bucket_of_mib_is_counted_in_bf16_elements() -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_each_stage_says_where_its_state_lives(stage: int) -> None:
+def test_each_stage_says_where_its_state_is_kept(stage: int) -> None:
     zero = build_ds_config(config(stage), PLAN)["zero_optimization"]
     assert zero["stage"] == stage
     assert ("offload_optimizer" in zero) == (stage > 0)
@@ -91,7 +91,7 @@ def test_offload_is_passed_on() -> None:
     assert zero["zero_optimization"]["offload_param"] == {"device": "cpu"}
 
 
-def test_rarer_keys_are_passed_through_and_derived_ones_are_refused() -> None:
+def test_further_keys_are_passed_through_and_derived_ones_are_refused() -> None:
     extra = {"stage3_prefetch_bucket_size": 123, "round_robin_gradients": True}
     zero = build_ds_config(config(3, zero={"extra": extra}), PLAN)["zero_optimization"]
     assert {k: zero[k] for k in extra} == extra

@@ -94,7 +94,7 @@ def test_published_macs(image_px: int, visual: int, giga_macs: float) -> None:
     assert forward.total("mac_linear") / 1e9 == pytest.approx(giga_macs, rel=0.01)
 
 
-def test_conventions_hang_together() -> None:
+def test_the_conventions_are_consistent() -> None:
     totals = count_forward(SMALL, 384, 212).totals()
     assert list(totals) == list(CONVENTIONS)
     assert totals["flop_linear"] == 2 * totals["mac_linear"]

@@ -27,7 +27,7 @@ def test_the_masked_mean_is_a_loop_over_the_real_tokens() -> None:
         assert torch.allclose(got[item].double(), total / int(used[item]), atol=1e-6)
 
 
-def test_what_stands_in_the_padding_does_not_matter() -> None:
+def test_the_contents_of_the_padding_do_not_matter() -> None:
     hidden, used = hidden_and_used()
     other = hidden.clone()
     for item in range(B):
@@ -60,7 +60,7 @@ def test_ratings_lie_inside_one_and_five(scale: float) -> None:
     assert ratings.min() > 1 and ratings.max() < 5
 
 
-def test_ratings_never_leave_one_to_five_even_at_the_extremes() -> None:
+def test_ratings_stay_between_one_and_five_at_the_extremes() -> None:
     head = RatingHead(D, 32, dropout=0.0).eval()
     ratings = head(1e30 * torch.randn(500, D))
     assert torch.isfinite(ratings).all() and ratings.min() >= 1 and ratings.max() <= 5

@@ -1,4 +1,4 @@
-"""Losses against numbers worked out by hand and against independent implementations."""
+"""Losses against numbers computed by hand and against independent implementations."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def test_mse_by_hand() -> None:
 
 
 def test_huber_by_hand_inside_at_and_beyond_its_delta() -> None:
-    # |e| = 0.5 is at the border: 0.125; |e| = 2: 0.5 * (2 - 0.25) = 0.875
+    # |e| = 0.5 is exactly delta: 0.125; |e| = 2: 0.5 * (2 - 0.25) = 0.875
     assert loss(kind="huber", huber_delta=0.5) == pytest.approx((0.125 + 0 + 0.125 + 0.875) / 4)
-    # delta 1: the small ones are e^2/2 still; |e| = 2: 1 * (2 - 0.5) = 1.5
+    # delta 1: the small ones are still e^2/2; |e| = 2: 1 * (2 - 0.5) = 1.5
     assert loss(kind="huber", huber_delta=1.0) == pytest.approx((0.125 + 0 + 0.125 + 1.5) / 4)
 
 

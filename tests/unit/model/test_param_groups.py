@@ -1,4 +1,4 @@
-"""Every trained parameter is in exactly one group, with the rate of its part and the decay of its kind."""
+"""Every trained parameter is in exactly one group, with the learning rate of its part and the decay of its kind."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from rating_train.config.schema import LearningRates, ModelConfig, OptimConfig
+from rating_train.config.schema import PARTS, LearningRates, ModelConfig, OptimConfig
 from rating_train.demo.model import demo_architecture
 from rating_train.model.head import dropout_keys
-from rating_train.model.param_groups import for_optimizer, param_groups, table
-from rating_train.model.regressor import PARTS, RatingRegressor, build_regressor, part_of
+from rating_train.model.param_groups import for_optimizer, group_table, param_groups
+from rating_train.model.regressor import RatingRegressor, build_regressor, part_of
 
 RATES = LearningRates(vision=1e-5, connector=2e-5, decoder=3e-5, head=4e-5)
 OPTIM = OptimConfig(lr=RATES, weight_decay=0.05)
@@ -103,7 +103,7 @@ def test_torch_optimizers_take_the_groups_and_frozen_parts_do_not_move() -> None
 
 def test_the_table_adds_up_to_all_parameters() -> None:
     regressor = model("vision")
-    text = table(regressor, param_groups(regressor, OPTIM))
+    text = group_table(regressor, param_groups(regressor, OPTIM))
     numbers = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in text.splitlines()[2:]}
     trained, frozen = numbers.pop("trained"), numbers.pop("frozen")
     assert trained == sum(numbers.values()) > 0

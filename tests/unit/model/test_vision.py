@@ -21,7 +21,7 @@ SIZES = [(384, 16, 512), (512, 16, 512), (64, 8, 64), (32, 8, 64), (256, 16, 512
 
 
 def stock_positions(image_px: int, patch: int, pretrained_px: int, dtype: torch.dtype) -> torch.Tensor:
-    """What the stock module looks up in its table of positions, for one square of real patches."""
+    """The positions that the stock module looks up for one square of real patches."""
     config = SmolVLMVisionConfig(
         hidden_size=8, num_attention_heads=2, patch_size=patch, image_size=pretrained_px
     )
@@ -55,10 +55,10 @@ def test_positions_are_those_of_the_stock_module_in_bf16(
 
 
 @pytest.mark.parametrize(("image_px", "patch", "pretrained_px"), SIZES)
-def test_positions_differ_from_the_stock_module_in_fp32_only_by_its_known_slip(
+def test_positions_differ_from_the_stock_module_in_fp32_only_by_its_known_rounding(
     image_px: int, patch: int, pretrained_px: int
 ) -> None:
-    """In fp32 its factor (1 - 1e-6) puts a patch on a bin's edge into the bin below (transformers issue 41190)."""
+    """In fp32 its factor (1 - 1e-6) moves a patch on the edge of a bin into the bin below (transformers issue 41190)."""
     n, grid = image_px // patch, pretrained_px // patch
     ours = position_ids(image_px, patch, pretrained_px).reshape(n, n)
     stock = stock_positions(image_px, patch, pretrained_px, torch.float32).reshape(n, n)
@@ -93,7 +93,7 @@ def test_positions_lie_in_the_table_and_grow_along_rows_and_columns(
 
 @pytest.mark.parametrize("image_px", [100, 383, 8])
 def test_a_side_that_is_no_multiple_of_the_patch_is_refused(image_px: int) -> None:
-    with pytest.raises(UserError, match=r"no multiple of the patch of 16.*data\.image_px"):
+    with pytest.raises(UserError, match=r"not a multiple of the patch size 16.*data\.image_px"):
         position_ids(image_px, 16, 512)
 
 
