@@ -58,7 +58,7 @@ def test_positions_are_those_of_the_stock_module_in_bf16(
 def test_positions_differ_from_the_stock_module_in_fp32_only_by_its_known_rounding(
     image_px: int, patch: int, pretrained_px: int
 ) -> None:
-    """In fp32 its factor (1 - 1e-6) moves a patch on the edge of a bin into the bin below (transformers issue 41190)."""
+    """In fp32 its factor (1 - 1e-6) moves a patch on a bin's edge into the bin below (transformers issue 41190)."""
     n, grid = image_px // patch, pretrained_px // patch
     ours = position_ids(image_px, patch, pretrained_px).reshape(n, n)
     stock = stock_positions(image_px, patch, pretrained_px, torch.float32).reshape(n, n)
