@@ -1,27 +1,16 @@
 """Every setting, in frozen sections; ``configs/base.yaml`` is this file written out.
 
-A field is declared with :func:`setting`, which holds its default and its documentation. Units are in the names.
+A field is declared with :func:`setting`: its default, documentation and bounds. Units are in the names.
 What the settings imply for a number of ranks is in :mod:`rating_train.config.resolve`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-
-def setting(default: Any, doc: str) -> Any:
-    """Declare a documented field. Mutable defaults are copied for every instance."""
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata={"doc": doc})
-    return field(default=default, metadata={"doc": doc})
-
-
-def section(cls: type, doc: str) -> Any:
-    """Declare a documented sub-section."""
-    return field(default_factory=cls, metadata={"doc": doc})
-
+from rating_train.config.fields import section, setting
 
 #: Parts of the model: each is trained or frozen, and has a learning rate of its own.
 PARTS = ("vision", "connector", "decoder", "head")
@@ -43,9 +32,12 @@ class DataConfig:
         0,
         "Largest size of one split in the cache, in MiB, and at least four shards; the least recently used shard "
         "is evicted. 0 keeps all. Only with `remote`: without it, the only copy would be deleted.",
+        low=0,
     )
     predownload_items: int = setting(
-        0, "Items whose shards each DataLoader worker fetches ahead; 0 takes 8 batches. Only with `remote`."
+        0,
+        "Items whose shards each DataLoader worker fetches ahead; 0 takes 8 batches. Only with `remote`.",
+        low=0,
     )
     verify: Literal["first_read", "size"] = setting(
         "first_read",
@@ -57,30 +49,45 @@ class DataConfig:
     image_px: int = setting(
         384,
         "Side of the square image fed to the model, in pixels. Stored images of another size are resized.",
+        low=16,
+        high=4096,
     )
     field_chars: int = setting(
-        100, "L: characters kept of each text field (title, description, features, main category)."
+        100,
+        "L: characters kept of each text field (title, description, features, main category).",
+        low=1,
+        high=100_000,
     )
     text_tokens: int = setting(
         176,
         "Text tokens per item, template and padding included; visual tokens come on top. Fields that do not "
         "fit are cut from the longest one, and counted.",
+        low=8,
+        high=8192,
     )
     shuffle: bool = setting(True, "Shuffle the training split anew in every epoch.")
-    shuffle_seed: int = setting(9176, "Seed of the shuffle. Changing it changes the order of the samples.")
+    shuffle_seed: int = setting(
+        9176, "Seed of the shuffle. Changing it changes the order of the samples.", low=0, high=2**31
+    )
     shuffle_block_samples: int = setting(
         262144,
         "Samples within which shards are mixed. A larger block mixes better, a smaller one keeps fewer shards open.",
+        low=1,
     )
     num_canonical_nodes: int = setting(
         1,
         "Parts into which the shuffled shards are divided. Fixed, so that the order does not depend on the number of "
         "nodes.",
+        low=1,
+        high=1024,
     )
     workers: int = setting(
-        4, "DataLoader workers per rank; 0 loads in the training process. The order of samples is the same."
+        4,
+        "DataLoader workers per rank; 0 loads in the training process. The order of samples is the same.",
+        low=0,
+        high=256,
     )
-    prefetch_batches: int = setting(4, "Batches that each DataLoader worker keeps ready.")
+    prefetch_batches: int = setting(4, "Batches that each DataLoader worker keeps ready.", low=1, high=1024)
 
 
 @dataclass(frozen=True)
@@ -96,8 +103,8 @@ class ModelConfig:
     freeze: list[str] = setting(
         [], "Parts that are not trained, of: vision, connector, decoder, head. [] is full fine-tuning."
     )
-    head_hidden: int = setting(288, "Hidden units of the regression head.")
-    head_dropout: float = setting(0.1, "Dropout probability in the regression head.")
+    head_hidden: int = setting(288, "Hidden units of the regression head.", low=1)
+    head_dropout: float = setting(0.1, "Dropout probability in the regression head.", low=0, high=0.99)
     rating_bias: float = setting(
         0.0,
         "Initial bias of the last layer of the head, in logits: y = 1 + 4 sigmoid(x). 1.15 starts training at 4.04.",
@@ -110,47 +117,52 @@ class ModelConfig:
 @dataclass(frozen=True)
 class LossConfig:
     kind: Literal["mse", "huber"] = setting("mse", "Error per item.")
-    huber_delta: float = setting(0.5, "Huber: error in stars beyond which the loss grows linearly.")
+    huber_delta: float = setting(0.5, "Huber: error in stars beyond which the loss grows linearly.", low=1e-6)
     count_weight: Literal["none", "log", "sqrt"] = setting(
         "none",
         "Weight of an item by its number of ratings n: 1, log(1 + n) or sqrt(n), divided by the same function of "
         "`count_reference`. Weights are not normalised within a batch.",
     )
-    count_reference: float = setting(100.0, "Number of ratings at which an item has weight 1.")
-    plcc_weight: float = setting(0.0, "Weight of an added (1 - PLCC) term over each micro-batch.")
+    count_reference: float = setting(100.0, "Number of ratings at which an item has weight 1.", low=1)
+    plcc_weight: float = setting(0.0, "Weight of an added (1 - PLCC) term over each micro-batch.", low=0)
 
 
 @dataclass(frozen=True)
 class LearningRates:
-    vision: float = setting(5e-5, "Peak learning rate of the vision tower.")
-    connector: float = setting(2e-4, "Peak learning rate of the connector.")
-    decoder: float = setting(1e-4, "Peak learning rate of the decoder.")
-    head: float = setting(4e-4, "Peak learning rate of the regression head.")
+    vision: float = setting(5e-5, "Peak learning rate of the vision tower.", low=0, high=1)
+    connector: float = setting(2e-4, "Peak learning rate of the connector.", low=0, high=1)
+    decoder: float = setting(1e-4, "Peak learning rate of the decoder.", low=0, high=1)
+    head: float = setting(4e-4, "Peak learning rate of the regression head.", low=0, high=1)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     lr: LearningRates = section(LearningRates, "Peak learning rate of each part of the model.")
     schedule: Literal["linear", "cosine", "constant"] = setting("linear", "Decay after the warm-up.")
-    warmup_fraction: float = setting(0.03, "Share of all steps over which the learning rate rises from 0.")
-    final_fraction: float = setting(0.0, "Learning rate at the last step, as a share of the peak.")
-    beta1: float = setting(0.9, "AdamW first-moment decay.")
-    beta2: float = setting(0.999, "AdamW second-moment decay.")
-    eps: float = setting(1e-8, "AdamW denominator constant.")
-    weight_decay: float = setting(
-        0.01, "AdamW weight decay of matrices; biases, norms and embeddings have none."
+    warmup_fraction: float = setting(
+        0.03, "Share of all steps over which the learning rate rises from 0.", low=0, high=1
     )
-    clip_norm: float = setting(1.0, "Largest global gradient norm; 0 turns clipping off.")
+    final_fraction: float = setting(
+        0.0, "Learning rate at the last step, as a share of the peak.", low=0, high=1
+    )
+    beta1: float = setting(0.9, "AdamW first-moment decay.", low=0, high=0.99999)
+    beta2: float = setting(0.999, "AdamW second-moment decay.", low=0, high=0.999999)
+    eps: float = setting(1e-8, "AdamW denominator constant.", low=1e-20, high=1)
+    weight_decay: float = setting(
+        0.01, "AdamW weight decay of matrices; biases, norms and embeddings have none.", low=0, high=10
+    )
+    clip_norm: float = setting(1.0, "Largest global gradient norm; 0 turns clipping off.", low=0)
 
 
 @dataclass(frozen=True)
 class BatchConfig:
     global_items: int = setting(
-        64, "Items per optimizer step over all ranks. It does not change with the number of ranks."
+        64, "Items per optimizer step over all ranks. It does not change with the number of ranks.", low=1
     )
     micro_items: int = setting(
         0,
         "Items per forward pass of one rank; 0 takes its complete batch. The rest is gradient accumulation.",
+        low=0,
     )
 
 
@@ -163,7 +175,7 @@ class ZeroConfig:
     )
     offload_optimizer: bool = setting(False, "Keep optimizer state in CPU memory (stages 1 to 3).")
     offload_param: bool = setting(False, "Keep weights in CPU memory (stage 3).")
-    bucket_mb: int = setting(50, "Size of communication buckets, in MiB of bf16 values.")
+    bucket_mb: int = setting(50, "Size of communication buckets, in MiB of bf16 values.", low=1, high=100_000)
     extra: dict[str, Any] = setting(
         {}, "Further keys of DeepSpeed's zero_optimization section, passed through; derived keys are refused."
     )
@@ -171,40 +183,42 @@ class ZeroConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    epochs: float = setting(5.0, "Passes over the training split.")
-    max_steps: int = setting(0, "Stop after this many optimizer steps; 0 trains for `epochs`.")
-    seed: int = setting(17, "Seed of dropout and of weights that are not loaded.")
+    epochs: float = setting(5.0, "Passes over the training split.", low=1e-9)
+    max_steps: int = setting(0, "Stop after this many optimizer steps; 0 trains for `epochs`.", low=0)
+    seed: int = setting(17, "Seed of dropout and of weights that are not loaded.", low=0)
     precision: Literal["bf16", "fp32"] = setting(
         "bf16", "bf16 compute with fp32 master weights and fp32 accumulation, or fp32 throughout."
     )
-    log_every_steps: int = setting(10, "Steps between lines of train.jsonl.")
-    eval_every_steps: int = setting(500, "Steps between evaluations; 0 evaluates only at the end.")
+    log_every_steps: int = setting(10, "Steps between lines of train.jsonl.", low=1)
+    eval_every_steps: int = setting(500, "Steps between evaluations; 0 evaluates only at the end.", low=0)
     save_every_steps: int = setting(
-        500, "Steps between checkpoints; 0 saves only at the end or when stopped."
+        500, "Steps between checkpoints; 0 saves only at the end or when stopped.", low=0
     )
-    keep_last: int = setting(2, "Newest checkpoints kept. The best one is kept in addition.")
+    keep_last: int = setting(2, "Newest checkpoints kept. The best one is kept in addition.", low=1)
     keep_every_steps: int = setting(
-        0, "Also keep the checkpoints at multiples of this many steps; 0 keeps none."
+        0, "Also keep the checkpoints at multiples of this many steps; 0 keeps none.", low=0
     )
     select_metric: Literal["plcc", "srcc", "rmse", "mae"] = setting(
         "plcc", "Validation metric of the best checkpoint and of early stopping."
     )
     early_stop_evals: int = setting(
-        0, "Stop after this many evaluations in a row without a better `select_metric`; 0 never does."
+        0, "Stop after this many evaluations in a row without a better `select_metric`; 0 never does.", low=0
     )
     max_skipped_steps: int = setting(
         10,
         "Steps with a non-finite loss or gradient are skipped and counted; training stops after more in a row.",
+        low=0,
     )
-    stop_check_steps: int = setting(5, "Steps after which the ranks agree on whether to stop.")
+    stop_check_steps: int = setting(5, "Steps after which the ranks agree on whether to stop.", low=1)
     log_sample_ids: bool = setting(
         False, "Write the ids of the samples of every step and rank to samples/ (for audits)."
     )
-    time_limit_minutes: float = setting(0.0, "Save and stop after this time; 0 never does.")
+    time_limit_minutes: float = setting(0.0, "Save and stop after this time; 0 never does.", low=0)
     job_end_margin_minutes: float = setting(
         3.0,
         "Save and stop this long before the scheduler ends the job (SLURM_JOB_END_TIME, where it is set), but at "
         "most a quarter of the time that is left at start-up.",
+        low=0,
     )
     background_save: bool = setting(
         True,
@@ -215,24 +229,26 @@ class TrainConfig:
         2,
         "Checkpoints in a row that may fail (on a full disk, say) before training stops; 0 stops at the first. "
         "Each failure is logged, and the last checkpoint of a run may not fail.",
+        low=0,
     )
     watchdog_minutes: float = setting(
         20.0,
         "After this time without progress (in data, a collective or a save), every rank writes its stacks to logs/ "
         "and exits with code 75, so that the launcher can restart it; 0 never does.",
+        low=0,
     )
     collective_timeout_minutes: float = setting(
-        10.0, "Time-out of a collective, set for gloo, NCCL and DeepSpeed."
+        10.0, "Time-out of a collective, set for gloo, NCCL and DeepSpeed.", low=0.01, high=10_000
     )
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     micro_items: int = setting(
-        0, "Items per forward pass of one rank in evaluation; 0 takes that of training."
+        0, "Items per forward pass of one rank in evaluation; 0 takes that of training.", low=0
     )
     max_items: int = setting(
-        0, "Evaluate only the first items of the split, up to this many, while training; 0 takes all."
+        0, "Evaluate only the first items of the split, up to this many, while training; 0 takes all.", low=0
     )
 
 

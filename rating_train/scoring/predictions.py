@@ -25,7 +25,7 @@ SUBMISSION_COLUMNS = ("item_id", "score", "params", "flops")
 #: Two scores of one item may differ by this many stars. The forward is the same but the shape of the
 #: batch around the item may not be, and then bf16 kernels add in another order. A real mix-up (two items
 #: under one id, weights that differ between ranks, dropout left on) is far above it: RMSE is about 0.3.
-DUPLICATE_TOLERANCE_STARS = 1e-2
+DUPLICATE_TOLERANCE_STARS = 0.05
 
 _NAMED = 5
 
@@ -47,15 +47,14 @@ class Prediction:
     category: str | None = None
 
 
-def deduplicate(rows: Iterable[Prediction], tolerance: float = DUPLICATE_TOLERANCE_STARS) -> list[Prediction]:
+def deduplicate(rows: Iterable[Prediction]) -> list[Prediction]:
     """The first row of every id, in order of first appearance.
 
     Args:
         rows: predictions, duplicates included.
-        tolerance: how far two scores of one id may lie apart, in stars.
 
     Raises:
-        UserError: duplicates whose scores differ by more than ``tolerance``, or whose ratings or
+        UserError: duplicates whose scores differ by more than :data:`DUPLICATE_TOLERANCE_STARS`, or whose ratings or
             categories differ at all: the rows are not about one item.
     """
     first: dict[str, Prediction] = {}
@@ -65,7 +64,7 @@ def deduplicate(rows: Iterable[Prediction], tolerance: float = DUPLICATE_TOLERAN
         if kept is row:
             continue
         # `not <=` so that a NaN counts as a conflict.
-        if not abs(kept.score - row.score) <= tolerance:
+        if not abs(kept.score - row.score) <= DUPLICATE_TOLERANCE_STARS:
             conflicts.append(f"{row.id}: scores {kept.score:.6g} and {row.score:.6g}")
         elif kept.rating != row.rating:
             conflicts.append(f"{row.id}: ratings {kept.rating} and {row.rating}")
@@ -76,7 +75,7 @@ def deduplicate(rows: Iterable[Prediction], tolerance: float = DUPLICATE_TOLERAN
             f"{len(conflicts)} duplicate predictions disagree with the first of their id: "
             + _first_few(conflicts, "; "),
             where="predictions",
-            expected=f"equal ratings and categories, and scores within {tolerance:g} stars",
+            expected=f"equal ratings and categories, and scores within {DUPLICATE_TOLERANCE_STARS:g} stars",
             fix="look for two items under one id, or for weights that differ between ranks",
         )
     return list(first.values())

@@ -17,10 +17,6 @@ from rating_train.scoring.predictions import Prediction, check_coverage, dedupli
 
 log = logging.getLogger(__name__)
 
-# An item that two ranks score stands in two batches of other items; in bf16 its score may differ in the
-# last bits of the compute dtype, but not by more than this, in stars.
-DUPLICATE_TOLERANCE_STARS = 0.05
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -65,9 +61,7 @@ def evaluate(
 
     def finish() -> Evaluation:
         assert gathered is not None
-        unique = deduplicate(
-            (row for part, _ in gathered for row in part), tolerance=DUPLICATE_TOLERANCE_STARS
-        )
+        unique = deduplicate((row for part, _ in gathered for row in part))
         check_coverage(unique, expected_count=data.samples)
         if write_to is not None:
             write_predictions(write_to, unique)

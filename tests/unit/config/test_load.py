@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,15 @@ def problem(**values: Any) -> str:
 # ---- precedence
 
 
-def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
-    assert load_config(write(tmp_path / "a.yaml", "")) == Config()
-    assert load_config(write(tmp_path / "b.yaml", "# only a comment\n")) == Config()
+@pytest.mark.parametrize("text", ["", "# only a comment\n", "---\n", "{}", "base: empty.yaml\n"])
+def test_an_empty_configuration_is_refused_with_what_it_needs(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "empty.yaml", "")
+    path = write(tmp_path / "a.yaml", text)
+    with pytest.raises(
+        UserError, match=r"configuration is empty.*a\.yaml.*`name: NAME` and `data: \{path: DATA\}`"
+    ):
+        load_config(path)
+    assert load_config(path, ["name=told"]) == dataclasses.replace(Config(), name="told")
 
 
 def test_defaults_base_chain_file_and_set_in_this_order(tmp_path: Path) -> None:
@@ -169,10 +177,126 @@ def test_unknown_keys_come_with_the_nearest_name_or_all_names() -> None:
     assert "unknown key `loss.zzz` (known: " in message and "huber_delta" in message
 
 
-def test_all_problems_in_one_error() -> None:
-    message = problem(train={"epoch": 1, "seed": "x"}, zero={"stage": 9}, nme="x")
-    assert message.startswith("4 problems: ")
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            {"train": {"epoch": 1, "seed": "x"}, "zero": {"stage": 9}, "nme": "x"},
+            ("train.epoch`", "train.seed`", "zero.stage`", "nme`"),
+        ),
+        (  # a bound beside a wrong type, in the same section, in another one, and nested
+            {"train": {"seed": "x", "epochs": 0}, "batch": {"global_items": 0}, "optim": {"lr": {"head": 2}}},
+            ("train.seed`", "`train.epochs` is 0", "`batch.global_items` is 0", "`optim.lr.head` is 2"),
+        ),
+        (  # a rule about two settings beside a wrong type elsewhere
+            {"zero": {"stage": 2, "offload_param": True}, "data": 5},
+            ("`zero.offload_param` needs", "`data` is a section, not 5 (int)"),
+        ),
+        (
+            {"model": {"freeze": ["haed", 3]}, "name": "a/b"},
+            ("`model.freeze[1]` is 3 (int)", "`name` is 'a/b'"),
+        ),
+    ],
+)
+def test_all_problems_in_one_error(values: dict[str, Any], words: tuple[str, ...]) -> None:
+    message = problem(**values)
+    assert message.startswith(f"{len(words)} problems: ")
+    for word in words:
+        assert word in message
     assert "\n" not in message
+
+
+def test_a_rule_about_settings_of_which_one_is_invalid_is_not_guessed() -> None:
+    message = problem(zero={"stage": "x", "offload_param": True}, data={"remote": 5, "cache_limit_mb": 9})
+    assert message.startswith("2 problems: ") and "needs" not in message
+    assert problem(data=5, zero={"stage": 1, "offload_param": True}).startswith("2 problems: ")
+
+
+def test_long_values_are_shortened(tmp_path: Path) -> None:
+    message = problem(train={"seed": "x" * 5000, "y" * 5000: 1})
+    assert "..." in message and len(message) < 1500
+
+
+# ---- files that nobody vouches for
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            "train: {seed: 1}\ndata: {path: a}\ntrain: {epochs: 1}\n",
+            "line 3, column 1: the key `train` is given twice",
+        ),
+        ("train: {seed: 1, seed: 2}\n", "the key `seed` is given twice"),
+        ("a: " + "[" * 3000, "more than 32 levels"),
+        ("- " * 3000, "more than 32 levels"),
+        ("zero:\n  extra:\n" + "".join(" " * i + "a:\n" for i in range(4, 300)), "more than 32 levels"),
+        (
+            "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)),
+            "stands for a value that holds an alias",
+        ),
+        ("zero: &a {extra: *a}\n", "stands for a value that holds an alias"),
+        ("a: &a 1\nb: [" + "*a, " * 200 + "]\n", "more than 100 aliases"),
+        ("a: [" + "1, " * 6000 + "]\n", "more than 5000 values"),
+        ("a: '" + "x" * 200_000 + "'\n", "at most 131072"),
+        ("? a\n" * 30_000, "more than 5000 values"),
+        ("a: " + "9" * 5000, "not a value"),
+        ("a: 2001-99-99", "not a value"),
+        ("a: !!python/object/apply:os.system ['true']", "is not read"),
+        ("a: !!timestamp 5", "is not read"),
+        ("? [1, 2]\n: 3", "unhashable"),
+        ("a: b: c", "mapping values are not allowed"),
+        ("a: 1\n---\nb: 2", "another document"),
+        ("a: \x00", "special characters"),
+        (b"name: caf\xe9\n", "utf-8"),
+        ("name: a\n".encode("utf-16"), "utf-8"),
+        ("- a\n- b\n", "a configuration is a mapping"),
+        ("5", "a configuration is a mapping"),
+        ("base: [a.yaml]", "`base:` is not the path of a file"),
+        ("base: " + "x" * 300, "cannot be read"),
+        ("train: {seed: " + "9" * 400 + "}", "expected a whole number"),
+        ("train: {epochs: .inf}", "expected a finite number"),
+    ],
+    ids=lambda v: None if isinstance(v, (str, bytes)) and len(v) > 40 else repr(v),
+)
+def test_a_hostile_file_is_one_line_and_quick(tmp_path: Path, content: str | bytes, words: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    began = time.process_time()
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    message = str(error.value)
+    assert words in message and str(tmp_path) in message
+    assert "\n" not in message and len(message) < 1000
+    assert time.process_time() - began < 10
+
+
+def test_a_path_that_is_no_file_is_named_as_what_it_is(tmp_path: Path) -> None:
+    for path, words in (
+        (tmp_path, "is a directory"),
+        (Path("/dev/null"), "not a regular file"),
+        (tmp_path / "gone.yaml", "not found"),
+        (tmp_path / ("x" * 300), "cannot be read"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_config(path)
+
+
+def test_aliases_and_merge_keys_are_read_and_share_nothing(tmp_path: Path) -> None:
+    text = (
+        "train: &t {seed: 1}\nzero: {extra: {a: &x {b: 1}, c: *x}}\noptim: {<<: {beta1: 0.5}, beta2: 0.9}\n"
+    )
+    config = load_config(write(tmp_path / "a.yaml", text), ["zero.extra.a.b=2"])
+    assert (config.train.seed, config.optim.beta1, config.optim.beta2) == (1, 0.5, 0.9)
+    assert config.zero.extra == {"a": {"b": 2}, "c": {"b": 1}}
+
+
+@pytest.mark.parametrize(
+    "text", ["zero.extra=" + "[" * 300, "zero.extra={a: 1, a: 2}", "nothing", "=3", ".=1", "a..b=1"]
+)
+def test_a_hostile_override_is_one_problem(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match="1 problem"):
+        load_config(write(tmp_path / "a.yaml", "name: a\n"), [text])
 
 
 # ---- bounds
@@ -197,7 +321,7 @@ def test_all_problems_in_one_error() -> None:
 )
 def test_values_out_of_bounds(section: str, key: str, value: float) -> None:
     message = problem(**{section: {key: value}})
-    assert f"`{section}.{key}` is {value:g}, expected between" in message
+    assert re.search(rf"`{section}\.{key}` is {value:g}, expected (between|at least) [\d.]", message)
 
 
 def test_settings_that_exclude_each_other() -> None:
@@ -205,7 +329,7 @@ def test_settings_that_exclude_each_other() -> None:
     assert "needs `zero.stage` 1, 2 or 3" in problem(zero={"stage": 0, "offload_optimizer": True})
     every = ["vision", "connector", "decoder", "head"]
     assert "nothing would be trained" in problem(model={"freeze": every})
-    assert "holds 'haed', expected any of vision, connector, decoder, head" in problem(
+    assert "`model.freeze` is ['haed'], expected any of vision, connector, decoder, head" in problem(
         model={"freeze": ["haed"]}
     )
 
