@@ -54,7 +54,8 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
 #: through others: a login node runs them.
 TORCH_FREE = (
     "cli errors files log processes run_dir commands. config. demo. prepare. reports. resilience.run_lock "
-    "scoring. shards. cluster.submission checkpoint.store data.cache data.stale_memory model.architecture model.cost "
+    "scoring. shards. cluster.submission checkpoint.store data.cache data.shared_memory_need data.stale_memory "
+    "model.architecture model.cost "
     "training.provenance "
 ).split()
 

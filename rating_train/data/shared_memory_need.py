@@ -1,0 +1,51 @@
+"""How much shared memory a configuration's DataLoaders need: pure, for checks before a job starts. Imports no torch.
+
+A DataLoader worker hands a batch over in /dev/shm, one block per tensor. Containers often have 64 MiB there, and a
+worker that finds it full dies of SIGBUS in the middle of training.
+"""
+
+from __future__ import annotations
+
+from rating_train.config.schema import Config, DataConfig
+
+_PAGE_BYTES = 4096
+#: Beside the prefetched batches: the one in use, and the one that follows it while the loop still holds the first.
+_BATCHES_IN_USE = 2
+
+
+def shared_memory_need(config: Config, ranks: int, ranks_per_node: int, visual_tokens: int = 256) -> int:
+    """Bytes of /dev/shm that the DataLoaders of one node occupy at most.
+
+    The training loader's workers keep their prefetched batches while an evaluation runs, so both loaders count.
+
+    Args:
+        config: the configuration.
+        ranks: number of ranks of the job.
+        ranks_per_node: number of those on one node.
+        visual_tokens: image tokens of an item. The default is an upper bound for images of up to 1024 pixels; they
+            make up less than one percent of a batch.
+    """
+    rank_items = -(-config.batch.global_items // ranks)
+    evaluation_items = config.eval.micro_items or config.batch.micro_items or rank_items
+    tokens = config.data.text_tokens + visual_tokens
+    per_rank = sum(_loader_bytes(config.data, items, tokens) for items in (rank_items, evaluation_items))
+    return per_rank * ranks_per_node
+
+
+def _loader_bytes(data: DataConfig, items: int, tokens: int) -> int:
+    if data.workers == 0:
+        return 0  # batches are made in the training process
+    return batch_bytes(items, data.image_px, tokens) * (data.workers * data.prefetch_batches + _BATCHES_IN_USE)
+
+
+def batch_bytes(items: int, image_px: int, tokens: int) -> int:
+    """Bytes of a batch's tensors in shared memory, each rounded up to pages (see ``collate.Batch``).
+
+    Args:
+        items: B.
+        image_px: side of the image, in pixels.
+        tokens: T, text and visual tokens of an item.
+    """
+    images, input_ids, used_tokens, ratings, rating_counts = 3 * image_px**2, 8 * tokens, 8, 4, 4
+    sizes = (items * size for size in (images, input_ids, used_tokens, ratings, rating_counts))
+    return sum(-(-size // _PAGE_BYTES) * _PAGE_BYTES for size in sizes)
