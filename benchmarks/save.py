@@ -131,7 +131,7 @@ def rank_main(rounds: int, folder: Path) -> None:
         for background in (False, True):
             saver = Checkpointer(folder / "checkpoints", world, 1, 0, background)
             step = TrainState(step=2 * turn + 1 + int(background))
-            begin = lambda saver=saver, step=step: saver.save(ds, step, identity, 10, best=False)  # noqa: E731
+            begin = lambda saver=saver, step=step: saver.save(ds, step, identity, 10)  # noqa: E731
             seconds[COPY if background else WHOLE].append(slowest(begin))
             if background:
                 seconds[REST].append(slowest(saver.finalize))

@@ -133,6 +133,29 @@ class Progress:
         )
 
 
+def number(value: float | None) -> str:
+    """Return a number as people read it, in four significant digits: ``0.08731``, ``412.5``, ``3e-05``, ``12,345``."""
+    if value is None:
+        return "undefined"
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people read it: ``0.4 s``, ``55 s``, ``12 min 5 s``, ``3 h 20 min``, ``2 d 4 h``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    for unit, name, smaller, small_name in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
+        if whole >= unit:
+            rest = whole % unit // smaller
+            return f"{whole // unit} {name}" + (f" {rest} {small_name}" if rest else "")
+    return f"{whole} s"
+
+
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a table: columns as wide as their widest cell, the first left-aligned, the others right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]

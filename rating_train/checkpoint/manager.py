@@ -33,12 +33,20 @@ from rating_train.files import atomic_write_json, read_json
 
 log = logging.getLogger(__name__)
 
+#: What best.json says beside the step: the ``metric`` of the best checkpoint, and its ``value``.
+Best = dict[str, Any]
+
 
 class SaveFailed(UserError):
     """A save that left nothing behind; the checkpoints before it are as they were. Raised on all ranks alike.
 
     Or, where the message says so, one that left a whole checkpoint which latest.json or best.json does not name.
+
+    Attributes:
+        step: the step whose checkpoint is missing, or not named.
     """
+
+    step = -1
 
 
 @dataclass(frozen=True)
@@ -46,12 +54,15 @@ class Saved:
     """A committed checkpoint.
 
     Args:
+        best: what best.json says of it; ``None`` where it was not saved as the best.
         bytes: over all ranks.
         blocked_seconds: how long training stood still for the copy to memory.
         seconds: from its beginning to its commit.
     """
 
     path: Path
+    step: int
+    best: Best | None
     bytes: int
     blocked_seconds: float
     seconds: float
@@ -59,11 +70,10 @@ class Saved:
 
 @dataclass(frozen=True)
 class _UnderWay:
-    """A save between its two halves. ``best``: the metric's value, if it is the best so far."""
+    """A save between its two halves."""
 
     step: int
-    best: bool
-    best_value: float | None
+    best: Best | None
     temporary: Path
     written: Future[store.Files]
     needed_bytes: int
@@ -90,9 +100,12 @@ class Checkpointer:
         self._pruning: Future[list[int]] | None = None
 
     def save(
-        self, ds: Any, state: TrainState, identity: Identity, total_steps: int, best: bool
+        self, ds: Any, state: TrainState, identity: Identity, total_steps: int, best: Best | None = None
     ) -> Saved | None:
-        """Begin a checkpoint of this step, after settling one that is under way.
+        """Begin a checkpoint of this step, after finalizing the one that is under way.
+
+        Args:
+            best: what to write into best.json, for a checkpoint that is to be the best one.
 
         Returns:
             the checkpoint, where saving is not done in the background.
@@ -111,9 +124,7 @@ class Checkpointer:
             raise self._failure(state.step, f"rank 0: {e}", needed) from e
         written = self._thread.submit(_write, temporary, shard, content)
         blocked = time.monotonic() - started
-        self._under_way = _UnderWay(
-            state.step, best, state.best_value, temporary, written, needed, started, blocked
-        )
+        self._under_way = _UnderWay(state.step, best, temporary, written, needed, started, blocked)
         return None if self._background else self.finalize()
 
     def finalize_if_done(self) -> Saved | None:
@@ -138,9 +149,41 @@ class Checkpointer:
             described = gather(save.written.result())
             path, size, problem = on_main(lambda: self._commit(save, described or []))
             if not problem:
-                return Saved(path, size, save.blocked_seconds, time.monotonic() - save.started)
+                seconds = time.monotonic() - save.started
+                return Saved(path, save.step, save.best, size, save.blocked_seconds, seconds)
         on_main(lambda: shutil.rmtree(save.temporary, ignore_errors=True))
         raise self._failure(save.step, problem, save.needed_bytes)
+
+    def mark_best(self, step: int, best: Best) -> bool:
+        """Point best.json to a committed checkpoint whose evaluation came after its save; False where there is none.
+
+        Raises:
+            SaveFailed: best.json cannot be written.
+        """
+
+        def point() -> bool:
+            if not store.is_committed(self.root, step):
+                return False
+            store.point(self.root, store.BEST, step, **best)
+            return True
+
+        try:
+            return on_main(point)
+        except OSError as e:
+            raise self._failure(step, f"rank 0: it is whole, but {store.BEST} is not: {e}", 0) from e
+
+    def committed(self, step: int) -> bool:
+        """Whether the run has a committed checkpoint of ``step``."""
+        return on_main(lambda: store.is_committed(self.root, step))
+
+    def best(self) -> Best:
+        """What best.json says, ``step`` included; empty where it names no committed checkpoint."""
+
+        def read() -> Best:
+            known = store.pointed_step(self.root, store.BEST) is not None
+            return dict(read_json(self.root / store.BEST)) if known else {}
+
+        return on_main(read)
 
     def close(self) -> None:
         """Wait for what the thread still does (pruning, at the end of a run)."""
@@ -165,7 +208,7 @@ class Checkpointer:
             return save.temporary, 0, f"rank 0: {type(e).__name__}: {e}"
         try:
             if save.best:
-                store.point(self.root, store.BEST, save.step, value=save.best_value)
+                store.point(self.root, store.BEST, save.step, **save.best)
             store.point(self.root, store.LATEST, save.step)
         except OSError as e:
             return path, size, f"rank 0: it is whole, but {store.LATEST} or {store.BEST} is not: {e}"
@@ -189,6 +232,7 @@ class Checkpointer:
             fix="free some space; the checkpoints before it are intact",
         )
         failure.on_all_ranks = True
+        failure.step = step
         return failure
 
     def find(self, resume: str) -> Path | None:
@@ -263,7 +307,7 @@ class Checkpointer:
         if store.pointed_step(self.root, store.LATEST) != state.step:
             store.point(self.root, store.LATEST, state.step)
         best = state.best_step
-        whole = best is not None and (self.root / store.step_name(best) / store.COMPLETE).is_file()
+        whole = best is not None and store.is_committed(self.root, best)
         if best is not None and whole and store.pointed_step(self.root, store.BEST) != best:
             store.point(self.root, store.BEST, best, value=state.best_value)
 

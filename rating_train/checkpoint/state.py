@@ -15,7 +15,8 @@ STATE_FILE = "state.json"
 class TrainState:
     """All that changes from step to step, the weights apart. Only the loop writes to it.
 
-    ``step`` counts optimizer steps done, skipped ones included: it is the position in the data.
+    ``step`` counts optimizer steps done, skipped ones included: it is the position in the data. ``evaluation_due``:
+    this step is to be evaluated, and has not been; a run that resumes here evaluates first.
     """
 
     step: int = 0
@@ -25,6 +26,7 @@ class TrainState:
     evals_since_best: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    evaluation_due: bool = False
 
     def record_step(self, items: int, skipped: bool) -> None:
         """One more step, of ``items`` items over all ranks."""
@@ -34,7 +36,8 @@ class TrainState:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
     def record_metric(self, value: float | None, larger_is_better: bool) -> bool:
-        """Compare an evaluation with the best one so far; returns whether it is the new best."""
+        """Compare the evaluation of this step with the best one so far; returns whether it is the new best."""
+        self.evaluation_due = False
         better = value is not None and (
             self.best_value is None
             or (value > self.best_value if larger_is_better else value < self.best_value)

@@ -221,7 +221,12 @@ def pointed_step(root: Path, name: str) -> int | None:
         step = int(json.loads((root / name).read_text("utf-8"))["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return step if (root / step_name(step) / COMPLETE).is_file() else None
+    return step if is_committed(root, step) else None
+
+
+def is_committed(root: Path, step: int) -> bool:
+    """Whether there is a checkpoint of ``step`` with its marker; its files are not verified."""
+    return (root / step_name(step) / COMPLETE).is_file()
 
 
 def prune(root: Path, keep_last: int, keep_every: int) -> list[int]:

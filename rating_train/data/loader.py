@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ class EvaluationData:
     samples: int
     ids: Ids
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Generator[Batch, None, None]:
         """This rank's batches; the last ones may repeat the last sample (see ``evaluation_batches``)."""
         return _load(self.dataset, self.ids, self.collator, self.config)
 
@@ -159,7 +159,9 @@ def _on_node_leaders(action: Callable[[], Fetched], world: World) -> Fetched | N
     return result
 
 
-def _load(dataset: OrderedDataset, ids: Ids, collator: Collator, config: DataConfig) -> Iterator[Batch]:
+def _load(
+    dataset: OrderedDataset, ids: Ids, collator: Collator, config: DataConfig
+) -> Generator[Batch, None, None]:
     """Read (K, B) sample ids as K batches, through ``config.workers`` processes."""
     workers = min(config.workers, len(ids))
     dataset.set_batches(ids)

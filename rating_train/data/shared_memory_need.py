@@ -35,7 +35,9 @@ def shared_memory_need(config: Config, ranks: int, ranks_per_node: int, visual_t
 def _loader_bytes(data: DataConfig, items: int, tokens: int) -> int:
     if data.workers == 0:
         return 0  # batches are made in the training process
-    return batch_bytes(items, data.image_px, tokens) * (data.workers * data.prefetch_batches + _BATCHES_IN_USE)
+    return batch_bytes(items, data.image_px, tokens) * (
+        data.workers * data.prefetch_batches + _BATCHES_IN_USE
+    )
 
 
 def batch_bytes(items: int, image_px: int, tokens: int) -> int:

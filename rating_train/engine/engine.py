@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +47,12 @@ class Engine:
     plan: BatchPlan
     device: torch.device
 
-    def step(self, batch: Batch, step: int, total_steps: int) -> Tensor:
+    def step(
+        self, batch: Batch, step: int, total_steps: int, before_micro: Callable[[], None] | None = None
+    ) -> Tensor:
         """One optimizer step on this rank's batch, in micro-batches; returns its mean loss.
+
+        What ``before_micro`` raises, on all ranks before the same micro-batch, leaves the weights as they were.
 
         The loss is a detached float32 scalar on the device: reading it waits for the device, so the loop
         does that only when it logs.
@@ -56,6 +61,8 @@ class Engine:
         self.ds.train()
         losses = []
         for micro in batch.split(self.plan.micro_items):
+            if before_micro is not None:
+                before_micro()
             keys = dropout_keys(micro.ids, self.config.train.seed, step).to(self.device)
             micro = micro.to(self.device)
             scores = self.ds(micro.images, micro.input_ids, micro.used_tokens, keys)

@@ -20,6 +20,13 @@ REQUEUE_REASONS = ("signal SIGUSR1", "signal SIGTERM", "the time limit")
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
+# What is followed by SIGKILL, or by an impatient person. (SIGUSR1 comes minutes before the end of a job.)
+URGENT_REASONS = ("signal SIGTERM", "signal SIGINT")
+
+
+class Stopped(Exception):
+    """Raised on all ranks alike where they agreed to stop in the middle of something; the message is the reason."""
+
 
 class StopFlag:
     """Why this rank wants to stop (``""`` while it does not).
@@ -65,11 +72,18 @@ class StopFlag:
             self.reason = "the time limit"
         return self.reason
 
-    def agreed(self) -> str:
-        """The reason, if any rank wants to stop, else ``""``; a collective, called by all at the same step."""
-        if not max_over_ranks(1 if self.poll() else 0):
+    def agreed(self, urgent_only: bool = False) -> str:
+        """Return the reason, if any rank wants to stop, else ``""``; a collective, called by all at the same step.
+
+        Args:
+            urgent_only: heed SIGTERM and SIGINT alone.
+        """
+        reason = self.poll()
+        if urgent_only and reason not in URGENT_REASONS:
+            reason = ""
+        if not max_over_ranks(1 if reason else 0):
             return ""
-        return next(reason for reason in all_gather(self.reason) if reason)
+        return next(text for text in all_gather(reason) if text)
 
 
 def _too_late(_number: int, _frame: FrameType | None) -> None:

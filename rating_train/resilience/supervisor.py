@@ -12,7 +12,7 @@ from rating_train import run_dir
 from rating_train.config.schema import TrainConfig
 from rating_train.distributed.collectives import on_main
 from rating_train.distributed.world import ScheduledJob, World
-from rating_train.resilience.graceful_stop import StopFlag
+from rating_train.resilience.graceful_stop import StopFlag, Stopped
 from rating_train.resilience.run_lock import RunLock
 from rating_train.resilience.watchdog import Watchdog
 
@@ -38,6 +38,24 @@ class Supervisor:
         """
         on_main(self.lock.check)
         return self.stop.agreed()
+
+    def stop_if_agreed(self, urgent_only: bool = False) -> None:
+        """Raise on all ranks alike where any of them wants to stop; a collective, in the middle of something.
+
+        Args:
+            urgent_only: heed SIGTERM and SIGINT alone.
+
+        Raises:
+            Stopped: with the reason.
+            UserError: another job has taken the run over.
+        """
+        on_main(self.lock.check)
+        if reason := self.stop.agreed(urgent_only):
+            raise Stopped(reason)
+
+    def stop_if_urgent(self) -> None:
+        """:meth:`stop_if_agreed`, for SIGTERM and SIGINT alone."""
+        self.stop_if_agreed(urgent_only=True)
 
 
 @contextlib.contextmanager

@@ -22,9 +22,9 @@ from rating_train.files import atomic_write_text, read_json_lines
 COLUMNS = ("id", "score", "rating", "category")
 SUBMISSION_COLUMNS = ("item_id", "score", "params", "flops")
 
-#: Two scores of one item may differ by this many stars. The forward is the same but the shape of the
-#: batch around the item may not be, and then bf16 kernels add in another order. A real mix-up (two items
-#: under one id, weights that differ between ranks, dropout left on) is far above it: RMSE is about 0.3.
+#: Two scores of one item may differ by this many stars: an item that two ranks score is in two batches of other items,
+#: and bf16 kernels add in another order for another batch. A real mix-up (two items under one id, weights that differ
+#: between ranks, dropout left on) shows as far more: RMSE is about 0.3.
 DUPLICATE_TOLERANCE_STARS = 0.05
 
 _NAMED = 5

@@ -25,13 +25,16 @@ log = logging.getLogger(__name__)
 
 
 def evaluate_run(run: Path, config: Config, checkpoint: str, split: str) -> dict[str, Any]:
-    """Score one checkpoint; writes the predictions and a row of eval.jsonl, and returns the row.
+    """Score one checkpoint, and write its predictions and a row of eval.jsonl. A collective.
 
     Args:
         run: run directory.
         config: the run's configuration, with what is to differ (another ``data.path``).
         checkpoint: ``best``, ``latest`` or a step.
         split: ``""`` takes the split of the run's own evaluations.
+
+    Returns:
+        The row.
     """
     split = split or config.data.eval_split
     world, device = setup.join_job()
@@ -39,25 +42,23 @@ def evaluate_run(run: Path, config: Config, checkpoint: str, split: str) -> dict
     content = on_main(lambda: read_json(directory / STATE_FILE))
     step, stage = from_json(content).step, content["identity"]["topology"]["zero_stage"]
     log.info("evaluating %s on %s", directory, split)
-    inputs = setup.read_model_inputs(config)
-    data = open_evaluation(config.data, inputs.prompt, world, split, _batch_items(config, world.size))
+    model_inputs = setup.read_model_inputs(config)
+    prompt = model_inputs.prompt
+    data = open_evaluation(config.data, prompt, world, split, _batch_items(config, world.size))
     weights = consolidated_weights(directory, stage)
-    start = inputs.prompt.layout.image_start
-    predictor = load_predictor(config, inputs.architecture, start, weights, device)
+    predictor = load_predictor(config, model_inputs.architecture, prompt.layout.image_start, weights, device)
     started = time.monotonic()
-    result = evaluate(
-        predictor, data, run_dir.predictions_file(run, split, step), progress(data.samples, world.size)
-    )
+    result = evaluate(predictor, data, run_dir.predictions_file(run, split, step), world)
     seconds = time.monotonic() - started
     row = setup.evaluation_row(
-        inputs, result.scores, step=step, split=split, source="evaluate", seconds=seconds
+        model_inputs, result.scores, step=step, split=split, source="evaluate", seconds=seconds
     )
     on_main(lambda: append_json_line(run / run_dir.EVAL_LOG, row))
     return row
 
 
 def choose_checkpoint(root: Path, wanted: str) -> Path:
-    """The directory of ``best``, ``latest`` or a step, verified.
+    """Return the directory of ``best``, ``latest`` or a step, verified.
 
     Raises:
         UserError: no such checkpoint, or its bytes are not those that were saved.
@@ -84,26 +85,8 @@ def choose_checkpoint(root: Path, wanted: str) -> Path:
     return directory
 
 
-def progress(items: int, ranks: int) -> Any:
-    """A callback that logs rate and remaining time every ten seconds (this rank's batches stand for all)."""
-    state = {"done": 0, "started": time.monotonic(), "logged": time.monotonic()}
-
-    def on_batch(count: int) -> None:
-        state["done"] += count * ranks
-        now = time.monotonic()
-        if now - state["logged"] >= 10:
-            state["logged"] = now
-            rate = state["done"] / (now - state["started"])
-            left = max(0, items - state["done"]) / rate
-            log.info(
-                "%d of %d items, %.1f items/s, %.0f s left", min(state["done"], items), items, rate, left
-            )
-
-    return on_batch
-
-
 def render(row: dict[str, Any]) -> str:
-    """The row for a terminal: every number with its name, CES with its convention."""
+    """Return the row as text for a terminal: every number with its name, CES with its convention."""
     lines = [f"step {row['step']}, split {row['split']}, {row['n']} items, {row['items_per_second']} items/s"]
     for name, label in (("plcc", "PLCC"), ("srcc", "SRCC"), ("rmse", "RMSE (stars)"), ("mae", "MAE (stars)")):
         value = row[name]

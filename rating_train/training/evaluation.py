@@ -1,9 +1,9 @@
-"""The rank-0 evaluator: every rank runs forward passes, rank 0 scores the whole, every rank gets the numbers."""
+"""The evaluator: every rank runs forward passes, rank 0 scores all items, every rank gets the numbers."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from torch import Tensor
 from rating_train.data.collate import Batch
 from rating_train.data.loader import EvaluationData
 from rating_train.distributed.collectives import gather, on_main
+from rating_train.distributed.world import World
+from rating_train.log import Progress
 from rating_train.scoring.metrics import Scores, score
 from rating_train.scoring.predictions import Prediction, check_coverage, deduplicate, write_predictions
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,44 +31,71 @@ def evaluate(
     predict: Callable[[Batch], Tensor],
     data: EvaluationData,
     write_to: Path | None,
-    on_batch: Callable[[int], None] = lambda items: None,
+    world: World,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Score every item of ``data`` exactly once. A collective.
 
-    Rank 0 removes the repeated items that fill the last batches, checks that every item is there, computes
-    PLCC, SRCC, RMSE and MAE in float64 over the whole (never a mean of parts), and writes the predictions.
+    Rank 0 removes the repeated items that fill the last batches, checks that no item is missing, computes PLCC, SRCC,
+    RMSE and MAE in float64 over all items (never a mean of parts), and writes the predictions.
 
     Args:
         predict: (batch of B) -> (B,) float32 scores on the CPU; under ZeRO-3 a collective itself.
         data: this rank's part of the split.
         write_to: JSON-lines file for the predictions, or ``None``.
-        on_batch: called with the number of items after each batch (progress).
+        world: this rank's place.
+        before_batch: called before each batch, as often on every rank; what it raises on all ranks ends the evaluation.
 
     Raises:
         UserError: an item was not scored, or a score is not finite; on every rank.
     """
     rows: list[Prediction] = []
-    cut = 0
-    for batch in data.batches():
-        scores = predict(batch).tolist()
-        rows += [
-            Prediction(id=i, score=s, rating=r, category=c)
-            for i, s, r, c in zip(batch.ids, scores, batch.ratings.tolist(), batch.categories, strict=True)
-        ]
-        cut += batch.truncated_tokens
-        on_batch(len(batch))
-    gathered = gather((rows, cut))
+    truncated = 0
+    # Both are closed where the evaluation is abandoned: DataLoader workers are children of this process.
+    with contextlib.closing(data.batches()) as batches, _shown(data, world) as show:
+        for batch in batches:
+            before_batch()
+            scores = predict(batch).tolist()
+            rows += [
+                Prediction(id=i, score=s, rating=r, category=c)
+                for i, s, r, c in zip(
+                    batch.ids, scores, batch.ratings.tolist(), batch.categories, strict=True
+                )
+            ]
+            truncated += batch.truncated_tokens
+            show(len(batch) * world.size)
+    gathered = gather((rows, truncated))
 
     def finish() -> Evaluation:
         assert gathered is not None
-        unique = deduplicate((row for part, _ in gathered for row in part))
+        unique = deduplicate(row for part, _ in gathered for row in part)
         check_coverage(unique, expected_count=data.samples)
         if write_to is not None:
             write_predictions(write_to, unique)
         return Evaluation(
             scores=score([r.score for r in unique], [r.rating for r in unique if r.rating is not None]),
             predictions_path=write_to,
-            truncated_tokens=sum(c for _, c in gathered),
+            truncated_tokens=sum(count for _, count in gathered),
         )
 
     return on_main(finish)
+
+
+@contextlib.contextmanager
+def _shown(data: EvaluationData, world: World) -> Iterator[Callable[[int], None]]:
+    """Show progress on rank 0, whose own batches stand for those of all ranks."""
+    if not world.is_main:
+        yield lambda items: None
+        return
+    progress, left = Progress("evaluating", data.samples), data.samples
+
+    def show(items: int) -> None:
+        nonlocal left
+        items = min(items, left)  # the last batches repeat items
+        left -= items
+        progress.add(items)
+
+    try:
+        yield show
+    finally:
+        progress.close(complete=False)

@@ -1,4 +1,4 @@
-"""A training job put together: everything that stays the same while it trains, and where it starts from."""
+"""A training job, assembled: everything that stays the same while it trains, and the state that it starts from."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from rating_train.training import setup
 
 log = logging.getLogger(__name__)
 
+LARGER_IS_BETTER = {"plcc": True, "srcc": True, "rmse": False, "mae": False}
+
 
 @dataclass(frozen=True)
 class Job:
@@ -31,15 +33,20 @@ class Job:
     run: Path
     world: World
     plan: BatchPlan
-    inputs: setup.ModelInputs
+    model_inputs: setup.ModelInputs
     data: TrainingData
     eval_data: EvaluationData
     engine: Engine
     checkpointer: Checkpointer
     total_steps: int
 
+    @property
+    def larger_is_better(self) -> bool:
+        """Whether a larger ``train.select_metric`` is a better one."""
+        return LARGER_IS_BETTER[self.config.train.select_metric]
+
     def identity(self, step: int) -> Identity:
-        """What a checkpoint of ``step`` is tied to."""
+        """Return what a checkpoint of ``step`` is tied to."""
         config = self.config
         return Identity(
             order=order_fingerprint_inputs(config, self.data.manifest["fingerprint"]),
@@ -50,11 +57,11 @@ class Job:
 
 
 def assemble_job(config: Config, run: Path, world: World, device: torch.device) -> Job:
-    """Check everything that can be checked first, then open the data, then build the model and the engine."""
+    """Open the data, then build the model and the engine. A collective."""
     plan = plan_batch(config.batch.global_items, config.batch.micro_items, world.size)
     seed_everything(config.train.seed, world.rank)
-    inputs = setup.read_model_inputs(config)
-    prompt = inputs.prompt
+    model_inputs = setup.read_model_inputs(config)
+    prompt = model_inputs.prompt
     data = open_training(config.data, prompt, world, plan.global_items, plan.rank_items)
     eval_items = config.eval.micro_items or plan.micro_items
     eval_data = open_evaluation(
@@ -62,7 +69,7 @@ def assemble_job(config: Config, run: Path, world: World, device: torch.device) 
     )
     model = build_regressor(
         config.model,
-        inputs.architecture,
+        model_inputs.architecture,
         config.data.image_px,
         prompt.layout.image_start,
         config.train.seed,
@@ -80,11 +87,18 @@ def assemble_job(config: Config, run: Path, world: World, device: torch.device) 
         "%d items, %d steps of %d = %d ranks x %d x %d accumulation; evaluating %d items",
         data.samples, steps, plan.global_items, plan.ranks, plan.micro_items, plan.accumulation, eval_data.samples,
     )  # fmt: skip
-    return Job(config, run, world, plan, inputs, data, eval_data, engine, checkpointer, steps)
+    return Job(config, run, world, plan, model_inputs, data, eval_data, engine, checkpointer, steps)
 
 
 def restore(job: Job, resume: str) -> tuple[TrainState, Path | None]:
-    """The state to go on from: the newest checkpoint that verifies, or step 0."""
+    """Load the newest checkpoint that verifies, or start at step 0. A collective.
+
+    Args:
+        resume: see ``Checkpointer.find``.
+
+    Returns:
+        The state, and the checkpoint that it comes from.
+    """
     path = job.checkpointer.find(resume)
     if path is None:
         log.info("starting at step 0")
@@ -94,7 +108,8 @@ def restore(job: Job, resume: str) -> tuple[TrainState, Path | None]:
     state = job.checkpointer.restore(job.engine.ds, path, content, identity)
     if content["total_steps"] != job.total_steps:
         log.warning(
-            "the run now has %d steps, not %d: the schedule follows", job.total_steps, content["total_steps"]
-        )
-    log.info("going on from step %d of %d (%s)", state.step, job.total_steps, path)
+            "the run now has %d steps, not %d: the learning rate follows the new total",
+            job.total_steps, content["total_steps"],
+        )  # fmt: skip
+    log.info("resuming from step %d of %d (%s)", state.step, job.total_steps, path)
     return state, path

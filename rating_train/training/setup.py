@@ -1,11 +1,14 @@
-"""The parts that several verbs need, put together from a configuration the same way each time."""
+"""What several verbs need: the process group, the backbone's shape and prompt, one row of an evaluation."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rating_train import log as logs
 from rating_train.config.schema import Config
@@ -24,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """A configuration with what its backbone implies: known before any weight or shard is read."""
+    """A configuration with what its backbone implies, known before any weight or shard is read."""
 
     config: Config
     architecture: Architecture
@@ -51,18 +54,20 @@ def read_model_inputs(config: Config) -> ModelInputs:
     return ModelInputs(config, architecture, prompt)
 
 
-def ces_by_convention(inputs: ModelInputs, plcc: float | None) -> dict[str, float | None]:
-    """CES of a PLCC in each counting convention of :mod:`rating_train.scoring.ces`."""
-    forward = count_forward(inputs.architecture, inputs.config.data.image_px, inputs.prompt.layout.length)
-    parameters = count_parameters(inputs.architecture)["total"]
+def ces_by_convention(model_inputs: ModelInputs, plcc: float | None) -> dict[str, float | None]:
+    """Return the CES of a PLCC in each counting convention of :mod:`rating_train.scoring.ces`."""
+    forward = count_forward(
+        model_inputs.architecture, model_inputs.config.data.image_px, model_inputs.prompt.layout.length
+    )
+    parameters = count_parameters(model_inputs.architecture)["total"]
     return {row.convention: row.ces for row in ces_table(plcc, parameters, forward.totals())}
 
 
 def evaluation_row(
-    inputs: ModelInputs, scores: Scores, *, step: int, split: str, source: str, seconds: float
+    model_inputs: ModelInputs, scores: Scores, *, step: int, split: str, source: str, seconds: float
 ) -> dict[str, Any]:
-    """One line of eval.jsonl: the scores, the reasons of undefined ones, and CES named by convention."""
-    ces = ces_by_convention(inputs, scores.plcc)
+    """Return one row of eval.jsonl: the scores, the reasons of undefined ones, and CES named by convention."""
+    ces = ces_by_convention(model_inputs, scores.plcc)
     return {
         "step": step,
         "split": split,
@@ -74,16 +79,20 @@ def evaluation_row(
     }
 
 
-def join_job(log_file: Any = None, timeout_minutes: float = 10.0) -> tuple[worlds.World, Any]:
-    """Detect the world, connect to the process group, set up the log of this rank; returns (world, device).
+def join_job(
+    log_file: Callable[[int], Path] | None = None, timeout_minutes: float = 10.0
+) -> tuple[worlds.World, torch.device]:
+    """Join the process group and set up the log of this rank. A collective.
 
     Args:
-        log_file: a function of the rank that gives its log file, or ``None``.
+        log_file: gives the log file of a rank; ``None`` logs to the terminal only.
         timeout_minutes: of every collective.
+
+    Returns:
+        This process's place, and its device.
     """
     world = worlds.detect()
-    file: Path | None = log_file(world.rank) if log_file else None
-    logs.set_up(world.rank, file)
+    logs.set_up(world.rank, log_file(world.rank) if log_file else None)
     device = worlds.connect(world, timeout_minutes)
     nodes = f", {world.nodes} nodes" if world.nodes > 1 else ""
     on_main(lambda: log.info("%d ranks%s on %s", world.size, nodes, device.type))

@@ -45,7 +45,7 @@ def score_all(inputs, world, device, out: Path) -> dict:
     for items in (7, 64, 101):
         data = open_evaluation(config.data, inputs.prompt, world, "train", 5, max_items=items)
         path = out.with_suffix(f".{items}.jsonl")
-        result[str(items)] = evaluate(predictor, data, path).scores.as_dict()
+        result[str(items)] = evaluate(predictor, data, path, world).scores.as_dict()
     return result
 
 

@@ -86,7 +86,7 @@ def test_ten_steps_equal_five_kill_five(
     ranks.train(2, straight)
     kill_after_step(ranks, broken, b, step=6, saved=5)
     output = ranks.train(2, broken, "--resume", "must")
-    assert "going on from step 5 of 10" in output
+    assert "resuming from step 5 of 10" in output
 
     assert read_log(a) == read_log(b)
     assert [row["step"] for row in read_log(b)] == list(range(1, 11))

@@ -205,7 +205,7 @@ def test_real_starts(trained: Path, ranks: Ranks, tmp_path: Path) -> None:
     left = store.begin(root, 4)
     output = train(ranks, folder)
     assert f"skipped {new}: engine/" in output and "SHA-256 differs" in output
-    assert f"removed {left.name}" in output and "going on from step 2 of 4" in output
+    assert f"removed {left.name}" in output and "resuming from step 2 of 4" in output
     assert losses(folder / "run") == losses(trained / "run")
     assert store.newest_valid(root)[0] == store.Found(4, new) and store.pointed_step(root, LATEST) == 4
 

@@ -15,7 +15,7 @@ from tests.conftest import Ranks, full, small_file_system
 pytestmark = pytest.mark.timeout(300)
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
-GOES_ON = "training goes on (train.max_failed_saves)"
+GOES_ON = "training continues (train.max_failed_saves)"
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def config_of(make: Callable[..., Path], runs: Path, steps: int, **train: object) -> Path:
-    """Saves every 2 steps, in the background, and each save is settled before the next step."""
+    """Saves every 2 steps, in the background, and each save is finalized before the next step."""
     settings = {"max_steps": steps, "save_every_steps": 2, "stop_check_steps": 1, "log_sample_ids": False}
     return make(runs_dir=str(runs), train={**settings, "max_failed_saves": 2, "keep_last": 1, **train})
 
@@ -75,14 +75,15 @@ def test_a_disk_that_fills_while_saving(
 
     # One more in a row than may fail.
     output = start(30, "write,room,write", code=1)
-    assert "going on from step 12" in output and output.count(GOES_ON) == 2
+    assert "resuming from step 12" in output and output.count(GOES_ON) == 2
     line = error_line(output)
     assert "the checkpoint of step 18 could not be written" in line and f"where: {root}" in line
     stands_alone(root, 12)
 
-    # The last one may not fail, though it is the first.
-    output = start(14, "write", code=1)
-    assert "going on from step 12" in output and GOES_ON not in output
+    # The last one may not fail, though it is the first: it is tried once more, after the evaluation.
+    output = start(14, "write,write", code=1)
+    assert "resuming from step 12" in output and GOES_ON not in output
+    assert output.count("saving again at the end") == 1
     assert "the checkpoint of step 14 could not be written" in error_line(output)
     stands_alone(root, 12)
 
@@ -107,6 +108,6 @@ def test_the_logs_on_a_full_disk(ranks: Ranks, tiny_config: Callable[..., Path],
     assert len(steps) >= 4 and steps == list(range(1, len(steps) + 1))
     (small_disk / "filler").unlink()
     stands_alone(run / "checkpoints", 4)
-    assert "going on from step 4 of 8" in ranks.train(1, config_of(tiny_config, small_disk, 8))
+    assert "resuming from step 4 of 8" in ranks.train(1, config_of(tiny_config, small_disk, 8))
     assert steps_logged(run) == list(range(1, 9))
     stands_alone(run / "checkpoints", 8)

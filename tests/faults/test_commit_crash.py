@@ -227,7 +227,7 @@ def test_a_run_that_dies_while_saving_goes_on_from_the_newest_committed_checkpoi
     ranks.train(2, straight)
     for moment, goes_on_from, newest in (("begun", 0, 2), ("written", 2, 2), ("renamed", 2, 4)):
         output = ranks.run(2, WORKER, "die", f"{moment}@4", "train", broken, code=1)
-        assert ("starting at step 0" if not goes_on_from else f"going on from step {goes_on_from} ") in output
+        assert ("starting at step 0" if not goes_on_from else f"resuming from step {goes_on_from} ") in output
         assert "finished at" not in output and "error:" not in output, (
             "killed, and not by an error of its own"
         )
@@ -236,7 +236,7 @@ def test_a_run_that_dies_while_saving_goes_on_from_the_newest_committed_checkpoi
         assert sorted(s for s, _ in store.steps_present(root)) == [2, 4][: newest // 2]
         assert json.loads((root / LATEST).read_text())["step"] == 2
     output = ranks.train(2, broken, "--resume", "must")
-    assert "going on from step 4 of 6" in output and "skipped" not in output
+    assert "resuming from step 4 of 6" in output and "skipped" not in output
     assert losses(run) == losses(tmp_path / "runs" / "straight")
     assert sorted(s for s, _ in store.steps_present(root)) == [4, 6] and not list(root.glob("*.tmp-*"))
     store.verify(root / "step_00000006")

@@ -120,6 +120,6 @@ def test_torchrun_starts_a_killed_rank_again_by_itself(
     assert not job.wait(lambda: False, 120, "the end")
     job.join()
     assert job.process.returncode == 0, job.output[-40000:]
-    assert "going on from step" in job.output
+    assert "resuming from step" in job.output
     assert not wait_until_none_lives(token, 10)
     assert_same_run(tmp_path / "runs/straight", broken, steps, stage)

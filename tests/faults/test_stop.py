@@ -72,7 +72,7 @@ def test_a_signal_to_one_rank_or_to_all_processes_saves_and_requeues(
 
     short = tiny_config(train={**LONG, "max_steps": step + 2}, data={"workers": 1})
     output = ranks.train(2, short)
-    assert f"going on from step {step} of {step + 2}" in output
+    assert f"resuming from step {step} of {step + 2}" in output
     assert not (run / "REQUEUE").exists()
 
 
@@ -89,44 +89,61 @@ def test_a_stop_file_saves_once_and_is_used_up(
     assert not (run / "STOP").exists() and not (run / "REQUEUE").exists()
 
 
-def during_an_evaluation(job: Attempt) -> bool:
-    return 5 in job.new_steps()  # written right before it
-
-
-def during_a_save(job: Attempt) -> bool:
-    return job.saving()
-
-
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("moment", [during_an_evaluation, during_a_save])
-def test_a_signal_during_an_evaluation_or_a_save_is_honoured_right_after(
-    moment: Callable[[Attempt], bool], ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
+def test_a_signal_during_a_save_is_honoured_at_the_next(
+    ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    evaluating = moment is during_an_evaluation
+    """The ranks look at the flag when they save alone: at the save under way the signal has come too late."""
     run = tmp_path / "runs" / "run"
-    # One item at a time makes an evaluation long. Without it the ranks look at the flag when they save alone: at the
-    # save that is under way the signal has come too late, and it is the next one that counts.
-    train = {**LONG, "stop_check_steps": 1000}
-    train |= {"eval_every_steps": 5} if evaluating else {"save_every_steps": 5}
-    config = tiny_config(train=train, eval={"micro_items": 1}, data={"workers": 1})
+    config = tiny_config(train={**LONG, "stop_check_steps": 1000, "save_every_steps": 5}, data={"workers": 1})
     job = Attempt(ranks, config, run, str(tmp_path))
-    assert job.wait(lambda: moment(job), 120, moment.__name__), job.output[-4000:]
+    assert job.wait(job.saving, 120, "a save"), job.output[-4000:]
     job.ranks()["rank 1"].send_signal(signal.SIGUSR1)
     assert not job.wait(lambda: False, 60, "the end")
     job.join()
     assert job.process.returncode == 0, job.output[-4000:]
-    step = 5 if evaluating else 10
+    assert_stopped_at(job, run, 10, saved=[10, 5])
+
+
+@pytest.mark.timeout(300)
+def test_a_signal_during_an_evaluation_abandons_it_and_the_next_start_repeats_it(
+    ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The training split, one item at a time, makes an evaluation long."""
+    run = tmp_path / "runs" / "run"
+    slow = {"data": {"workers": 1, "eval_split": "train"}, "eval": {"micro_items": 1}}
+    train = {**LONG, "stop_check_steps": 1000, "eval_every_steps": 5}
+    job = Attempt(ranks, tiny_config(train=train, **slow), run, str(tmp_path))
+    assert job.wait(lambda: 5 in job.new_steps(), 120, "an evaluation"), job.output[-4000:]
+    job.ranks()["rank 1"].send_signal(signal.SIGUSR1)
+    assert not job.wait(lambda: False, 60, "the end")
+    job.join()
+    assert job.process.returncode == 0, job.output[-4000:]
+    assert "the evaluation at step 5 is abandoned (signal SIGUSR1)" in job.output
+    assert_stopped_at(job, run, 5, saved=[5])
+    assert not (run / "eval.jsonl").exists()
+
+    short = {"data": {"workers": 1}, "eval": {"max_items": 24}}
+    output = ranks.train(2, tiny_config(train={**train, "max_steps": 7}, **short))
+    assert "resuming from step 5 of 7" in output
+    rows = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [5, 7]
+    best = max(rows, key=lambda row: row["plcc"])
+    pointed = json.loads((run / "checkpoints" / "best.json").read_text())
+    assert (pointed["step"], pointed["value"], pointed["metric"]) == (best["step"], best["plcc"], "plcc")
+    assert store.pointed_step(run / "checkpoints", store.BEST) == best["step"]
+
+
+def assert_stopped_at(job: Attempt, run: Path, step: int, saved: list[int]) -> None:
+    """All steps up to this one were done, and are on disk; nothing is left over."""
     assert job.new_steps() == list(range(1, step + 1))
     assert (run / "REQUEUE").read_text() == f"signal SIGUSR1 at step {step}\n"
     checkpoints = run / "checkpoints"
     assert store.pointed_step(checkpoints, store.LATEST) == step
-    for saved, directory in store.steps_present(checkpoints):
-        assert store.verify(directory)["step"] == saved
-    assert [s for s, _ in store.steps_present(checkpoints)] == ([5] if evaluating else [10, 5])
+    assert [s for s, _ in store.steps_present(checkpoints)] == saved
+    for found, directory in store.steps_present(checkpoints):
+        assert store.verify(directory)["step"] == found
     assert not job.saving(), "a temporary directory is left"
-    if evaluating:
-        rows = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
-        assert [row["step"] for row in rows] == [5]
 
 
 def own_limit() -> tuple[dict[str, object], dict[str, str]]:

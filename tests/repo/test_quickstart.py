@@ -46,7 +46,7 @@ def test_run_again_it_skips_what_is_done_and_enforces_the_comparison(quickstart:
     assert done.returncode == 1, "7 steps cannot pass the comparison"
     assert "expected: above both single-modality upper_bounds" in done.stdout
     assert "there already: demo/catalogue" in done.stdout and "there already: demo/data" in done.stdout
-    assert f"going on from step {steps[-1]} of {steps[-1]}" in done.stdout
+    assert f"resuming from step {steps[-1]} of {steps[-1]}" in done.stdout
     again = [json.loads(line)["step"] for line in (quickstart.run / "train.jsonl").read_text().splitlines()]
     assert again == steps, "a finished run is not trained again"
 

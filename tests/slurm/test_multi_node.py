@@ -57,7 +57,7 @@ def test_two_machines_go_on_after_a_process_was_killed(
     for process in (first, second):
         assert process.wait(timeout=120) == 0, explain()
     text = explain() + "".join(log.read_text() for log in logs)
-    assert "2 ranks, 2 nodes on cpu" in text and "going on from step" in text
+    assert "2 ranks, 2 nodes on cpu" in text and "resuming from step" in text
     assert json.loads((run / "checkpoints" / "latest.json").read_text())["step"] == 100
     steps = [json.loads(line)["step"] for line in (run / "train.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 101))

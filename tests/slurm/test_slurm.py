@@ -68,7 +68,7 @@ def test_signals_and_requeues_leave_no_trace_in_a_run(cluster: Cluster, config: 
     assert known["JobState"] == "COMPLETED" and known["Restarts"] == "2", cluster.logs()
     log = (cluster.folder / "broken.log").read_text()
     assert "2 ranks, 2 nodes on cpu" in log and "done: nothing left to requeue for" in log
-    assert f"going on from step {stopped} of {steps}" in log
+    assert f"resuming from step {stopped} of {steps}" in log
     assert "not requeued by itself: Slurm is ending this job" in log
 
     assert [row["step"] for row in read_log(b)] == list(range(1, steps + 1))
@@ -130,7 +130,7 @@ def test_mistakes_and_crashes(cluster: Cluster, config: Callable[..., Path]) -> 
     assert "requeued 1 of at most 20: crashed with exit code 137, after it had saved" in log.read_text()
     saved = saved_step(run)
     wait_until(
-        lambda: f"going on from step {saved} of" in log.read_text(), 100, "a resumed run", cluster.logs
+        lambda: f"resuming from step {saved} of" in log.read_text(), 100, "a resumed run", cluster.logs
     )
     kill_ranks(cluster, job)
     assert cluster.wait_for_end(job)["JobState"] == "FAILED"

@@ -62,7 +62,8 @@ def saver(root: Path, background: bool = True, keep_last: int = 9) -> Checkpoint
 
 
 def save(checkpointer: Checkpointer, engine: dict[str, Any], step: int, best: bool = False) -> Saved | None:
-    return checkpointer.save(engine, TrainState(step=step, best_value=0.5), IDENTITY, 100, best)
+    mark = {"metric": "plcc", "value": 0.5} if best else None
+    return checkpointer.save(engine, TrainState(step=step), IDENTITY, 100, mark)
 
 
 def names(root: Path) -> list[str]:
@@ -89,7 +90,7 @@ def test_in_the_background_it_holds_the_state_of_its_step_whatever_training_does
     checkpointer = saver(tmp_path)
     assert save(checkpointer, engine, 5) is None
     engine[SHARD]["w"].zero_()
-    assert store.steps_present(tmp_path) == [], "not committed before it is settled"
+    assert store.steps_present(tmp_path) == [], "not committed before it is finalized"
     gate.opened.set()
     saved = checkpointer.finalize()
     assert saved is not None
@@ -97,7 +98,7 @@ def test_in_the_background_it_holds_the_state_of_its_step_whatever_training_does
     assert checkpointer.finalize() is None
 
 
-def test_settle_if_done_waits_for_nothing(tmp_path: Path, gate: Gate, engine: dict[str, Any]) -> None:
+def test_finalize_if_done_waits_for_nothing(tmp_path: Path, gate: Gate, engine: dict[str, Any]) -> None:
     checkpointer = saver(tmp_path)
     assert checkpointer.finalize_if_done() is None
     save(checkpointer, engine, 5)
@@ -122,7 +123,7 @@ def test_never_are_two_saves_under_way(tmp_path: Path, gate: Gate, engine: dict[
     assert [step for step, _ in store.steps_present(tmp_path)] == [10, 5]
 
 
-def test_an_error_of_the_thread_surfaces_when_it_is_settled_and_the_next_save_works(
+def test_an_error_of_the_thread_surfaces_when_it_is_finalized_and_the_next_save_works(
     tmp_path: Path, gate: Gate, engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real full disk: /dev/full stands where a file is to be written."""
@@ -243,7 +244,7 @@ def test_pointers_that_a_crash_left_behind_are_mended_by_the_next_start(
     checkpointer = saver(tmp_path, background=False, keep_last=1)
     save(checkpointer, engine, 5, best=True)
     state = TrainState(step=10, best_value=0.7, best_step=10)
-    checkpointer.save(engine, state, IDENTITY, 100, best=True)
+    checkpointer.save(engine, state, IDENTITY, 100, {"metric": "plcc", "value": 0.7})
     checkpointer.close()
     for name in (store.LATEST, store.BEST):  # as if it had died right after the rename
         store.point(tmp_path, name, 5)
