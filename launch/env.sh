@@ -4,7 +4,7 @@
 # Sets   PYTHON             the interpreter to use, in this order: RATING_TRAIN_PYTHON, the active virtual
 #                           environment, .venv of this checkout, python3 (then python3.12, 3.11, 3.10)
 #        RATING_TRAIN_ROOT  this checkout; it is put first in PYTHONPATH, so its code is what runs
-# Gives  rt_install, rt_threads, rt_gpus, rt_run_dir, rt_traces, rt_say, rt_die
+# Gives  rt_install, rt_cores, rt_threads, rt_gpus, rt_read_config, rt_check_cores, rt_traces, rt_say, rt_die
 #
 # Every variable that is set already is left as it is.
 
@@ -12,33 +12,33 @@ RATING_TRAIN_ROOT="$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 export RATING_TRAIN_ROOT
 export PYTHONPATH="$RATING_TRAIN_ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
-# Lines of a killed process reach the log, and a crash in C code shows where it was.
+# The last lines of a killed process reach the log, and a crash in C code shows where it happened.
 export PYTHONUNBUFFERED="${PYTHONUNBUFFERED:-1}"
 export PYTHONFAULTHANDLER="${PYTHONFAULTHANDLER:-1}"
 # A rank whose NCCL collective failed or timed out ends, and the launcher ends the others, instead of all
-# hanging. 3 is torch's own default (end the process, leave the communicator alone); pinned here.
+# hanging. 3 is torch's own default (end the process without aborting the communicator); pinned here.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-3}"
-# NCCL names the cause of an error; at its default it says nothing.
+# NCCL names the cause of an error; by default it prints nothing.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
-# The flight recorder: each rank keeps its last collectives in memory, and writes them down when one times out. The
-# files say which rank was late, and in which collective. 2000 is torch's own default, pinned here. (The names are
+# The flight recorder: each rank keeps its last collectives in memory and dumps them when one times out. The files
+# say which rank was late, and in which collective. 2000 is torch's own default, pinned here. (The names are
 # those that torch's NCCL group reads; before torch 2.9 the first was TORCH_NCCL_TRACE_BUFFER_SIZE.)
 export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
 export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
 # How long the ranks may take to write these files before the process ends: a shared disk can be slow.
 export TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC="${TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC:-30000}"
-# A second guard, for a watchdog that hangs itself (in a CUDA call that never returns): the process ends after so
-# many seconds without a sign of life from it. As long as a collective may take (10 minutes, see world.connect):
-# shorter than that, it could end a process whose collective still waits with good reason.
+# A second guard, for an NCCL watchdog that hangs itself (in a CUDA call that never returns): the process ends after so
+# many seconds without a heartbeat from it. As long as a collective may take (10 minutes, see world.connect): a shorter
+# limit could end a process whose collective is still waiting legitimately.
 export TORCH_NCCL_ENABLE_MONITORING="${TORCH_NCCL_ENABLE_MONITORING:-1}"
 export TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC="${TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC:-600}"
-# A meeting place of its own for every restart by torchrun: in one that is shared with its agent's, as is the default,
-# the processes that are started again find the addresses of the dead ones and call those.
+# A rendezvous store of its own for every restart by torchrun: in one that is shared with the agent, the default, the
+# restarted processes find the addresses of dead ones and connect to those.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 
 rt_say() { printf '%s\n' "$*"; }
 
-# One line on stderr, exit code 2: something that the user can mend. RT_NAME: the script's name where $0 is another.
+# A user error: one line on stderr, exit code 2. RT_NAME: the script's name where $0 is another.
 rt_die() {
     printf '%s: error: %s\n' "${RT_NAME:-$(basename -- "$0")}" "$*" >&2
     exit 2
@@ -67,12 +67,12 @@ rt_pick_python() {
     PYTHON="$candidate"
 }
 
-# Whether PYTHON lives in a virtual environment.
+# Whether PYTHON is in a virtual environment.
 rt_in_venv() {
     "$PYTHON" -c 'import sys; raise SystemExit(sys.prefix == sys.base_prefix)'
 }
 
-# Those of the modules "$@" that PYTHON cannot find. Nothing is imported: this takes milliseconds.
+# Print those of the modules "$@" that PYTHON cannot find. Nothing is imported: this takes milliseconds.
 rt_missing() {
     "$PYTHON" -c '
 import importlib.util, sys
@@ -80,7 +80,7 @@ print(" ".join(name for name in sys.argv[1:] if importlib.util.find_spec(name) i
 }
 
 # rt_install [test]: make sure that PYTHON has what the package (and its tests) need. Where PYTHON is not in
-# a virtual environment, makes .venv in the checkout and goes on with it. RATING_TRAIN_SKIP_INSTALL=1 only looks.
+# a virtual environment, make .venv in the checkout and use it. RATING_TRAIN_SKIP_INSTALL=1 only looks.
 rt_install() {
     local extra="${1:-}" missing
     local modules=(torch deepspeed transformers streaming numpy scipy PIL yaml tensorboard matplotlib tqdm)
@@ -88,7 +88,7 @@ rt_install() {
     missing="$(rt_missing "${modules[@]}")"
     [[ -n "$missing" ]] || return 0
     if [[ "${RATING_TRAIN_SKIP_INSTALL:-0}" == 1 ]]; then
-        rt_die "$PYTHON lacks $missing, and RATING_TRAIN_SKIP_INSTALL=1 forbids to install"
+        rt_die "$PYTHON lacks $missing, and RATING_TRAIN_SKIP_INSTALL=1 forbids installing it"
     fi
     if ! rt_in_venv; then
         rt_say "making $RATING_TRAIN_ROOT/.venv with $("$PYTHON" --version)"
@@ -99,36 +99,39 @@ rt_install() {
         PYTHON="$RATING_TRAIN_ROOT/.venv/bin/python"
         export RATING_TRAIN_PYTHON="$PYTHON" # for the scripts that this one starts
     fi
-    rt_say "installing into $("$PYTHON" -c 'import sys; print(sys.prefix)') (some minutes, about 6 GB)"
+    rt_say "installing into $("$PYTHON" -c 'import sys; print(sys.prefix)') (a few minutes, about 6 GB)"
     "$PYTHON" -m pip install --quiet --disable-pip-version-check \
         --editable "$RATING_TRAIN_ROOT${extra:+[$extra]}"
 }
 
-# GPUs that this process may use.
+# Print the number of GPUs that this process may use.
 rt_gpus() {
     "$PYTHON" -c 'import torch; print(torch.cuda.device_count())'
+}
+
+# Print the number of cores that this process may use.
+rt_cores() {
+    nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1
 }
 
 # rt_threads PROCESSES: cores / processes threads for each of them. Without this, torchrun gives each one
 # thread, and a process without a launcher takes all cores.
 rt_threads() {
-    local cores
-    cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)"
-    local each=$((cores / $1))
+    local each=$(($(rt_cores) / $1))
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((each > 0 ? each : 1))}"
 }
 
-# rt_run_dir CONFIG|RUN [WORDS...]: checks the configuration, with the --set among the words, and prints the run directory.
-# A mistake in the settings is said here once, in one line, with exit code 2; N processes would all say it, and a
-# launcher would bury it under its own messages and change the exit code.
-rt_run_dir() {
-    local config="$1" run=""
+# rt_read_config CONFIG|RUN [WORDS...]: check the configuration, with the --set among the words, and set RT_RUN (the run
+# directory) and RT_WORKERS (data.workers). A user error is reported here once, in one line, with exit code 2: N processes
+# would all report it, and a launcher would bury it under its own messages and change the exit code.
+rt_read_config() {
+    local config="$1" run="" found
     shift
-    if [[ -d "$config" ]]; then # it may have been moved since: where it is counts, not its runs_dir
+    if [[ -d "$config" ]]; then # it may have been moved: where it is now counts, not its runs_dir
         run="$config"
         config="$run/config.yaml"
     fi
-    "$PYTHON" -c '
+    found="$("$PYTHON" -c '
 import os, sys
 from rating_train.config.load import load_config
 from rating_train.errors import UserError
@@ -139,11 +142,24 @@ try:
     config = load_config(path, overrides)
 except UserError as e:
     raise SystemExit(print(f"{name}: error: {e}", file=sys.stderr) or 2)
-print(run or os.path.join(config.runs_dir, config.name))
-' "${RT_NAME:-$(basename -- "$0")}" "$run" "$config" "$@"
+print(config.data.workers, run or os.path.join(config.runs_dir, config.name))
+' "${RT_NAME:-$(basename -- "$0")}" "$run" "$config" "$@")" || exit $?
+    # shellcheck disable=SC2034  # RT_RUN is for the script that sources this one
+    read -r RT_WORKERS RT_RUN <<<"$found"
 }
 
-# rt_traces RUN: the flight recorder writes to RUN/logs/nccl_trace_rank_N, on all nodes alike.
+# rt_check_cores CORES FIX...: warn where a rank has fewer cores than processes (itself and its DataLoader workers).
+rt_check_cores() {
+    local cores="$1" needed=$((RT_WORKERS + 1))
+    shift
+    ((cores < needed)) || return 0
+    printf '%s: warning: each rank has %s of the %s cores that it and its %s DataLoader workers need: %s\n' \
+        "${RT_NAME:-$(basename -- "$0")}" "$cores" "$needed" "$RT_WORKERS" "training will wait for data" >&2
+    printf '%s: warning: to do: %s, or --set data.workers=%s\n' \
+        "${RT_NAME:-$(basename -- "$0")}" "$*" "$((cores > 1 ? cores - 1 : 0))" >&2
+}
+
+# rt_traces RUN: make the flight recorder write to RUN/logs/nccl_trace_rank_N, on all nodes.
 rt_traces() {
     mkdir -p -- "$1/logs"
     export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE:-$(cd -- "$1/logs" && pwd)/nccl_trace_rank_}"

@@ -59,12 +59,13 @@ subject="${1:-}"
 # shellcheck source=launch/env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
-run="$(rt_run_dir "$subject" "$@")"
-rt_traces "$run"
+rt_read_config "$subject" "$@"
+rt_traces "$RT_RUN"
 
 if [[ -z "$ranks" ]]; then
     ranks="$(rt_gpus)"
     ((ranks > 0)) || ranks=2
 fi
 rt_threads "$ranks"
+rt_check_cores "$(($(rt_cores) / ranks))" "start fewer processes (-n)"
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m rating_train "$verb" "$@"

@@ -81,13 +81,14 @@ subject="${1:-}"
 # shellcheck source=launch/env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
-run="$(rt_run_dir "$subject" "$@")"
-rt_traces "$run"
+rt_read_config "$subject" "$@"
+rt_traces "$RT_RUN"
 if [[ -z "$processes" ]]; then
     processes="$(rt_gpus)"
     ((processes > 0)) || processes=1
 fi
 rt_threads "$processes"
+rt_check_cores "$(($(rt_cores) / processes))" "start fewer processes (-n)"
 # Only machine 0 offers the meeting place, also where torchrun could not tell from the name that it is the one.
 is_host=0
 if ((rank == 0)); then

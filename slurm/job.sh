@@ -125,6 +125,12 @@ job_srun() {
     job_pid=""
 }
 
+# Warn where the tasks have fewer cores than processes.
+job_check_cores() {
+    rt_check_cores "${SLURM_CPUS_PER_TASK:-1}" "sbatch --cpus-per-task=$((RT_WORKERS + 1)), or" \
+        "CLUSTER_CPUS_PER_TASK=$((RT_WORKERS + 1)) in slurm/cluster.env"
+}
+
 job_preflight() {
     [[ "${PREFLIGHT:-0}" != 0 ]] || return 0
     job_srun "$PYTHON" -m rating_train preflight "$1"
@@ -134,7 +140,9 @@ job_preflight() {
 
 job_train() {
     local run before
-    run="$(rt_run_dir "$@")"
+    rt_read_config "$@"
+    run="$RT_RUN"
+    job_check_cores
     rt_traces "$run"
     job_preflight "$run"
     before="$(job_newest "$run")"

@@ -63,8 +63,9 @@ class Place:
             f"--ntasks-per-node={self.tasks}",
             f"--cpus-per-task={self.cpus}",
         ]
-        if self.gpus:
-            options.append("--gres=gpu:" + (f"{self.gpu_type}:" if self.gpu_type else "") + str(self.gpus))
+        # 0 too: the scripts ask for one by themselves.
+        kind = f"{self.gpu_type}:" if self.gpu_type and self.gpus else ""
+        options.append(f"--gpus-per-node={kind}{self.gpus}")
         if self.time and with_time:
             options.append(f"--time={self.time}")
         return options

@@ -1,8 +1,9 @@
-"""One shortened quickstart, made once, that several tests of this folder look at and go on from."""
+"""Shared by the tests of this folder: a fresh checkout with a shortened quickstart in it, and a stand-in for Python."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -39,7 +40,7 @@ def script_env(**more: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Quickstart:
-    """A finished (shortened) run of launch/quickstart.sh: its folder, what it printed, how long it took."""
+    """A fresh checkout in which the (shortened) quickstart was run: what it printed, how long it took."""
 
     folder: Path
     output: str
@@ -50,11 +51,12 @@ class Quickstart:
         return self.folder / "runs" / "demo_cpu"
 
 
-def run_quickstart(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run the script in ``folder`` with the short settings."""
+def run_quickstart(checkout: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the checkout's script with the short settings."""
     return subprocess.run(
-        ["bash", str(REPO / "launch" / "quickstart.sh")],
-        env=script_env(**{"QUICKSTART_DIR": str(folder), **SHORT, **env}),
+        ["bash", "launch/quickstart.sh"],
+        cwd=checkout,
+        env=script_env(**{**SHORT, **env}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -63,14 +65,86 @@ def run_quickstart(folder: Path, **env: str) -> subprocess.CompletedProcess[str]
     )
 
 
+def copy_checkout(target: Path) -> None:
+    """Copy what a clone would hold: tracked files as they are now, and new ones that git does not ignore."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout: nobody can say which files belong to it")
+    for name in filter(None, listed.stdout.split("\0")):
+        if (REPO / name).is_file():  # one that was removed is still listed
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPO / name, target / name)
+
+
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
-    """The shortened quickstart. ``configs`` and ``launch`` are linked beside its demo/ and runs/."""
-    folder = tmp_path_factory.mktemp("quickstart")
+    """The shortened quickstart, in a checkout of its own."""
+    folder = tmp_path_factory.mktemp("checkout") / "rating_train"
+    copy_checkout(folder)
     started = time.monotonic()
     done = run_quickstart(folder)
     seconds = time.monotonic() - started
     assert done.returncode == 0, done.stdout[-6000:]
-    for name in ("configs", "launch"):
-        (folder / name).symlink_to(REPO / name)
     return Quickstart(folder, done.stdout, seconds)
+
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+# Answers questions about itself truly, and writes down what it is asked to run.
+case "$1" in
+    -c)
+        case "$2" in
+            *device_count*) echo "${FAKE_GPUS:-0}" ;;
+            *) exec "$REAL_PYTHON" "$@" ;;
+        esac
+        ;;
+    *)
+        printf 'OMP_NUM_THREADS=%s %s\\n' "${OMP_NUM_THREADS:-}" "$*" >>"$RECORD"
+        [[ "$*" != *"${FAKE_FAILURE:-nothing fails}"* ]]
+        ;;
+esac
+"""
+
+
+class FakePython:
+    """A stand-in interpreter and what it was asked to run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "python"
+        self.record = folder / "record"
+        self.path.write_text(FAKE_PYTHON)
+        self.path.chmod(0o755)
+
+    def run(
+        self, script: str, *arguments: str, cwd: Path = REPO, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a script with the stand-in; standard input is closed."""
+        more = {
+            "RATING_TRAIN_PYTHON": str(self.path),
+            "REAL_PYTHON": sys.executable,
+            "RECORD": str(self.record),
+        }
+        full = script_env(**more)
+        full.pop("OMP_NUM_THREADS", None)
+        return subprocess.run(
+            ["bash", str(REPO / script), *arguments],
+            env={**full, **env},
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    @property
+    def ran(self) -> list[str]:
+        return self.record.read_text().splitlines() if self.record.exists() else []
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> FakePython:
+    return FakePython(tmp_path)

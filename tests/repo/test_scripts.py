@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.repo.conftest import REPO, script_env
+from tests.repo.conftest import REPO, FakePython, script_env
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -21,62 +21,6 @@ SCRIPTS = sorted(
 SOURCED = ("env.sh", "job.sh")
 WITH_HELP = [s for s in SCRIPTS if s.parent.name == "launch" and s.name != "env.sh"]
 NAMES = [str(s.relative_to(REPO)) for s in SCRIPTS]
-
-FAKE_PYTHON = """#!/usr/bin/env bash
-# Answers questions about itself truly, and writes down what it is asked to run.
-case "$1" in
-    -c)
-        case "$2" in
-            *device_count*) echo "${FAKE_GPUS:-0}" ;;
-            *) exec "$REAL_PYTHON" "$@" ;;
-        esac
-        ;;
-    *)
-        printf 'OMP_NUM_THREADS=%s %s\\n' "${OMP_NUM_THREADS:-}" "$*" >>"$RECORD"
-        [[ "$*" != *"${FAKE_FAILURE:-nothing fails}"* ]]
-        ;;
-esac
-"""
-
-
-class FakePython:
-    """A stand-in interpreter and what it was asked to run."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "python"
-        self.record = folder / "record"
-        self.path.write_text(FAKE_PYTHON)
-        self.path.chmod(0o755)
-
-    def run(
-        self, script: str, *arguments: str, cwd: Path = REPO, **env: str
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a script with the stand-in; standard input is closed."""
-        more = {
-            "RATING_TRAIN_PYTHON": str(self.path),
-            "REAL_PYTHON": sys.executable,
-            "RECORD": str(self.record),
-        }
-        full = script_env(**more)
-        full.pop("OMP_NUM_THREADS", None)
-        return subprocess.run(
-            ["bash", str(REPO / script), *arguments],
-            env={**full, **env},
-            cwd=cwd,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-
-    @property
-    def ran(self) -> list[str]:
-        return self.record.read_text().splitlines() if self.record.exists() else []
-
-
-@pytest.fixture
-def fake(tmp_path: Path) -> FakePython:
-    return FakePython(tmp_path)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
@@ -159,6 +103,21 @@ def test_local_starts_torchrun(fake: FakePython, gpus: str, option: list[str], e
         f"OMP_NUM_THREADS={max(1, cores // expected)} -m torch.distributed.run --standalone "
         f"--nproc-per-node {expected} -m rating_train {' '.join(words)}"
     ]
+
+
+@pytest.mark.parametrize(("workers", "warned"), [("8", True), ("0", False)])
+def test_too_few_cores_for_the_dataloader_workers_are_a_warning(
+    fake: FakePython, workers: str, warned: bool
+) -> None:
+    one_each = str(len(os.sched_getaffinity(0)))
+    words = ["-n", one_each, "train", "configs/full_ft_228m.yaml", "--set", f"data.workers={workers}"]
+    done = fake.run("launch/local.sh", *words)
+    assert done.returncode == 0, done.stderr
+    if not warned:
+        assert done.stderr == ""
+        return
+    assert "warning: each rank has 1 of the 9 cores that it and its 8 DataLoader workers need" in done.stderr
+    assert "to do: start fewer processes (-n), or --set data.workers=0" in done.stderr
 
 
 def test_local_takes_paths_of_the_folder_it_is_called_from(fake: FakePython, tmp_path: Path) -> None:
@@ -353,7 +312,7 @@ def test_submit_shows_what_it_would_do_and_does_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     train, evaluate = (line for line in done.stdout.splitlines() if line.startswith("sbatch "))
     for option in (
-        "--partition=p --account=a --qos=long --nodes=2 --ntasks-per-node=8 --cpus-per-task=1 --gres=gpu:h200:8",
+        "--partition=p --account=a --qos=long --nodes=2 --ntasks-per-node=8 --cpus-per-task=1 --gpus-per-node=h200:8",
         "--time=1-00:00:00",
         "--dependency=singleton,afterok:77",
         "slurm/train.sbatch",
@@ -365,7 +324,7 @@ def test_submit_shows_what_it_would_do_and_does_nothing(tmp_path: Path) -> None:
     assert "batch: 64 = 16 ranks x 4 x 1 accumulation" in done.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cluster.env"]
     alone = submit(config, "--dry-run", "--no-evaluate", folder=tmp_path).stdout
-    assert "evaluate" not in alone and "--gres" not in alone
+    assert "evaluate" not in alone and "--gpus-per-node=0" in alone
 
 
 @pytest.mark.parametrize(

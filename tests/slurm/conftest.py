@@ -178,8 +178,9 @@ class Cluster:
         return done
 
     def sbatch(self, *words: object, **env: str) -> str:
-        """Submit; the id of the job."""
-        return self.user("sbatch", "--parsable", *words, **env).stdout.strip()
+        """Submit, to nodes that have one CPU and no GPU; the id of the job."""
+        small = ("--cpus-per-task=1", "--gpus-per-node=0")
+        return self.user("sbatch", "--parsable", *small, *words, **env).stdout.strip()
 
     def job(self, job: str) -> dict[str, str]:
         """What the controller knows about a job, or about one task of an array (ID_INDEX)."""

@@ -1,0 +1,251 @@
+"""Every line of a ``bash`` block on the project's pages is run here, or checked word by word where it takes a GPU.
+
+A line that no exerciser below knows fails the test: add one, or leave the line out. The lines run in a fresh checkout
+in which the quickstart has been run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rating_train.cli import verb_module
+from rating_train.config.load import load_config
+from rating_train.config.resolve import plan_batch
+from rating_train.scoring.ces import CONVENTIONS
+from tests.repo.conftest import REPO, FakePython, Quickstart, script_env
+from tests.repo.pages import PAGES, command_lines
+
+pytestmark = pytest.mark.timeout(300)
+
+COMMANDS = [(page, line) for page, text in PAGES.items() for line in command_lines(text)]
+Exerciser = Callable[[str, Quickstart, FakePython], None]
+
+
+def run_for_real(line: str, quickstart: Quickstart) -> str:
+    """Run the line in the checkout; its output."""
+    words = shlex.split(line)
+    if words[0] == "rating-train":
+        words[:1] = [sys.executable, "-m", "rating_train"]
+    done = subprocess.run(
+        words,
+        cwd=quickstart.folder,
+        env=script_env(PYTHONPATH=str(quickstart.folder)),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, f"{line}\n{done.stdout[-4000:]}"
+    return done.stdout
+
+
+def parser_of(verb: str) -> argparse.ArgumentParser:
+    """The parser of one verb, alone."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    verb_module(verb).add_arguments(parser)
+    return parser
+
+
+def link_run(name: str, quickstart: Quickstart) -> None:
+    """Give the run of the quickstart another name, where no run has that name."""
+    link = quickstart.folder / name
+    if not link.exists():
+        link.symlink_to(quickstart.run)
+
+
+# ---- exercisers: each takes the line, the checkout after the quickstart, and a stand-in for Python
+
+
+def the_quickstart(line: str, quickstart: Quickstart, fake: FakePython) -> None:
+    assert "% of it reached" in quickstart.output
+
+
+def activate(line: str, quickstart: Quickstart, fake: FakePython) -> None:
+    """launch/env.sh makes that environment; here, one without packages at the same place."""
+    assert '-m venv "$RATING_TRAIN_ROOT/.venv"' in (REPO / "launch" / "env.sh").read_text()
+    folder = quickstart.folder / ".venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=60)
+    found = run_for_real(f"bash -c '{line} && command -v python'", quickstart)
+    assert found.strip() == str(folder / "bin" / "python")
+
+
+def prepare(line: str, quickstart: Quickstart, fake: FakePython) -> None:
+    """With the demo's listings under the names of the page; images are found by the item's id."""
+    words = shlex.split(line)
+    source = quickstart.folder / words[words.index("--source") + 1]
+    images = quickstart.folder / words[words.index("--images") + 1]
+    listings = quickstart.folder / "demo" / "catalogue" / "catalogue.jsonl"
+    if source.suffix == ".csv":
+        write_csv(source, [json.loads(line) for line in listings.read_text("utf-8").splitlines()])
+    else:
+        source.write_bytes(gzip.compress(listings.read_bytes()))
+    if not images.exists():
+        images.symlink_to(quickstart.folder / "demo" / "catalogue" / "images")
+    out = run_for_real(line, quickstart)
+    target = words[words.index("--out") + 1]
+    assert f"prepared {target}" in out and (quickstart.folder / target / "manifest.json").is_file()
+    trained = [load_config(path).data.path for path in (REPO / "configs").glob("*_*.yaml")]
+    assert target in trained, "a configuration of configs/ trains on it"
+
+
+def write_csv(path: Path, listings: list[dict[str, object]]) -> None:
+    """The listings under the column names of the README."""
+    columns = re.findall(
+        r"`(\w+)`", PAGES["README.md"].split("The columns are ")[1].split("(a path below")[0]
+    )
+    names = {"id": "parent_asin", "rating": "average_rating", "rating_count": "rating_number"}
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [c for c in columns if c != "image"])
+        writer.writeheader()
+        for listing in listings:
+            row = {c: listing.get(names.get(c, c), "") for c in writer.fieldnames}
+            writer.writerow({c: " ".join(v) if isinstance(v, list) else v for c, v in row.items()})
+
+
+def small_model(line: str, quickstart: Quickstart, fake: FakePython) -> None:
+    run_for_real(line, quickstart)
+    assert (quickstart.folder / shlex.split(line)[-1] / "model.safetensors").is_file()
+
+
+def cost(line: str, quickstart: Quickstart, fake: FakePython) -> None:
+    out = run_for_real(line, quickstart)
+    assert "228,099,648" in out and all(name in out for name in CONVENTIONS)
+
+
+def start_training(line: str, quickstart: Quickstart, fake: FakePython) -> None:
+    """Small models for real. Others take a GPU: settings are loaded, the batch divides, the script starts torchrun."""
+    words = shlex.split(line)
+    options = words[2 : words.index("train")]
+    config_file, *rest = words[words.index("train") + 1 :]
+    if config_file.endswith("_cpu.yaml"):
+        assert "evaluation at step" in run_for_real(line, quickstart)
+        return
+    ranks = int(options[1]) if options else 8
+    check_batch([config_file, *rest], ranks)
+    done = fake.run("launch/local.sh", *words[2:], FAKE_GPUS=str(ranks))
+    assert done.returncode == 0, done.stderr
+    (started,) = fake.ran
+    assert f"--nproc-per-node {ranks} -m rating_train train {config_file}" in started
+
+
+def check_batch(words: list[str], ranks: int) -> None:
+    """The arguments of ``train`` are read, and the global batch divides over the ranks."""
+    args = parser_of("train").parse_args(words)
+    config = load_config(REPO / args.config, args.set)
+    plan_batch(config.batch.global_items, config.batch.micro_items, ranks)
+
+
+def evaluate(line: str, quickstart: Quickstart, fake: FakePython) -> None:
+    """For real, on 2 ranks: where the page's run takes a GPU, the demo's run under its name."""
+    link_run(shlex.split(line)[-1], quickstart)
+    assert "PLCC" in run_for_real(line, quickstart)
+
+
+def report(line: str, quickstart: Quickstart, fake: FakePython) -> None:
+    run = shlex.split(line)[-1]
+    link_run(run, quickstart)
+    assert f"{run}/report" in run_for_real(line, quickstart)
+
+
+def copy_site(line: str, quickstart: Quickstart, fake: FakePython) -> None:
+    run_for_real(line, quickstart)
+    copied = quickstart.folder / shlex.split(line)[-1]
+    assert "CLUSTER_GPUS_PER_NODE" in copied.read_text()
+    copied.unlink()  # the other lines need no site
+
+
+def submit(line: str, quickstart: Quickstart, fake: FakePython) -> None:
+    """tests/slurm submits for real; here the jobs are planned, on nodes of 8 GPUs."""
+    words = [*shlex.split(line), "--dry-run"]
+    site = quickstart.folder / "site.env"
+    site.write_text("CLUSTER_GPUS_PER_NODE=8 CLUSTER_CPUS_PER_TASK=9\n")
+    done = subprocess.run(
+        words,
+        cwd=quickstart.folder,
+        env=script_env(CLUSTER_ENV=str(site)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--nodes=2 --ntasks-per-node=8" in done.stdout and "slurm/evaluate.sbatch" in done.stdout
+
+
+def sbatch(line: str, quickstart: Quickstart, fake: FakePython) -> None:
+    """The same script runs in tests/slurm; here the batch divides over the tasks, and each has enough cores."""
+    words = shlex.split(line)
+    script = next(i for i, word in enumerate(words) if word.startswith("slurm/"))
+    assert (REPO / words[script]).is_file()
+    options = dict(word.lstrip("-").split("=") for word in words[1:script])
+    check_batch(words[script + 1 :], int(options["nodes"]) * int(options["ntasks-per-node"]))
+    args = parser_of("train").parse_args(words[script + 1 :])
+    workers = load_config(REPO / args.config, args.set).data.workers
+    assert int(options["cpus-per-task"]) > workers, "a core for the rank and for each of its workers"
+
+
+def sbatch_evaluate(line: str, quickstart: Quickstart, fake: FakePython) -> None:
+    """It runs in tests/slurm; here the script is there, and its own options ask for a GPU and cores."""
+    script = (REPO / shlex.split(line)[1]).read_text()
+    assert "\n#SBATCH --gpus-per-node=" in script and "\n#SBATCH --cpus-per-task=" in script
+
+
+def multi_node(line: str, quickstart: Quickstart, fake: FakePython) -> None:
+    """tests/slurm/test_multi_node.py runs the script; here it starts torchrun for this machine of several."""
+    words = shlex.split(line)[2:]
+    words[words.index("--head") + 1] = "localhost"  # a host of the page is not known here
+    done = fake.run("launch/multi_node.sh", *words, FAKE_GPUS="4")
+    assert done.returncode == 0, done.stderr
+    assert "--nnodes 2 --nproc-per-node 4" in fake.ran[0]
+
+
+def test_script(line: str, quickstart: Quickstart, fake: FakePython) -> None:
+    """The linters and tests that it starts are those that are running now: here it is seen to start them."""
+    arguments = shlex.split(line)[2:]
+    for path in (a for a in arguments if a.startswith("tests")):
+        assert (REPO / path).exists()
+    assert fake.run("launch/test.sh", *arguments).returncode == 0
+    assert any(ran.endswith(" ".join(["-m pytest", *arguments])) for ran in fake.ran)
+
+
+test_script.__test__ = False  # type: ignore[attr-defined]
+
+EXERCISERS: list[tuple[str, Exerciser]] = [
+    (r"bash launch/quickstart\.sh", the_quickstart),
+    (r"source \.venv/bin/activate", activate),
+    (r"rating-train prepare --source \S+ --images \S+ --out \S+( --[a-z-]+ [\d.]+)*", prepare),
+    (r"python benchmarks/small_model\.py \S+ \S+", small_model),
+    (r"rating-train cost configs/\S+\.yaml( --plcc \S+)?", cost),
+    (r"bash launch/local\.sh( -n \d+)? train configs/\S+\.yaml( --set \S+=\S+)*", start_training),
+    (r"bash launch/local\.sh( -n \d+)? evaluate runs/\S+", evaluate),
+    (r"cp slurm/cluster\.env\.example slurm/cluster\.env", copy_site),
+    (r"bash slurm/train\.sbatch configs/\S+\.yaml --nodes \d+", submit),
+    (r"sbatch (--[a-z-]+=\d+ )+slurm/train\.sbatch configs/\S+\.yaml( --set \S+=\S+)*", sbatch),
+    (r"sbatch slurm/evaluate\.sbatch runs/\S+", sbatch_evaluate),
+    (r"bash launch/multi_node\.sh --nodes 2 .*", multi_node),
+    (r"rating-train report runs/\S+", report),
+    (r"bash launch/test\.sh.*", test_script),
+]
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[f"{page}: {line}" for page, line in COMMANDS])
+def test_command(page: str, line: str, quickstart: Quickstart, fake: FakePython) -> None:
+    known = [act for pattern, act in EXERCISERS if re.fullmatch(pattern, line)]
+    assert known, f"{page} has a command that nothing exercises: {line}"
+    known[0](line, quickstart, fake)
+
+
+def test_every_exerciser_is_needed() -> None:
+    idle = [p for p, _ in EXERCISERS if not any(re.fullmatch(p, line) for _, line in COMMANDS)]
+    assert not idle
