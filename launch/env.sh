@@ -109,9 +109,9 @@ rt_gpus() {
     "$PYTHON" -c 'import torch; print(torch.cuda.device_count())'
 }
 
-# Print the number of cores that this process may use.
+# Print the number of cores that this process may use (nproc alone would print OMP_NUM_THREADS where that is set).
 rt_cores() {
-    nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1
+    env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1
 }
 
 # rt_threads PROCESSES: cores / processes threads for each of them. Without this, torchrun gives each one
