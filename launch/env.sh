@@ -155,7 +155,7 @@ rt_check_cores() {
     ((cores < needed)) || return 0
     printf '%s: warning: each rank has %s of the %s cores that it and its %s DataLoader workers need: %s\n' \
         "${RT_NAME:-$(basename -- "$0")}" "$cores" "$needed" "$RT_WORKERS" "training will wait for data" >&2
-    printf '%s: warning: to do: %s, or --set data.workers=%s\n' \
+    printf '%s: warning: fix: %s, or --set data.workers=%s\n' \
         "${RT_NAME:-$(basename -- "$0")}" "$*" "$((cores > 1 ? cores - 1 : 0))" >&2
 }
 

@@ -1,6 +1,7 @@
-"""The command line: one verb, one module. A verb's module is imported when it is called, so `--help` is fast.
+"""The command line: one verb, one module. A verb's module is imported only when it is called, so `--help` is fast.
 
-Exit codes: 0 done, or stopped with a checkpoint; 1 a bug (traceback); 2 something the user can mend (one line).
+Exit codes: 0 done, or stopped with a checkpoint; 1 a bug (traceback); 2 a problem that the user can fix (one line);
+75 no progress (stacks in the run directory).
 """
 
 from __future__ import annotations
@@ -19,40 +20,40 @@ from rating_train.processes import die_with_parent
 VERBS = {
     "demo": "make the demo catalogue and a tiny model",
     "prepare": "turn a catalogue and its images into shards",
-    "verify": "check a dataset, every byte of it",
-    "train": "train a regressor (under torchrun, Slurm, or alone)",
+    "verify": "check every byte of a dataset",
+    "train": "train a regressor (under torchrun, Slurm, or as a single process)",
     "evaluate": "score a checkpoint: PLCC, SRCC, RMSE, MAE, CES",
     "compare": "which run is better on the same items, by how much",
     "cost": "parameters, MACs, FLOPs, C, E and CES of a configuration",
-    "report": "plots of a run, or of a dataset",
-    "status": "how far a run is, and which checkpoints are valid",
+    "report": "plot a run, or describe a dataset",
+    "status": "show the progress of a run and which checkpoints are valid",
     "submit": "submit training, and an evaluation after it, to Slurm",
-    "preflight": "check the nodes of a job: PASS or FAIL, and what to do",
+    "preflight": "check the nodes of a job: PASS or FAIL, and how to fix it",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, run the verb, and return (or, in a multi-process job, leave with) its exit code."""
+    """Parse the arguments, run the verb, and return (or, in a multi-process job, exit with) its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="rating-train", description=__import__("rating_train").__doc__)
     parser.add_argument("--version", action="version", version=f"rating-train {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, summary in VERBS.items():
         sub = verbs.add_parser(verb, help=summary, description=summary)
-        if verb in arguments[:1]:  # only the verb that was asked for needs its options
+        if verb in arguments[:1]:  # only the given verb needs its options
             verb_module(verb).add_arguments(sub)
     return leave(_run(parser.parse_args(arguments)))
 
 
 def verb_module(verb: str) -> Any:
-    """The module of one verb: ``add_arguments(parser)`` and ``run(args) -> exit code``."""
+    """Return the module of a verb, which has ``add_arguments(parser)`` and ``run(args) -> exit code``."""
     return importlib.import_module(f"rating_train.commands.{verb}")
 
 
 def _run(args: argparse.Namespace) -> int:
     if log.has_agent():
-        # torchrun's ranks are in sessions of their own: if its agent is killed, they would train on unseen, and
-        # the next job beside them.
+        # torchrun's ranks run in their own sessions: if its agent is killed, they would keep training unnoticed,
+        # beside the next job.
         die_with_parent()
     rank = log.process_rank()
     log.set_up(rank)
@@ -65,17 +66,17 @@ def _run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"rating-train {args.verb}: interrupted", file=sys.stderr)
         return 130
-    except Exception:  # the last stop: shown whole, exit code 1
+    except Exception:  # a bug
         traceback.print_exc()
         return EXIT_BUG
 
 
 def leave(code: int) -> int:
-    """Return ``code``; a process that joined a process group leaves at once instead.
+    """Return ``code``; a process that joined a process group exits at once instead.
 
-    Gloo's threads, held by objects of DeepSpeed, are destroyed at interpreter exit in no particular order,
-    and now and then abort the process ("terminate called without an active exception") after all its work
-    is done. So what must run at exit is run here, and the interpreter's own teardown is left out.
+    Gloo's threads, held by DeepSpeed's objects, are destroyed at interpreter exit in no particular order, which
+    sometimes aborts the process ("terminate called without an active exception") after all its work is done. So the
+    exit handlers run here, and the interpreter's own teardown is skipped.
     """
     torch = sys.modules.get("torch")
     if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
@@ -86,9 +87,9 @@ def leave(code: int) -> int:
 
     from rating_train.distributed.world import disconnect
 
-    if code == EXIT_DONE:  # after a failure others may be gone: do not wait for them
+    if code == EXIT_DONE:  # after a failure other ranks may be gone: do not wait for them
         disconnect()
-    # Loader processes ignore SIGTERM (see data/loader.py), by which multiprocessing's own exit would wait for them.
+    # DataLoader workers ignore SIGTERM (see data/loader.py), so multiprocessing's own exit would wait for them.
     for child in multiprocessing.active_children():
         child.kill()
     logging.shutdown()

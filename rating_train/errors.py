@@ -1,7 +1,7 @@
 """Errors that name what is wrong, where, what was expected and what to change.
 
 Exit codes of every command: 0 done (or stopped with a checkpoint), 1 a bug (traceback),
-2 a :class:`UserError` (one line), 75 no progress (stacks in the run directory): start it again.
+2 a :class:`UserError` (one line), 75 no progress (stacks in the run directory; restart it).
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ EXIT_HUNG = 75  # EX_TEMPFAIL of sysexits.h
 
 
 class UserError(Exception):
-    """Something that the user can mend: shown as one line, without a traceback, exit code 2.
+    """A problem that the user can fix: shown as one line without a traceback, exit code 2.
 
     Args:
         what: what is wrong, in one sentence without a full stop.
         where: the file, line, key or option where it was found.
-        expected: what would have been right.
+        expected: what would have been valid.
         fix: what to change or run.
 
     Attributes:
-        on_all_ranks: whether every rank raises this same error, so that rank 0 alone shows it.
+        on_all_ranks: whether every rank raises this same error, so that only rank 0 shows it.
     """
 
     on_all_ranks = False
@@ -38,11 +38,11 @@ class UserError(Exception):
         if expected:
             parts.append(f"expected: {expected}")
         if fix:
-            parts.append(f"to do: {fix}")
+            parts.append(f"fix: {fix}")
         super().__init__(" | ".join(" ".join(p.split()) for p in parts))
 
 
 def one_error(problems: list[str], *, where: object, fix: str = "") -> UserError:
-    """All problems of one input in a single error, so that one edit mends them all."""
+    """Return a single error that lists all problems of one input, so that one edit can fix them all."""
     count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
     return UserError(f"{count}: " + "; ".join(problems), where=where, fix=fix)

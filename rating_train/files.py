@@ -1,6 +1,6 @@
-"""Files that are either whole or absent: atomic writes, fsync, checksums, JSON lines.
+"""Files that are either complete or absent: atomic writes, fsync, checksums, JSON lines.
 
-Imports nothing of the package but ``errors`` and nothing heavy, so that a login node stays fast.
+Imports only ``errors`` from the package and nothing heavy, so that commands on a login node start fast.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CHUNK_BYTES = 1 << 22
 
 
 def fsync_path(path: str | Path) -> None:
-    """Flush a file, or a directory's entries, to the disk."""
+    """Flush a file, or a directory's entries, to disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -29,9 +29,9 @@ def fsync_path(path: str | Path) -> None:
 
 
 def atomic_write_bytes(path: str | Path, content: bytes) -> None:
-    """Write ``content`` so that a reader, or a crash, sees the old file or the new one, never a part.
+    """Write ``content`` so that a reader or a crash sees the old file or the new one, never a part.
 
-    Writes a temporary neighbour, fsyncs it, renames it over ``path`` and fsyncs the directory.
+    Writes a temporary file in the same directory, fsyncs it, renames it to ``path`` and fsyncs the directory.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
@@ -48,12 +48,12 @@ def atomic_write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
-    """:func:`atomic_write_bytes` of UTF-8 text."""
+    """Write UTF-8 text by :func:`atomic_write_bytes`."""
     atomic_write_bytes(path, text.encode("utf-8"))
 
 
 def atomic_write_json(path: str | Path, value: Any) -> None:
-    """:func:`atomic_write_bytes` of indented JSON. ``NaN`` is refused: undefined is ``None``."""
+    """Write indented JSON by :func:`atomic_write_bytes`. ``NaN`` is refused: undefined is ``None``."""
     atomic_write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
@@ -62,12 +62,12 @@ def hold_lock(file: int | IO[Any], *, shared: bool = False, wait: bool = False) 
 
     Args:
         file: a descriptor or an open file.
-        shared: take the lock together with other shared holders.
+        shared: allow other shared holders.
         wait: wait for the present holder instead of returning.
 
     Returns:
-        True if this process now holds the lock, False if another one does, None where the file system has no locks
-        (some network file systems): the caller decides whether to trust that nobody else is there.
+        True if this process now holds the lock, False if another one does, None if the file system has no locks
+        (some network file systems): the caller decides whether to assume that it is alone.
     """
     kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
     try:
@@ -80,7 +80,11 @@ def hold_lock(file: int | IO[Any], *, shared: bool = False, wait: bool = False) 
 
 
 def read_json(path: str | Path) -> Any:
-    """Parse a JSON file; a file that is not JSON is a :class:`UserError` that names it."""
+    """Parse a JSON file.
+
+    Raises:
+        UserError: the file is missing or not valid JSON.
+    """
     try:
         return json.loads(Path(path).read_text("utf-8"))
     except FileNotFoundError as e:
@@ -90,10 +94,10 @@ def read_json(path: str | Path) -> Any:
 
 
 def append_json_line(path: str | Path, value: dict[str, Any]) -> None:
-    """Append one object as one line. A single ``write`` of a short line: readers see whole lines.
+    """Append one object as one line, in a single ``write``, so that readers see complete lines.
 
-    A torn last line, left by a crash or a full disk, is cut off first: it was never whole. Several processes may
-    append: they take turns by a lock on the file, so that none takes another's line in the making for a torn one.
+    A torn last line, left by a crash or a full disk, is removed first. Several processes may append: a lock on the
+    file makes them take turns, so that none mistakes another's unfinished line for a torn one.
     """
     line = json.dumps(value, sort_keys=False, allow_nan=False, ensure_ascii=False) + "\n"
     with open(path, "ab+") as f:
@@ -107,9 +111,15 @@ def append_json_line(path: str | Path, value: dict[str, Any]) -> None:
 
 
 def read_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSON-lines file, leaving out a torn last line (a crash while writing)."""
+    """Yield the objects of a JSON-lines file, except a torn last line (from a crash while writing).
+
+    Raises:
+        UserError: another line is not valid JSON.
+    """
     with open(path, "rb") as f:
-        for number, line in enumerate(f, start=1):  # split at "\n" alone: text may hold other line ends
+        for number, line in enumerate(
+            f, start=1
+        ):  # split at "\n" only: text may contain other line separators
             if not line.strip():
                 continue
             try:
@@ -121,7 +131,7 @@ def read_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def sha256_file(path: str | Path) -> str:
-    """Hex SHA-256 of a file's bytes, read in 4 MiB pieces."""
+    """Return the hex SHA-256 of a file's bytes, read in chunks of 4 MiB."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while chunk := f.read(_CHUNK_BYTES):
@@ -130,6 +140,6 @@ def sha256_file(path: str | Path) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """Hex SHA-256 of a value's canonical JSON (sorted keys, no spaces): a fingerprint."""
+    """Return the hex SHA-256 of a value's canonical JSON (sorted keys, no spaces): a fingerprint."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode("utf-8")).hexdigest()

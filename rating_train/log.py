@@ -1,6 +1,6 @@
-"""Logging: lines of rank 0 on the terminal, lines of every rank in its own file.
+"""Logging: rank 0 writes to the terminal, every rank to its own file.
 
-The environment is read here and in ``world`` only, and never logged.
+The environment is read only here and in ``world``, and never logged.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _log = logging.getLogger(__name__)
 LOG_EVERY_SECONDS = 10.0
 
 _FORMAT = "%(asctime)s %(levelname)s r{rank} %(name)s: %(message)s"
-# Libraries that narrate at INFO; their warnings still show.
+# Libraries that are verbose at INFO; their warnings are shown.
 _CHATTY = ("DeepSpeed", "deepspeed", "streaming", "transformers", "PIL", "matplotlib", "urllib3")
 
 
 def set_up(rank: int = 0, file: Path | None = None, level: str = "") -> None:
-    """Send the package's log to stderr (rank 0: INFO, others: warnings) and, whole, to ``file``.
+    """Send the log to stderr (rank 0: INFO, others: warnings) and, at full detail, to ``file``.
 
     Called once by a command. ``RATING_TRAIN_LOG`` (DEBUG, INFO, ...) sets the level.
     """
@@ -47,7 +47,7 @@ def set_up(rank: int = 0, file: Path | None = None, level: str = "") -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """A log file whose disk may be full: said once on stderr, not as a traceback for each line."""
+    """A log file that reports a full disk once on stderr, instead of a traceback for each line."""
 
     failed = False
 
@@ -57,22 +57,22 @@ class _LogFile(logging.FileHandler):
             super().handleError(record)
         elif not self.failed:
             self.failed = True
-            print(f"{self.baseFilename} cannot be written ({error}): lines are lost", file=sys.stderr)
+            print(f"{self.baseFilename} cannot be written ({error}): log lines are lost", file=sys.stderr)
 
 
 def process_rank() -> int:
-    """This process's rank as the launcher names it, before anything is checked; 0 without a launcher."""
+    """Return the rank that the launcher gives this process, unchecked; 0 without a launcher."""
     text = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     return int(text) if text.isdigit() else 0
 
 
 def has_agent() -> bool:
-    """Whether this is a process of torchrun's agent."""
+    """Return whether torchrun's agent started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def on_terminal() -> bool:
-    """Whether a person watches: progress bars are drawn only then."""
+    """Return whether stderr is a terminal: only then are progress bars drawn."""
     return sys.stderr.isatty()
 
 
@@ -81,10 +81,10 @@ class Progress:
 
     Args:
         what: the work, for example ``images``.
-        total: units of work in all, ``None`` if unknown.
+        total: total units of work, ``None`` if unknown.
         unit: what is counted, for example ``items`` or ``MB``.
-        done: units that an earlier attempt finished; they are not part of the rate.
-        details: text to show after the numbers, asked for whenever a line is shown.
+        done: units finished by an earlier attempt; they do not count for the rate.
+        details: returns text to show after the numbers; called whenever a line is shown.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Which process is it, does it live, and with whom does it end. Imports nothing of the package."""
+"""Identify a process, check whether it is alive, and tie it to its parent. Imports nothing from the package."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it ends, however it ends. Linux only."""
+    """Have the kernel kill this process when its parent ends, for whatever reason. Linux only."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def this_process() -> dict[str, Any]:
-    """What tells this process from all others: host, boot, PID namespace, pid and start time (clock ticks)."""
+    """Return what identifies this process: host, boot, PID namespace, pid and start time (clock ticks)."""
     pid = os.getpid()
     namespace = _PROC / "self" / "ns" / "pid"
     return {
@@ -34,7 +34,7 @@ def this_process() -> dict[str, Any]:
 
 
 def process_lives(owner: dict[str, Any]) -> bool | None:
-    """Whether the owner's process lives; ``None`` where it cannot be seen from here (another host or container)."""
+    """Return whether the owner's process is alive; ``None`` if that cannot be seen (another host or container)."""
     here = this_process()
     same = all(here[k] and owner.get(k) == here[k] for k in ("host", "boot_id", "pid_namespace"))
     if not same or not isinstance(owner.get("pid"), int) or not isinstance(owner.get("start_ticks"), int):
@@ -51,8 +51,9 @@ def process_lives(owner: dict[str, Any]) -> bool | None:
 
 
 def start_ticks(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot (field 22 of its stat); ``None`` for none or a zombie."""
-    fields = _read_text(_PROC / str(pid) / "stat").rpartition(")")[2].split()  # its name may hold anything
+    """Return the start time of a process in clock ticks since boot; ``None`` if it does not exist or is a zombie."""
+    # Field 22 of stat. The name, in parentheses, may contain any character.
+    fields = _read_text(_PROC / str(pid) / "stat").rpartition(")")[2].split()
     return int(fields[19]) if len(fields) > 19 and fields[0] not in ("Z", "X") else None
 
 

@@ -1,23 +1,23 @@
-"""The names inside a run directory. Only this module knows them.
+"""The names inside a run directory, defined only here.
 
 ::
 
     runs/NAME/
       config.yaml            the resolved configuration
-      provenance.json        versions, machine, command, fingerprints
+      provenance.json        versions, host, command, fingerprints
       train.jsonl            one line per logged step        (append-only)
       eval.jsonl             one line per evaluation         (append-only)
       predictions/           predictions of every evaluation (JSON lines)
       checkpoints/           step_00000500/ ..., best.json, latest.json
-      logs/rank_00000.log    one log per rank; stacks_00000.txt where it got stuck
-      tensorboard/           the same numbers as event files
+      logs/rank_00000.log    one log per rank; stacks_00000.txt if it got stuck
+      tensorboard/           the same metrics as event files
       samples/               ids read by every step of every rank, if train.log_sample_ids is set
       report/                plots made by `rating-train report`
-      STOP                   made by a person: stop at the next step border, with a checkpoint
-      REQUEUE                made by a run that stopped before its end and wants to go on
-      HUNG                   made by the first rank that gave up for want of progress; removed at the next start
-      LOCK                   who is using the run now (rating_train/resilience/run_lock.py)
-      heartbeat.json         what that job was doing last; stays when it ends
+      STOP                   created by a person: save a checkpoint and stop at the next step boundary
+      REQUEUE                created by a run that stopped before its end and is to resume
+      HUNG                   created by the first rank that gave up without progress; removed at the next start
+      LOCK                   which job uses the run now (rating_train/resilience/run_lock.py)
+      heartbeat.json         what that job did last; stays when it ends
 """
 
 from __future__ import annotations
@@ -42,26 +42,26 @@ HEARTBEAT_FILE = "heartbeat.json"
 
 
 def rank_log(run: Path, rank: int) -> Path:
-    """The log file of one rank."""
+    """Return the log file of one rank."""
     return run / LOGS_DIR / f"rank_{rank:05d}.log"
 
 
 def stacks_file(run: Path, rank: int) -> Path:
-    """Where one rank writes the stacks of its threads when it no longer gets anywhere."""
+    """Return the file for the stacks of one rank's threads, written when it makes no progress."""
     return run / LOGS_DIR / f"stacks_{rank:05d}.txt"
 
 
 def samples_file(run: Path, rank: int) -> Path:
-    """Where one rank writes the ids that it read."""
+    """Return the file for the ids that one rank reads."""
     return run / SAMPLES_DIR / f"rank_{rank:05d}.jsonl"
 
 
 def predictions_file(run: Path, split: str, step: int) -> Path:
-    """Where the predictions of an evaluation of ``split`` at ``step`` are written."""
+    """Return the file for the predictions of an evaluation of ``split`` at ``step``."""
     return run / PREDICTIONS_DIR / f"{split}_step_{step:08d}.jsonl"
 
 
 def make(run: Path) -> None:
-    """Create the directory and its sub-directories (existing ones stay as they are)."""
+    """Create the directory and its subdirectories; existing ones are kept."""
     for name in (PREDICTIONS_DIR, CHECKPOINTS_DIR, LOGS_DIR):
         (run / name).mkdir(parents=True, exist_ok=True)

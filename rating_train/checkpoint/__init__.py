@@ -1,1 +1,1 @@
-"""Checkpoints: the directory protocol (store), what is in one (state), the shards (deepspeed_io)."""
+"""Checkpoints: the directory protocol (store), the training state (state), the engine's shards (deepspeed_io)."""

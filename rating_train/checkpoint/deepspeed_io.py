@@ -1,9 +1,9 @@
-"""The door to DeepSpeed's checkpoint files: engine shards out, in (also on another number of ranks), consolidated.
+"""Capture, load and consolidate DeepSpeed's checkpoint shards, on any number of ranks.
 
-Why another number of ranks does not go through DeepSpeed's universal format (as of 0.19.8): its converter writes
-every parameter three times to the disk before anything is loaded; its loader fails on a rank that has no share of
-some optimizer group, which is the rule for the head's biases on many GPUs, leaves out frozen weights, and at stage 3
-gives every group the weight decay of the first. Reading the shards directly has none of these, and needs no disk.
+Loading on another number of ranks does not use DeepSpeed's universal format (as of 0.19.8): its converter writes
+every parameter to disk three times before anything is loaded; its loader fails on a rank that holds no share of some
+optimizer group, which is the usual case for the head's biases on many GPUs, omits frozen weights, and at stage 3
+gives every group the weight decay of the first. Reading the shards directly avoids all of this and needs no disk space.
 """
 
 from __future__ import annotations
@@ -24,23 +24,25 @@ log = logging.getLogger(__name__)
 
 ENGINE_DIR = "engine"
 MODEL_STATES = "mp_rank_00_model_states.pt"
-Shard = dict[str, Any]  # path within a checkpoint -> content
+Shard = dict[str, Any]  # path within the checkpoint -> content
 
 
 def capture_shards(ds: Any) -> Shard:
-    """This rank's part of weights, fp32 master weights and optimizer state, copied to memory. A collective.
+    """Copy this rank's part of weights, fp32 master weights and optimizer state to memory. A collective.
 
-    DeepSpeed's own saving with its files caught on their way to the disk: nothing is written, so that a full disk
-    or a slow one can neither fail nor stall one rank between DeepSpeed's barriers.
+    Runs DeepSpeed's own saving, but keeps the files in memory: nothing is written, so neither a full nor a slow disk
+    can fail or stall one rank between DeepSpeed's barriers.
 
     Returns:
-        content of each file that DeepSpeed would write, by its path within a checkpoint; all tensors on the CPU,
-        sharing nothing with the engine.
+        The content of each file that DeepSpeed would write, by its path within the checkpoint; all tensors are on the
+        CPU and share no memory with the engine.
     """
     catcher = _Catcher()
     own = ds.checkpoint_engine
     ds.checkpoint_engine = catcher
-    ds._copy_recovery_script = lambda _path: None  # scripts that consolidate: `consolidated_weights` does
+    ds._copy_recovery_script = lambda _path: (
+        None
+    )  # a consolidation script; `consolidated_weights` replaces it
     try:
         ds.save_checkpoint("unused", tag=ENGINE_DIR, save_latest=False)
     finally:
@@ -50,7 +52,7 @@ def capture_shards(ds: Any) -> Shard:
 
 
 class _Catcher:
-    """What DeepSpeed calls a checkpoint engine: receives states and paths, here to keep copies of the states."""
+    """A DeepSpeed checkpoint engine that keeps copies of the states it is given instead of writing them."""
 
     def __init__(self) -> None:
         self.files: Shard = {}
@@ -78,7 +80,7 @@ class _Catcher:
 
 
 def copy_to_memory(state: Any) -> Any:
-    """A deep copy of nested containers; tensors as compact copies on the CPU."""
+    """Return a deep copy of nested containers, with tensors as compact copies on the CPU."""
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     if isinstance(state, dict):
@@ -92,7 +94,7 @@ def copy_to_memory(state: Any) -> Any:
 
 
 def tensor_bytes(state: Any) -> int:
-    """Bytes of all tensors in nested containers: what a file of it takes, but for some KiB."""
+    """Return the bytes of all tensors in nested containers: the size of their file, within a few KiB."""
     if isinstance(state, torch.Tensor):
         return state.nbytes
     values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
@@ -100,10 +102,10 @@ def tensor_bytes(state: Any) -> int:
 
 
 def read_shards(ds: Any, directory: Path, saved_stage: int, saved_ranks: int) -> None:
-    """Load what :func:`capture_shards` gave, once it is on the disk. A collective.
+    """Load a checkpoint written from :func:`capture_shards` into the engine. A collective.
 
-    The same stage and number of ranks go through DeepSpeed's own loading, anything else through
-    :class:`~.shards.Shards`. Only verified directories come here: these files are pickles.
+    The same stage and number of ranks use DeepSpeed's own loading; anything else is read through
+    :class:`~.zero_shards.Shards`. Pass verified directories only: these files are pickles.
     """
     settings = [{k: v for k, v in group.items() if k != "params"} for group in ds.optimizer.param_groups]
     stage = ds.zero_optimization_stage()
@@ -115,31 +117,31 @@ def read_shards(ds: Any, directory: Path, saved_stage: int, saved_ranks: int) ->
             raise InvalidCheckpoint(f"DeepSpeed found no shards in {directory / ENGINE_DIR}")
     else:
         _read_resharded(ds, Shards(directory / ENGINE_DIR, saved_stage))
-    # The configuration decides on betas and weight decay, not the checkpoint.
+    # Betas and weight decay follow the configuration, not the checkpoint.
     for group, own in zip(ds.optimizer.param_groups, settings, strict=True):
         group.update(own)
 
 
 @torch.no_grad()
 def _read_resharded(ds: Any, shards: Shards) -> None:
-    """Fill this rank's parts of master weights and moments, then recompute the weights that the model uses."""
+    """Fill this rank's parts of master weights and moments, then refresh the weights that the model computes with."""
     names = {id(p): name for name, p in ds.module.named_parameters()}
     optimizer, rank, ranks = ds.optimizer, dist.get_rank(), dist.get_world_size()
     stage3 = ds.zero_optimization_stage() == 3
     if stage3:
-        optimizer.checkpoint_event_prologue()  # every parameter is in parts from here on
+        optimizer.checkpoint_event_prologue()  # partitions every parameter
     for params, master in zip(*_groups_and_masters(optimizer), strict=True):
         state = _adam_state(optimizer.optimizer, master, shards.steps())
         for key, target in ((MASTER, master.data), *((key, state[key]) for key in MOMENTS)):
-            whole = _whole(shards, [names[id(p)] for p in params], key)
+            readers = _readers(shards, [names[id(p)] for p in params], key)
             if stage3:
-                write_per_parameter(target, rank, ranks, whole)
+                write_per_parameter(target, rank, ranks, readers)
             else:
-                write_flat(target, rank, whole)
+                write_flat(target, rank, readers)
     _restore_frozen(ds, shards.frozen(), stage3)
     if stage3:
         _copy_masters_to_stage3_weights(optimizer)
-        optimizer.checkpoint_event_epilogue()  # small parameters are gathered again
+        optimizer.checkpoint_event_epilogue()  # gathers small parameters again
     else:
         optimizer.update_lp_params()
     for name, value in shards.counters.items():
@@ -147,7 +149,7 @@ def _read_resharded(ds: Any, shards: Shards) -> None:
 
 
 def _adam_state(adam: torch.optim.Optimizer, master: torch.Tensor, steps: torch.Tensor) -> dict[str, Any]:
-    """AdamW's state of one vector, made where the first step has not made it yet; its count is ``steps``."""
+    """Return AdamW's state of one vector, created where no step has created it yet, with its count set to ``steps``."""
     state: dict[str, Any] = adam.state[master]
     for key in MOMENTS:
         state.setdefault(key, torch.zeros_like(master))
@@ -156,7 +158,7 @@ def _adam_state(adam: torch.optim.Optimizer, master: torch.Tensor, steps: torch.
 
 
 def _groups_and_masters(optimizer: Any) -> tuple[list[Any], list[Any]]:
-    """Parameters of every group in their flat order, and this rank's fp32 master vector of every group."""
+    """Return each group's parameters in flat order, and this rank's fp32 master vector of each group."""
     for groups, masters in (
         ("fp16_groups", "fp32_partitioned_groups_flat"),  # stage 3
         ("bf16_groups", "fp32_groups_flat_partition"),  # stage 1 in bf16
@@ -165,11 +167,12 @@ def _groups_and_masters(optimizer: Any) -> tuple[list[Any], list[Any]]:
         if hasattr(optimizer, groups):
             return getattr(optimizer, groups), getattr(optimizer, masters)
     raise RuntimeError(
-        f"unknown ZeRO optimizer {type(optimizer).__name__}: cannot load another topology into it"
+        f"unknown ZeRO optimizer {type(optimizer).__name__}: a checkpoint of another topology cannot be loaded into it"
     )
 
 
-def _whole(shards: Shards, names: list[str], key: str) -> Iterator[tuple[int, Any]]:
+def _readers(shards: Shards, names: list[str], key: str) -> Iterator[tuple[int, Any]]:
+    """Yield the number of elements of each parameter, and a function that reads it."""
     for name in names:
         yield shards.places[name].shape.numel(), lambda name=name: shards.read(name, key)
 
@@ -182,14 +185,14 @@ def _restore_frozen(ds: Any, frozen: dict[str, torch.Tensor], stage3: bool) -> N
         return
     import deepspeed
 
-    for name, parameter in parameters.items():  # one by one: gathered, no more than one is whole at a time
+    for name, parameter in parameters.items():  # gathered one at a time, to bound memory
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if dist.get_rank() == 0:
                 parameter.copy_(frozen[name])
 
 
 def _copy_masters_to_stage3_weights(optimizer: Any) -> None:
-    """As DeepSpeed's own loading of stage 3 ends: fp32 parts become the parts that the model computes with."""
+    """Copy the fp32 partitions to the partitions that the model computes with, as DeepSpeed's stage-3 loading does."""
     groups = zip(
         optimizer.fp32_partitioned_groups_flat,
         optimizer.fp16_partitioned_groups_flat,
@@ -203,9 +206,9 @@ def _copy_masters_to_stage3_weights(optimizer: Any) -> None:
 
 
 def consolidated_weights(directory: Path, stage: int) -> dict[str, torch.Tensor]:
-    """The whole model's weights in fp32 on the CPU, from the shards of any stage and any number of ranks.
+    """Return all weights of the model in fp32 on the CPU, from shards of any stage and any number of ranks.
 
-    Stages 1 to 3 give the fp32 master weights; frozen weights have none, and are widened.
+    Stages 1 to 3 give the fp32 master weights; frozen weights have no master copy and are converted to fp32.
     """
     engine = directory / ENGINE_DIR
     if stage == 0:

@@ -1,12 +1,13 @@
-"""Saving and restoring by all ranks together: decide on rank 0, broadcast, act everywhere.
+"""Save and restore checkpoints on all ranks: decide on rank 0, broadcast, act everywhere.
 
-A save has two halves. Training stands still for the first only::
+A save has two halves. Only the first blocks training::
 
-    save     copy this rank's state to memory; rank 0 makes the temporary directory; a thread of each rank writes,
-             fsyncs and hashes its own files into it
-    finalize   once all threads are done, at a step border: rank 0 commits, points, and has its thread prune
+    save       copy this rank's state to memory; rank 0 creates the temporary directory; a thread of each rank
+               writes, fsyncs and hashes its own files
+    finalize   at a step boundary, once all threads are done: rank 0 commits, updates the pointers, and has its
+               thread prune
 
-Threads never take part in collectives, and never are two saves under way.
+Threads never take part in collectives, and at most one save is pending.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ from rating_train.files import atomic_write_json, read_json
 
 log = logging.getLogger(__name__)
 
-#: What best.json says beside the step: the ``metric`` of the best checkpoint, and its ``value``.
+#: Content of best.json beside the step: the ``metric`` of the best checkpoint, and its ``value``.
 Best = dict[str, Any]
 
 
 class SaveFailed(UserError):
-    """A save that left nothing behind; the checkpoints before it are as they were. Raised on all ranks alike.
+    """A save that left nothing behind; earlier checkpoints are unchanged. Raised on all ranks.
 
-    Or, where the message says so, one that left a whole checkpoint which latest.json or best.json does not name.
+    Where the message says so, the checkpoint is complete, but latest.json or best.json does not point to it.
 
     Attributes:
-        step: the step whose checkpoint is missing, or not named.
+        step: the step whose checkpoint is missing, or not pointed to.
     """
 
     step = -1
@@ -54,10 +55,12 @@ class Saved:
     """A committed checkpoint.
 
     Args:
-        best: what best.json says of it; ``None`` where it was not saved as the best.
-        bytes: over all ranks.
-        blocked_seconds: how long training stood still for the copy to memory.
-        seconds: from its beginning to its commit.
+        path: its directory.
+        step: its step.
+        best: the content of best.json for it; ``None`` if it was not saved as the best.
+        bytes: its size, over all ranks.
+        blocked_seconds: how long the copy to memory blocked training.
+        seconds: time from its beginning to its commit.
     """
 
     path: Path
@@ -69,7 +72,7 @@ class Saved:
 
 
 @dataclass(frozen=True)
-class _UnderWay:
+class _Pending:
     """A save between its two halves."""
 
     step: int
@@ -86,8 +89,10 @@ class Checkpointer:
 
     Args:
         root: the run's checkpoints directory.
-        keep_last, keep_every: see :func:`~.store.prune`.
-        background: whether :meth:`save` returns once the state is copied.
+        world: this process among the ranks.
+        keep_last: see :func:`~.store.prune`.
+        keep_every: see :func:`~.store.prune`.
+        background: whether :meth:`save` returns as soon as the state is copied.
     """
 
     def __init__(self, root: Path, world: World, keep_last: int, keep_every: int, background: bool) -> None:
@@ -96,22 +101,26 @@ class Checkpointer:
         self._keep = (keep_last, keep_every)
         self._background = background
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
-        self._under_way: _UnderWay | None = None
+        self._pending: _Pending | None = None
         self._pruning: Future[list[int]] | None = None
 
     def save(
         self, ds: Any, state: TrainState, identity: Identity, total_steps: int, best: Best | None = None
     ) -> Saved | None:
-        """Begin a checkpoint of this step, after finalizing the one that is under way.
+        """Begin a checkpoint of this step, after finalizing the pending one.
 
         Args:
-            best: what to write into best.json, for a checkpoint that is to be the best one.
+            ds: the DeepSpeed engine.
+            state: the training state of this step.
+            identity: what a run that loads the checkpoint must agree on.
+            total_steps: steps of the run, for the schedule.
+            best: the content of best.json, if the checkpoint is the best one.
 
         Returns:
-            the checkpoint, where saving is not done in the background.
+            The checkpoint, where saves are not made in the background.
 
         Raises:
-            SaveFailed: this save, or the one before it.
+            SaveFailed: this save or the pending one failed.
         """
         self.finalize()
         started = time.monotonic()
@@ -124,22 +133,22 @@ class Checkpointer:
             raise self._failure(state.step, f"rank 0: {e}", needed) from e
         written = self._thread.submit(_write, temporary, shard, content)
         blocked = time.monotonic() - started
-        self._under_way = _UnderWay(state.step, best, temporary, written, needed, started, blocked)
+        self._pending = _Pending(state.step, best, temporary, written, needed, started, blocked)
         return None if self._background else self.finalize()
 
     def finalize_if_done(self) -> Saved | None:
-        """:meth:`finalize`, if the threads of all ranks are done; otherwise nothing. For step borders."""
-        if self._under_way is None or max_over_ranks(0 if self._under_way.written.done() else 1):
+        """Finalize the pending save if the threads of all ranks are done. Call at step boundaries."""
+        if self._pending is None or max_over_ranks(0 if self._pending.written.done() else 1):
             return None
         return self.finalize()
 
     def finalize(self) -> Saved | None:
-        """Wait for the save under way, if there is one, and commit it.
+        """Wait for the pending save, if there is one, and commit it.
 
         Raises:
-            SaveFailed: some rank could not write, or rank 0 could not commit; the temporary directory is removed.
+            SaveFailed: a rank could not write, or rank 0 could not commit; the temporary directory is removed.
         """
-        save, self._under_way = self._under_way, None
+        save, self._pending = self._pending, None
         if save is None:
             return None
         error = save.written.exception()
@@ -155,7 +164,10 @@ class Checkpointer:
         raise self._failure(save.step, problem, save.needed_bytes)
 
     def mark_best(self, step: int, best: Best) -> bool:
-        """Point best.json to a committed checkpoint whose evaluation came after its save; False where there is none.
+        """Point best.json to a committed checkpoint that was evaluated after its save.
+
+        Returns:
+            False if there is no such checkpoint.
 
         Raises:
             SaveFailed: best.json cannot be written.
@@ -170,14 +182,16 @@ class Checkpointer:
         try:
             return on_main(point)
         except OSError as e:
-            raise self._failure(step, f"rank 0: it is whole, but {store.BEST} is not: {e}", 0) from e
+            raise self._failure(
+                step, f"rank 0: it is complete, but {store.BEST} is not updated: {e}", 0
+            ) from e
 
     def committed(self, step: int) -> bool:
-        """Whether the run has a committed checkpoint of ``step``."""
+        """Return whether the run has a committed checkpoint of ``step``."""
         return on_main(lambda: store.is_committed(self.root, step))
 
     def best(self) -> Best:
-        """What best.json says, ``step`` included; empty where it names no committed checkpoint."""
+        """Return the content of best.json; empty if it does not point to a committed checkpoint."""
 
         def read() -> Best:
             known = store.pointed_step(self.root, store.BEST) is not None
@@ -186,18 +200,18 @@ class Checkpointer:
         return on_main(read)
 
     def close(self) -> None:
-        """Wait for what the thread still does (pruning, at the end of a run)."""
+        """Wait for the thread (at the end of a run it may still prune)."""
         self._thread.shutdown(wait=True)
         if self._pruning is not None:
             self._report_pruning()
 
     def _begin(self, step: int, needed_bytes: int) -> Path:
         self.root.mkdir(parents=True, exist_ok=True)
-        store.check_room(self.root, needed_bytes)
+        store.check_free_space(self.root, needed_bytes)
         return store.begin(self.root, step)
 
-    def _commit(self, save: _UnderWay, described: list[store.Files]) -> tuple[Path, int, str]:
-        """On rank 0: (final path, bytes, problem)."""
+    def _commit(self, save: _Pending, described: list[store.Files]) -> tuple[Path, int, str]:
+        """Commit on rank 0; return (final path, bytes, problem)."""
         if self._pruning is not None:
             self._report_pruning()
         files = {name: entry for part in described for name, entry in part.items()}
@@ -211,7 +225,11 @@ class Checkpointer:
                 store.point(self.root, store.BEST, save.step, **save.best)
             store.point(self.root, store.LATEST, save.step)
         except OSError as e:
-            return path, size, f"rank 0: it is whole, but {store.LATEST} or {store.BEST} is not: {e}"
+            return (
+                path,
+                size,
+                f"rank 0: it is complete, but {store.LATEST} or {store.BEST} is not updated: {e}",
+            )
         self._pruning = self._thread.submit(store.prune, self.root, *self._keep)
         return path, size, ""
 
@@ -229,33 +247,33 @@ class Checkpointer:
             f"the checkpoint of step {step} could not be written ({problem})",
             where=self.root,
             expected=f"{needed_bytes:,} bytes of free space, and a directory that all ranks can write to",
-            fix="free some space; the checkpoints before it are intact",
+            fix="free some space; earlier checkpoints are intact",
         )
         failure.on_all_ranks = True
         failure.step = step
         return failure
 
     def find(self, resume: str) -> Path | None:
-        """The checkpoint to go on from, or ``None`` to start at step 0.
+        """Return the checkpoint to resume from, or ``None`` to start at step 0.
 
         Args:
-            resume: ``auto`` takes the newest that verifies, if there is any; ``must`` insists on one;
-                ``never`` refuses to start where there is one; anything else is a checkpoint's path.
+            resume: ``auto`` takes the newest checkpoint that verifies, if there is one; ``must`` requires one;
+                ``never`` refuses to start if there is one; anything else is a checkpoint's path.
 
         Raises:
-            UserError: on every rank.
+            UserError: there is no such checkpoint, or none that verifies. Raised on every rank.
         """
         return on_main(lambda: self._find(resume))
 
     def _find(self, resume: str) -> Path | None:
         for name in store.sweep(self.root):
-            log.warning("removed %s: a save that never ended", name)
+            log.warning("removed %s, left by a save that was interrupted", name)
         if resume == "never":
             if store.steps_present(self.root):
                 raise UserError(
                     "the run has checkpoints already",
                     where=self.root,
-                    fix="give another `name`, remove the run directory, or leave out --resume never",
+                    fix="choose another `name`, remove the run directory, or drop --resume never",
                 )
             return None
         if resume not in ("auto", "must"):
@@ -264,60 +282,60 @@ class Checkpointer:
                 raise UserError(f"the checkpoint cannot be trusted: {problem}", where=path)
             if path.resolve().parent == self.root.resolve():
                 for name in store.set_aside_after(self.root, int(path.name.partition("_")[2])):
-                    log.warning("set aside %s: the run goes back to %s", name, path.name)
+                    log.warning("set aside %s: the run returns to %s", name, path.name)
             return path
         found, skipped = store.newest_valid(self.root)
         for bad in skipped:
             log.error("skipped %s: %s", bad.path, bad.problem)
         if found is None and resume == "must":
             raise UserError(
-                "there is no checkpoint to go on from", where=self.root, fix="leave out --resume must"
+                "there is no checkpoint to resume from", where=self.root, fix="drop --resume must"
             )
         return found.path if found else None
 
     def read_state(self, path: Path) -> dict[str, Any]:
-        """state.json of a verified checkpoint, on every rank."""
+        """Return state.json of a verified checkpoint, on every rank."""
         return on_main(lambda: read_json(path / STATE_FILE))
 
     def restore(self, ds: Any, path: Path, content: dict[str, Any], identity: Identity) -> TrainState:
         """Load a verified checkpoint into the engine and the random number generators.
 
         Raises:
-            UserError: the checkpoint belongs to other data, another order or weights of another kind.
+            UserError: the checkpoint belongs to other data, another sample order or another kind of weights.
         """
         check_identity(content, identity, path)
         saved = content["identity"]["topology"]
         if saved != identity.topology:
             log.info(
-                "reading a checkpoint of %d ranks at ZeRO stage %d into %d at stage %d",
+                "loading a checkpoint of %d ranks at ZeRO stage %d into %d ranks at stage %d",
                 saved["ranks"], saved["zero_stage"], self.world.size, identity.topology["zero_stage"],
             )  # fmt: skip
         read_shards(ds, path, saved["zero_stage"], saved["ranks"])
         state = from_json(content)
-        on_main(lambda: self._mend_pointers(path, state))
+        on_main(lambda: self._repair_pointers(path, state))
         if saved["ranks"] == self.world.size:
             rank_file = path / _rank_file(self.world.rank)
             seeding.restore(torch.load(rank_file, map_location="cpu", weights_only=True))
         return state
 
-    def _mend_pointers(self, path: Path, state: TrainState) -> None:
-        """Set what a crash between a commit and its pointers left behind: pruning follows the pointers."""
+    def _repair_pointers(self, path: Path, state: TrainState) -> None:
+        """Set the pointers that a crash after a commit left outdated: pruning keeps what they point to."""
         if path.resolve().parent != self.root.resolve():
             return
         if store.pointed_step(self.root, store.LATEST) != state.step:
             store.point(self.root, store.LATEST, state.step)
         best = state.best_step
-        whole = best is not None and store.is_committed(self.root, best)
-        if best is not None and whole and store.pointed_step(self.root, store.BEST) != best:
+        committed = best is not None and store.is_committed(self.root, best)
+        if best is not None and committed and store.pointed_step(self.root, store.BEST) != best:
             store.point(self.root, store.BEST, best, value=state.best_value)
 
 
 def _write(temporary: Path, shard: Shard, state: dict[str, Any] | None) -> store.Files:
-    """In a thread: write one rank's files (rank 0's with ``state``), flush them to the disk and describe them.
+    """Write one rank's files (rank 0's with ``state``), flush them to disk and describe them. Runs in a thread.
 
     Raises:
-        OSError: with the file, the first error and the room that there was. What was written is removed at once, not
-            only once all ranks have finalized: until then the log, too, needs room.
+        OSError: names the file, the first error and the free space. What was written is removed at once, before all
+            ranks have finalized, because the logs need that space too.
     """
     names = [*shard, STATE_FILE] if state is not None else list(shard)
     name = problem = ""
@@ -325,16 +343,16 @@ def _write(temporary: Path, shard: Shard, state: dict[str, Any] | None) -> store
         for folder in {(temporary / name).parent for name in shard}:
             folder.mkdir(exist_ok=True)  # another rank may have been faster
         for name in list(shard):
-            torch.save(shard.pop(name), temporary / name)  # popped: its memory is free once it is written
+            torch.save(shard.pop(name), temporary / name)  # popped: its memory is freed once it is written
         if state is not None:
             name = STATE_FILE
             atomic_write_json(temporary / name, state)
         return store.seal(temporary, names)
     except Exception as e:
         problem = f"{name}: {type(e).__name__}: {e}; {shutil.disk_usage(temporary).free:,} bytes were free"
-    # Out here, as the error's frames hold the file open, and an open file keeps its room.
+    # After the except block: the error's frames hold the file open, and an open file keeps its space on disk.
     for written in names:
-        with contextlib.suppress(OSError):  # rank 0 removes the directory later, and whatever is left in it
+        with contextlib.suppress(OSError):  # rank 0 removes the directory later, with anything left in it
             (temporary / written).unlink()
     raise OSError(problem)
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the engine's shards."""
+"""The training state and the identity that a checkpoint records beside the engine's shards."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ STATE_FILE = "state.json"
 
 @dataclass
 class TrainState:
-    """All that changes from step to step, the weights apart. Only the loop writes to it.
+    """Everything except the weights that changes from step to step. Only the loop writes to it.
 
-    ``step`` counts optimizer steps done, skipped ones included: it is the position in the data. ``evaluation_due``:
-    this step is to be evaluated, and has not been; a run that resumes here evaluates first.
+    ``step`` counts completed optimizer steps, skipped ones included: it is the position in the data. ``evaluation_due``:
+    this step is to be evaluated and has not been yet; a run that resumes here evaluates first.
     """
 
     step: int = 0
@@ -29,14 +29,14 @@ class TrainState:
     evaluation_due: bool = False
 
     def record_step(self, items: int, skipped: bool) -> None:
-        """One more step, of ``items`` items over all ranks."""
+        """Count one more step, of ``items`` items over all ranks."""
         self.step += 1
         self.samples += items
         self.skipped_steps += int(skipped)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
     def record_metric(self, value: float | None, larger_is_better: bool) -> bool:
-        """Compare the evaluation of this step with the best one so far; returns whether it is the new best."""
+        """Compare the evaluation of this step with the best one so far; return whether it is the new best."""
         self.evaluation_due = False
         better = value is not None and (
             self.best_value is None
@@ -50,20 +50,20 @@ class TrainState:
 
 
 def can_reshard(saved_stage: int, stage: int) -> bool:
-    """Whether shards of one ZeRO stage can be read into an engine of another."""
+    """Return whether shards of one ZeRO stage can be loaded into an engine of another."""
     return saved_stage == stage == 0 or (saved_stage > 0 and stage > 0)
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a checkpoint must agree on with the run that loads it.
+    """What a checkpoint and the run that loads it must agree on.
 
     Args:
         order: every setting that decides which samples a step reads, and the dataset's fingerprint.
-        order_digest: digest of the actual order of the epoch that the next step lies in.
-        engine: precision and frozen parts: what the engine's shards hold.
-        topology: ranks and ZeRO stage: how the shards are cut. Another cut is read all the same, see
-            :func:`~.deepspeed_io.read_shards`.
+        order_digest: digest of the actual order of the epoch that contains the next step.
+        engine: precision and frozen parts, which determine the content of the engine's shards.
+        topology: number of ranks and ZeRO stage, which determine the layout of the shards. Other layouts are
+            converted, see :func:`~.deepspeed_io.read_shards`.
     """
 
     order: dict[str, Any]
@@ -73,7 +73,7 @@ class Identity:
 
 
 def to_json(state: TrainState, identity: Identity, total_steps: int) -> dict[str, Any]:
-    """The content of state.json."""
+    """Return the content of state.json."""
     return {
         "train_state": dataclasses.asdict(state),
         "identity": dataclasses.asdict(identity),
@@ -82,17 +82,17 @@ def to_json(state: TrainState, identity: Identity, total_steps: int) -> dict[str
 
 
 def from_json(content: dict[str, Any]) -> TrainState:
-    """The TrainState of state.json."""
+    """Return the TrainState recorded in state.json."""
     return TrainState(**content["train_state"])
 
 
 def check_identity(content: dict[str, Any], now: Identity, where: object) -> None:
-    """Refuse a checkpoint of another dataset, another order, or weights of another kind.
+    """Refuse a checkpoint of another dataset, another sample order, or another kind of weights.
 
-    Another number of ranks is no difference, and neither is another ZeRO stage from 1 to 3.
+    Another number of ranks is accepted, and so is another ZeRO stage among 1, 2 and 3.
 
     Raises:
-        UserError: every difference, old and new, in one error.
+        UserError: lists every difference, with the old and the new value.
     """
     saved = content["identity"]
     differences = []
@@ -104,15 +104,16 @@ def check_identity(content: dict[str, Any], now: Identity, where: object) -> Non
     old_stage, new_stage = saved["topology"]["zero_stage"], now.topology["zero_stage"]
     if not can_reshard(old_stage, new_stage):
         differences.append(
-            f"zero_stage was {old_stage} and is now {new_stage} (stages 1, 2 and 3 can follow each other, 0 cannot)"
+            f"zero_stage was {old_stage} and is now {new_stage} (stages 1, 2 and 3 read each other's checkpoints; "
+            "stage 0 reads only its own)"
         )
     if not differences and saved["order_digest"] != now.order_digest:
         differences.append(
-            "the shuffle gives another order than before (another version of streaming or numpy)"
+            "the shuffle yields another order than before (another version of streaming or numpy)"
         )
     if differences:
         raise UserError(
-            f"this run cannot go on from the checkpoint: {'; '.join(differences)}",
+            f"this run cannot resume from the checkpoint: {'; '.join(differences)}",
             where=where,
-            fix="put the settings back, or start a new run with another `name`",
+            fix="restore these settings, or start a new run with another `name`",
         )

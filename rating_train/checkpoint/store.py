@@ -1,14 +1,14 @@
-"""The directory protocol of checkpoints. Knows files only: no torch, no collectives.
+"""The directory protocol of checkpoints. Handles files only: no torch, no collectives.
 
 Commit, then point, then prune::
 
-    1. a temporary directory  step_00000500.tmp-<nonce>  is made; every rank writes its files into it
-    2. sizes and SHA-256 of all files go into COMPLETE.json, which is fsynced
-    3. the directory is renamed to step_00000500, and the parent fsynced     <- the commit
+    1. rank 0 creates a temporary directory  step_00000500.tmp-<nonce>  and every rank writes its files into it
+    2. sizes and SHA-256 of all files are recorded in COMPLETE.json, which is fsynced
+    3. the directory is renamed to step_00000500 and its parent fsynced     <- the commit
     4. latest.json (and best.json) are replaced atomically
     5. old checkpoints are pruned: renamed to a temporary name, then deleted, their COMPLETE.json first
 
-A directory without a valid COMPLETE.json does not exist. A crash at any point leaves either the old
+A directory without a valid COMPLETE.json is not a checkpoint. A crash at any point leaves either the old
 checkpoint or the new one.
 """
 
@@ -43,12 +43,12 @@ Files = dict[str, dict[str, Any]]  # relative path -> {"bytes": int, "sha256": h
 
 
 class InvalidCheckpoint(Exception):
-    """A directory that must not be loaded; the message says why."""
+    """A directory that must not be loaded; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint directory by its name; ``problem`` is ``""`` where it verified."""
+    """A directory named like a checkpoint; ``problem`` is ``""`` if it verified."""
 
     step: int
     path: Path
@@ -56,38 +56,38 @@ class Found:
 
 
 def step_name(step: int) -> str:
-    """``step_00000500``: sorts by step."""
+    """Return ``step_00000500``, a name that sorts by step."""
     return f"step_{step:08d}"
 
 
 def begin(root: Path, step: int) -> Path:
-    """Make the temporary directory of a new checkpoint. One process of the job calls this."""
+    """Create the temporary directory of a new checkpoint. Called by one process of the job."""
     temporary = root / f"{step_name(step)}.tmp-{secrets.token_hex(6)}"
     temporary.mkdir(parents=True)
     return temporary
 
 
-def check_room(root: Path, needed_bytes: int) -> None:
-    """Refuse to begin what the disk cannot hold.
+def check_free_space(root: Path, needed_bytes: int) -> None:
+    """Refuse to begin a checkpoint that does not fit on the disk.
 
     Raises:
-        OSError: ENOSPC; names the path, the bytes needed and those that are free.
+        OSError: ENOSPC; names the path, the bytes needed and the bytes free.
     """
     free = shutil.disk_usage(root).free
     if free < needed_bytes:
         raise OSError(
-            errno.ENOSPC, f"a checkpoint needs {needed_bytes:,} bytes, and {free:,} are free", str(root)
+            errno.ENOSPC, f"a checkpoint needs {needed_bytes:,} bytes, but {free:,} are free", str(root)
         )
 
 
 def relative_files(directory: Path) -> list[str]:
-    """Every file below a directory, relative to it, sorted; COMPLETE.json itself left out."""
+    """Return the paths of all files below a directory, relative to it and sorted, without COMPLETE.json."""
     files = (p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
     return sorted(f for f in files if f != COMPLETE)
 
 
 def seal(directory: Path, names: Iterable[str]) -> Files:
-    """Flush files to the disk and describe them. Every rank does this for the files that it wrote."""
+    """Flush files to disk and describe them. Every rank calls this for the files that it wrote."""
     result: Files = {}
     for name in names:
         fsync_path(directory / name)
@@ -96,25 +96,27 @@ def seal(directory: Path, names: Iterable[str]) -> Files:
 
 
 def commit(temporary: Path, step: int, files: Files) -> Path:
-    """Turn a written temporary directory into a checkpoint; returns its final path.
+    """Turn a written temporary directory into a checkpoint; return its final path.
 
     Raises:
-        InvalidCheckpoint: what lies in the directory is not what was described.
+        InvalidCheckpoint: the directory's content does not match ``files``.
     """
     present = relative_files(temporary)
     if present != sorted(files):
         odd = sorted(set(present) ^ set(files))
-        raise InvalidCheckpoint(f"files written and files described differ: {', '.join(odd[:5])}")
+        raise InvalidCheckpoint(f"the files written are not the files described: {', '.join(odd[:5])}")
     for name, entry in files.items():
         size = (temporary / name).stat().st_size
         if size != entry["bytes"]:
-            raise InvalidCheckpoint(f"{name} has {size} bytes, described with {entry['bytes']}")
+            raise InvalidCheckpoint(f"{name} has {size} bytes, but was described with {entry['bytes']}")
     for folder in {(temporary / name).parent for name in files}:
         fsync_path(folder)
     atomic_write_json(temporary / COMPLETE, {"version": VERSION, "step": step, "files": files})
     final = temporary.parent / step_name(step)
     old = None
-    if final.exists():  # saved before at this step: it is moved aside, not deleted, until the new one stands
+    if (
+        final.exists()
+    ):  # this step was saved before: moved aside, and deleted only once the new one is committed
         old = temporary.with_name(f"{final.name}.tmp-{secrets.token_hex(6)}")
         os.rename(final, old)
     os.rename(temporary, final)
@@ -125,21 +127,21 @@ def commit(temporary: Path, step: int, files: Files) -> Path:
 
 
 def verify(directory: Path, hashes: bool = True) -> dict[str, Any]:
-    """Read COMPLETE.json and check every file's size and, with ``hashes``, SHA-256 against it; returns its content.
+    """Check every file's size and, with ``hashes``, its SHA-256 against COMPLETE.json; return its content.
 
     Raises:
-        InvalidCheckpoint: anything is missing, torn, of another size, or has other bytes, or there is a ``.pt`` more.
+        InvalidCheckpoint: a file is missing, truncated, or has other bytes, or there is an additional ``.pt`` file.
         OSError: the disk cannot read it.
     """
     step, files = _read_marker(directory)
     if step_name(step) != directory.name:
-        raise InvalidCheckpoint(f"{COMPLETE} is that of step {step}")
+        raise InvalidCheckpoint(f"{COMPLETE} belongs to step {step}")
     _verify_files(directory, files, hashes)
     return {"version": VERSION, "step": step, "files": files}
 
 
 def problem(directory: Path, hashes: bool = True) -> str:
-    """Why a checkpoint must not be loaded, a disk that cannot read it included; ``""`` where it verifies."""
+    """Return why a checkpoint must not be loaded, read errors of the disk included; ``""`` if it verifies."""
     try:
         verify(directory, hashes)
     except InvalidCheckpoint as e:
@@ -150,7 +152,7 @@ def problem(directory: Path, hashes: bool = True) -> str:
 
 
 def _read_marker(directory: Path) -> tuple[int, Files]:
-    """Step and files of COMPLETE.json, every entry of the right kind."""
+    """Return step and files of COMPLETE.json, with every entry of the right type."""
     try:
         content = json.loads((directory / COMPLETE).read_text("utf-8"))
         step, files = content["step"], content["files"]
@@ -165,10 +167,10 @@ def _read_marker(directory: Path) -> tuple[int, Files]:
 
 
 def _verify_files(directory: Path, files: Files, hashes: bool = True) -> None:
-    # DeepSpeed and `Shards` find pickles by their names, so that one from elsewhere would be loaded.
+    # DeepSpeed and `Shards` find files by their names, so a foreign one would be loaded too.
     foreign = [name for name in relative_files(directory) if name.endswith(".pt") and name not in files]
     if foreign:
-        raise InvalidCheckpoint(f"it has files that were not saved with it: {', '.join(foreign[:5])}")
+        raise InvalidCheckpoint(f"it contains files that were not saved with it: {', '.join(foreign[:5])}")
     for name, entry in files.items():
         path = directory / name
         size = path.stat().st_size if path.is_file() else None
@@ -181,7 +183,7 @@ def _verify_files(directory: Path, files: Files, hashes: bool = True) -> None:
 
 
 def steps_present(root: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of every directory that is named like a checkpoint, newest first."""
+    """Return (step, directory) of every directory named like a checkpoint, newest first."""
     if not root.is_dir():
         return []
     found = [(int(m.group(1)), p) for p in root.iterdir() if p.is_dir() and (m := _STEP.match(p.name))]
@@ -189,10 +191,10 @@ def steps_present(root: Path) -> list[tuple[int, Path]]:
 
 
 def newest_valid(root: Path) -> tuple[Found | None, list[Found]]:
-    """The newest checkpoint that verifies, and the newer ones that were skipped, with reasons.
+    """Return the newest checkpoint that verifies, and the newer ones that were skipped, with reasons.
 
     Raises:
-        UserError: checkpoints exist and none verifies: starting again from step 0 must be asked for.
+        UserError: checkpoints exist, but none verifies: a start at step 0 must be requested explicitly.
     """
     skipped: list[Found] = []
     for step, path in steps_present(root):
@@ -203,9 +205,9 @@ def newest_valid(root: Path) -> tuple[Found | None, list[Found]]:
     if skipped:
         reasons = "; ".join(f"{f.path.name}: {f.problem}" for f in skipped)
         raise UserError(
-            f"there are checkpoints, and none can be trusted: {reasons}",
+            f"there are checkpoints, but none can be trusted: {reasons}",
             where=root,
-            fix="restore one from a backup, or start anew with --resume never and another name",
+            fix="restore one from a backup, or start a new run with --resume never and another name",
         )
     return None, []
 
@@ -216,7 +218,7 @@ def point(root: Path, name: str, step: int, **more: Any) -> None:
 
 
 def pointed_step(root: Path, name: str) -> int | None:
-    """The step that a pointer names; ``None`` where the pointer is missing, torn, or points nowhere."""
+    """Return the step that a pointer names; ``None`` if the pointer is missing, torn, or dangling."""
     try:
         step = int(json.loads((root / name).read_text("utf-8"))["step"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -225,15 +227,15 @@ def pointed_step(root: Path, name: str) -> int | None:
 
 
 def is_committed(root: Path, step: int) -> bool:
-    """Whether there is a checkpoint of ``step`` with its marker; its files are not verified."""
+    """Return whether there is a checkpoint of ``step`` with its marker; its files are not verified."""
     return (root / step_name(step) / COMPLETE).is_file()
 
 
 def prune(root: Path, keep_last: int, keep_every: int) -> list[int]:
-    """Delete committed checkpoints that nothing keeps; returns their steps.
+    """Delete the committed checkpoints that need not be kept; return their steps.
 
-    Kept: the ``keep_last`` newest, those that latest.json and best.json point to, and, if ``keep_every`` is
-    not 0, every multiple of it. Directories that were never committed are not counted among the newest.
+    Kept are the ``keep_last`` newest, those that latest.json and best.json point to, and, if ``keep_every`` is
+    not 0, those at its multiples. Directories that were never committed do not count among the newest.
     """
     committed = [(s, p) for s, p in steps_present(root) if (p / COMPLETE).is_file()]
     keep = {step for step, _ in committed[:keep_last]}
@@ -248,7 +250,7 @@ def prune(root: Path, keep_last: int, keep_every: int) -> list[int]:
 
 
 def discard(directory: Path) -> None:
-    """Delete a checkpoint: renamed first, so that whatever a crash leaves is swept, then its marker, then the rest."""
+    """Delete a checkpoint: rename it, so that remains of a crash are swept, then delete its marker, then the rest."""
     if not _TEMPORARY.match(directory.name):
         directory = directory.rename(directory.with_name(f"{directory.name}.tmp-{secrets.token_hex(6)}"))
         fsync_path(directory.parent)
@@ -258,10 +260,10 @@ def discard(directory: Path) -> None:
 
 
 def sweep(root: Path) -> list[str]:
-    """Delete what saves that never ended left under temporary names; called before a run starts to save.
+    """Delete what interrupted saves left under temporary names; call before a run saves.
 
-    A directory that was complete but for its name (a crash just before the commit, or just before it was deleted)
-    gets it.
+    A directory that is complete except for its name (a crash just before the commit, or just before its deletion)
+    gets its final name.
     """
     removed = []
     for path in sorted(root.iterdir()) if root.is_dir() else []:
@@ -272,17 +274,17 @@ def sweep(root: Path) -> list[str]:
         if not (path.is_dir() and _TEMPORARY.match(path.name)):
             continue
         final = root / path.name.partition(".")[0]
-        if not final.exists() and _is_whole(path, final.name):
+        if not final.exists() and _is_complete(path, final.name):
             os.rename(path, final)
             fsync_path(root)
-            log.warning("%s was complete but for its name: taken as %s", path.name, final.name)
+            log.warning("%s was complete except for its name; renamed to %s", path.name, final.name)
         else:
             shutil.rmtree(path)
             removed.append(path.name)
     return removed
 
 
-def _is_whole(directory: Path, name: str) -> bool:
+def _is_complete(directory: Path, name: str) -> bool:
     try:
         step, files = _read_marker(directory)
         _verify_files(directory, files)
@@ -292,9 +294,9 @@ def _is_whole(directory: Path, name: str) -> bool:
 
 
 def set_aside_after(root: Path, step: int) -> list[str]:
-    """Rename checkpoints of later steps to ``abandoned-*``: a run that goes back to ``step`` leaves them behind.
+    """Rename checkpoints of later steps to ``abandoned-*`` when a run returns to ``step``.
 
-    Otherwise the newest of them would be taken for the newest of the run at the next start.
+    Otherwise the next start would resume from the newest of them.
     """
     later = [path for found, path in steps_present(root) if found > step]
     for path in later:

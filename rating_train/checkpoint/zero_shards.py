@@ -1,12 +1,12 @@
-"""Reads the shards that DeepSpeed saved, of ZeRO stage 1, 2 or 3 and any number of ranks, as whole parameters.
+"""Read complete parameters from the shards that DeepSpeed saved at ZeRO stage 1, 2 or 3 on any number of ranks.
 
-Two layouts, seen in DeepSpeed 0.19.8. In both, a group is the parameters of one optimizer group in order::
+Two layouts, as observed in DeepSpeed 0.19.8. In both, a group is the parameters of one optimizer group in order::
 
-    stages 1, 2   the group is one flat vector, padded at its end, cut evenly over the ranks
-    stage 3       each parameter is cut evenly over the ranks, padded at its end; a rank's vector is its pieces
+    stages 1, 2   the group is one flat vector, padded at its end, partitioned evenly over the ranks
+    stage 3       each parameter is padded at its end and partitioned evenly over the ranks; a rank's vector is the
+                  concatenation of its pieces
 
-Files are mapped, not read: a rank that needs a part of a parameter reads that part. Only verified directories
-come here: the files are pickles.
+Files are memory-mapped: a rank that needs part of a parameter reads only that part.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MODEL_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_model_states\.pt$")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a trained parameter lies: its group, and the elements before it (stage 3: in each rank's vector)."""
+    """Position of a trained parameter: its group, and the elements before it (stage 3: in each rank's vector)."""
 
     group: int
     shape: torch.Size
@@ -38,14 +38,14 @@ class Place:
 
 
 class Shards:
-    """The parameters of one checkpoint, whole.
+    """The complete parameters of one checkpoint.
 
     Args:
-        engine: the directory that DeepSpeed wrote.
-        stage: ZeRO stage it was written by, 1 to 3.
+        engine: the directory of the engine's shards.
+        stage: the ZeRO stage that wrote them, 1 to 3.
 
     Raises:
-        InvalidCheckpoint: the files are not those of such a stage.
+        InvalidCheckpoint: the files do not match the layout of that stage.
     """
 
     def __init__(self, engine: Path, stage: int) -> None:
@@ -56,7 +56,9 @@ class Shards:
         else:
             self._models = [_load(engine / "mp_rank_00_model_states.pt")]
         if any(any(group) for group in self._optimizers[0].get("param_alignment_paddings", [])):
-            raise InvalidCheckpoint("its parameters are padded one by one, which no known stage does")
+            raise InvalidCheckpoint(
+                "its parameters are padded individually, a layout that no known stage writes"
+            )
         self.places = dict(self._find_places())
 
     @property
@@ -71,22 +73,22 @@ class Shards:
                 offset += -(-shape.numel() // self.ranks) if self.stage == 3 else shape.numel()
 
     def read(self, name: str, key: str) -> Tensor:
-        """A trained parameter's fp32 master weight (``fp32``), ``exp_avg`` or ``exp_avg_sq``, in its shape.
+        """Return a trained parameter's fp32 master weight (``fp32``), ``exp_avg`` or ``exp_avg_sq``, in its shape.
 
         Raises:
             KeyError: no trained parameter has this name.
         """
         place = self.places[name]
         vectors = [self._vector(rank, place.group, key) for rank in range(self.ranks)]
-        cut = read_per_parameter if self.stage == 3 else read_flat
-        return cut(vectors, place.offset, place.shape.numel()).view(place.shape)
+        read = read_per_parameter if self.stage == 3 else read_flat
+        return read(vectors, place.offset, place.shape.numel()).view(place.shape)
 
     def steps(self) -> Tensor:
-        """() float32: updates that Adam has counted, the same for all parameters."""
+        """Return the number of updates that Adam has counted, () float32, the same for all parameters."""
         return torch.as_tensor(self._state(0)[0]["step"], dtype=torch.float32).clone()
 
     def frozen(self) -> dict[str, Tensor]:
-        """Parameters and buffers that are not trained, as they were computed with (bf16 or fp32)."""
+        """Return parameters and buffers that are not trained, in the dtype of the forward pass (bf16 or fp32)."""
         first = self._models[0]
         if self.stage < 3:
             return {name: value for name, value in first["module"].items() if name not in self.places}
@@ -114,7 +116,7 @@ class Shards:
 
 
 def read_flat(vectors: list[Tensor], offset: int, numel: int) -> Tensor:
-    """``numel`` elements from ``offset`` on, of one flat vector that was cut evenly into ``vectors``."""
+    """Return ``numel`` elements, starting at ``offset``, of a flat vector partitioned evenly into ``vectors``."""
     size = len(vectors[0])
     pieces = []
     for rank, vector in enumerate(vectors):
@@ -126,33 +128,34 @@ def read_flat(vectors: list[Tensor], offset: int, numel: int) -> Tensor:
 
 
 def read_per_parameter(vectors: list[Tensor], offset: int, numel: int) -> Tensor:
-    """A parameter of ``numel`` elements whose even pieces begin at ``offset`` of every rank's vector."""
+    """Return a parameter of ``numel`` elements whose even pieces begin at ``offset`` of every rank's vector."""
     width = -(-numel // len(vectors))
     return torch.cat([vector[offset : offset + width] for vector in vectors])[:numel]
 
 
-def write_flat(target: Tensor, rank: int, whole: Iterator[tuple[int, Any]]) -> None:
+def write_flat(target: Tensor, rank: int, readers: Iterator[tuple[int, Any]]) -> None:
     """Fill a rank's part of a flat vector.
 
     Args:
         target: (P,) this rank's part, elements [rank * P, (rank + 1) * P) of the vector. Padding becomes 0.
-        whole: number of elements of each parameter in order, and a function that gives the parameter.
+        rank: this rank.
+        readers: for each parameter in order, its number of elements and a function that returns it.
     """
     size, offset = len(target), 0
     start = rank * size
     target.zero_()
-    for numel, read in whole:
+    for numel, read in readers:
         first, last = max(offset, start), min(offset + numel, start + size)
-        if first < last:  # otherwise it is not even read
+        if first < last:  # parameters outside this rank's part are not read
             target[first - start : last - start] = read().flatten()[first - offset : last - offset]
         offset += numel
 
 
-def write_per_parameter(target: Tensor, rank: int, ranks: int, whole: Iterator[tuple[int, Any]]) -> None:
+def write_per_parameter(target: Tensor, rank: int, ranks: int, readers: Iterator[tuple[int, Any]]) -> None:
     """Fill a rank's vector with its even piece of every parameter; arguments as in :func:`write_flat`."""
     offset = 0
     target.zero_()
-    for numel, read in whole:
+    for numel, read in readers:
         width = -(-numel // ranks)
         piece = read().flatten()[rank * width : (rank + 1) * width]
         target[offset : offset + len(piece)] = piece
@@ -160,14 +163,14 @@ def write_per_parameter(target: Tensor, rank: int, ranks: int, whole: Iterator[t
 
 
 def _by_rank(engine: Path, pattern: re.Pattern[str]) -> list[Path]:
-    """The files of all ranks, in rank order.
+    """Return the files of all ranks, in rank order.
 
     Raises:
-        InvalidCheckpoint: there are none, or some rank's is missing.
+        InvalidCheckpoint: there are none, or one is missing.
     """
     found = {int(m.group(1)): path for path in engine.iterdir() if (m := pattern.search(path.name))}
     if not found or sorted(found) != list(range(len(found))):
-        raise InvalidCheckpoint(f"{engine} has files of ranks {sorted(found)}: not one of each rank")
+        raise InvalidCheckpoint(f"{engine} has files of ranks {sorted(found)}, not one file per rank")
     return [found[rank] for rank in sorted(found)]
 
 

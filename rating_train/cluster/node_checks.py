@@ -45,7 +45,7 @@ class Report:
             self.say(f"PASS  {name}: {passed}")
             return
         self.failures += 1
-        self.say(f"FAIL  {name}: {'; '.join(problems)} | to do: {fix}")
+        self.say(f"FAIL  {name}: {'; '.join(problems)} | fix: {fix}")
 
 
 def check_world(report: Report, world: worlds.World, device: torch.device) -> None:
@@ -255,7 +255,7 @@ def preflight(folder: Path) -> bool:
     except (UserError, RuntimeError, OSError, subprocess.CalledProcessError) as e:
         reason = " ".join(str(e).split())[:500]
         fix = "check that every node reaches that address (firewall, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
-        print(f"FAIL  meeting at {worlds.meeting_place()}: {reason} | to do: {fix}", flush=True)
+        print(f"FAIL  meeting at {worlds.meeting_place()}: {reason} | fix: {fix}", flush=True)
         return False
     report = Report(world.is_main)
     checks(report, world, device, folder)

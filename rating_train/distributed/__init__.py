@@ -1,1 +1,1 @@
-"""The ranks of a job: who they are, what they agree on, their random number generators."""
+"""The ranks of a job: their layout, their collectives, their random number generators."""

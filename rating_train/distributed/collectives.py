@@ -1,4 +1,4 @@
-"""The few collective decisions of the package. Every rank calls each of them; none is called under `if rank`.
+"""The collectives that the package uses. Every rank calls each of them; none is called under ``if rank``.
 
 Objects and flags travel over the CPU (gloo) side of the process group, so that nothing here waits for the GPU.
 """
@@ -21,7 +21,7 @@ def _alone() -> bool:
 
 
 def broadcast(value: T | None) -> T:
-    """Rank 0's value, on every rank (pickled: only the job's own ranks send)."""
+    """Return rank 0's value on every rank (pickled: only the job's own ranks send)."""
     if _alone():
         return value  # type: ignore[return-value]
     box: list[Any] = [value if dist.get_rank() == 0 else None]
@@ -30,7 +30,7 @@ def broadcast(value: T | None) -> T:
 
 
 def gather(value: T) -> list[T] | None:
-    """The values of all ranks in rank order on rank 0, ``None`` on the others."""
+    """Return the values of all ranks in rank order on rank 0, ``None`` on the others."""
     if _alone():
         return [value]
     out: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -39,7 +39,7 @@ def gather(value: T) -> list[T] | None:
 
 
 def all_gather(value: T) -> list[T]:
-    """The values of all ranks in rank order, on every rank."""
+    """Return the values of all ranks in rank order, on every rank."""
     if _alone():
         return [value]
     out: list[Any] = [None] * dist.get_world_size()
@@ -48,7 +48,7 @@ def all_gather(value: T) -> list[T]:
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
-    """Sums over ranks, in float64. Reduce sums and counts with this, never means."""
+    """Return sums over ranks, in float64. Reduce sums and counts with this, never means."""
     tensor = torch.tensor(list(values), dtype=torch.float64)
     if not _alone():
         dist.all_reduce(tensor)
@@ -56,7 +56,7 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
 
 
 def max_over_ranks(value: int) -> int:
-    """The largest of the ranks' integers: how a flag raised on any rank reaches all of them."""
+    """Return the largest of the ranks' integers: how a flag raised on any rank reaches all of them."""
     tensor = torch.tensor([value], dtype=torch.int64)
     if not _alone():
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
@@ -64,13 +64,20 @@ def max_over_ranks(value: int) -> int:
 
 
 class RankFailure(RuntimeError):
-    """Some rank failed where all had to succeed; the message holds every failing rank's error."""
+    """Another rank failed where all had to succeed; the message holds every failing rank's error."""
 
 
 def all_or_none(action: Callable[[], T]) -> T:
-    """Run ``action`` on this rank; if it failed on any rank, raise on every rank.
+    """Run ``action`` on this rank; if it fails on any rank, raise on every rank.
 
-    Without this, the ranks that succeeded would wait in the next collective for the one that did not.
+    Otherwise the ranks that succeeded would wait in the next collective for one that did not.
+
+    Returns:
+        This rank's result.
+
+    Raises:
+        Exception: this rank's own error.
+        RankFailure: this rank succeeded, but others failed.
     """
     result: T | None = None
     error: BaseException | None = None
@@ -91,13 +98,13 @@ def all_or_none(action: Callable[[], T]) -> T:
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """Rank 0 acts, every rank gets the result; rank 0's exception is raised on every rank."""
+    """Run ``action`` on rank 0 and return its result on every rank; rank 0's exception is raised on every rank."""
     rank = 0 if _alone() else dist.get_rank()
     outcome: tuple[Any, BaseException | None] = (None, None)
     if rank == 0:
         try:
             outcome = (action(), None)
-        except Exception as e:  # travels to all ranks and is raised there
+        except Exception as e:  # broadcast, and raised on all ranks
             outcome = (None, e)
     result, error = broadcast(outcome)
     if error is not None:

@@ -1,4 +1,4 @@
-"""Random number generators of one rank: set, captured, restored."""
+"""Seed, capture and restore the random number generators of one rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 def seed_everything(seed: int, rank: int) -> None:
     """Seed Python, NumPy and torch, each rank differently.
 
-    Nothing that trains draws from these generators today (dropout has keys of its own, see ``model/head.py``).
+    Training does not draw from these generators today (dropout has its own keys, see ``model/head.py``).
     """
     combined = (seed * 1_000_003 + rank) % 2**32
     random.seed(combined)
@@ -21,7 +21,7 @@ def seed_everything(seed: int, rank: int) -> None:
 
 
 def capture() -> dict[str, Any]:
-    """The state of every generator, made of tensors and plain values (loads with ``weights_only``)."""
+    """Return the state of every generator as tensors and plain values (``weights_only`` loads it)."""
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -39,7 +39,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Put every generator back where :func:`capture` saw it."""
+    """Restore the state of every generator that :func:`capture` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]

@@ -1,6 +1,6 @@
-"""Who this process is among all processes of the run: a value, made once from the environment.
+"""This process's place among the ranks of the job: a value, read once from the environment.
 
-Both launchers are understood: ``torchrun`` (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE) and one Slurm
+Two launchers are supported: ``torchrun`` (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE) and one Slurm
 task per GPU (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID, SLURM_NTASKS_PER_NODE).
 """
 
@@ -35,7 +35,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0: decides, writes, and broadcasts."""
+        """Whether this is rank 0, which decides, writes and broadcasts."""
         return self.rank == 0
 
     @property
@@ -48,11 +48,11 @@ class World:
 
 
 def detect(env: Mapping[str, str] | None = None) -> World:
-    """The world that the launcher describes; a single process where there is no launcher.
+    """Return the world that the launcher describes; a single process where there is no launcher.
 
     Raises:
-        UserError: the description is incomplete or contradicts itself. A missing LOCAL_WORLD_SIZE is refused:
-            streaming would silently take every rank for the leader of a node of its own.
+        UserError: the description is incomplete or inconsistent. A missing LOCAL_WORLD_SIZE is refused: streaming
+            would silently treat every rank as the leader of its own node.
     """
     env = os.environ if env is None else env
     if "RANK" in env or "WORLD_SIZE" in env:
@@ -67,31 +67,31 @@ def detect(env: Mapping[str, str] | None = None) -> World:
             f"the launcher did not set {', '.join(missing)}",
             where="environment",
             expected="RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, or Slurm with --ntasks-per-node",
-            fix="start with torchrun, launch/local.sh or sbatch slurm/train.sbatch",
+            fix="launch with torchrun, launch/local.sh or sbatch slurm/train.sbatch",
         )
     wrong = [f"{k}={env[k]!r}" for k in keys if not _INTEGER.fullmatch(env[k].strip())]
     if wrong:
-        raise UserError(f"not a number: {', '.join(wrong)}", where="environment", expected="whole numbers")
+        raise UserError(f"not an integer: {', '.join(wrong)}", where="environment", expected="integers")
     rank, size, local_rank, local_size = (int(env[k]) for k in keys)
     in_range = 0 <= rank < size and 0 <= local_rank < local_size <= size and size % local_size == 0
     if not in_range or local_rank != rank % local_size:
         raise UserError(
-            f"rank {rank} of {size}, local rank {local_rank} of {local_size} is no valid place",
+            f"rank {rank} of {size} with local rank {local_rank} of {local_size} is not a valid rank layout",
             where="environment",
-            expected="the same number of ranks on every node, numbered node after node",
-            fix="under Slurm: --ntasks-per-node and --distribution=block",
+            expected="the same number of ranks on every node, numbered consecutively node by node",
+            fix="under Slurm, use --ntasks-per-node and --distribution=block",
         )
     return World(rank, size, local_rank, local_size)
 
 
 @dataclass(frozen=True)
 class ScheduledJob:
-    """What the launcher says about the job as a whole.
+    """The launcher's description of the job.
 
     Args:
-        id: names the job through all of its restarts; ``""`` without a launcher.
-        restart: how often the launcher has started it again.
-        ends_at: when the scheduler will end it, in seconds since 1970; ``None`` where nobody says.
+        id: identifies the job across all of its restarts; ``""`` without a launcher.
+        restart: how often the launcher has restarted it.
+        ends_at: when the scheduler will end it, in Unix seconds; ``None`` if unknown.
     """
 
     id: str = ""
@@ -100,7 +100,7 @@ class ScheduledJob:
 
 
 def scheduled_job(env: Mapping[str, str] | None = None) -> ScheduledJob:
-    """The job of Slurm (SLURM_JOB_ID, SLURM_RESTART_COUNT, SLURM_JOB_END_TIME) or of torchrun's agent."""
+    """Return the job of Slurm (SLURM_JOB_ID, SLURM_RESTART_COUNT, SLURM_JOB_END_TIME) or of torchrun's agent."""
     env = os.environ if env is None else env
 
     def number(name: str) -> int | None:
@@ -117,7 +117,7 @@ def scheduled_job(env: Mapping[str, str] | None = None) -> ScheduledJob:
 
 
 def export(world: World, env: MutableMapping[str, str] | None = None) -> None:
-    """Write the world back in torchrun's words, which DeepSpeed and streaming read, and set defaults."""
+    """Export the world as torchrun's variables, which DeepSpeed and streaming read, and set defaults."""
     env = os.environ if env is None else env
     env["RANK"], env["WORLD_SIZE"] = str(world.rank), str(world.size)
     env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = str(world.local_rank), str(world.local_size)
@@ -127,10 +127,10 @@ def export(world: World, env: MutableMapping[str, str] | None = None) -> None:
             raise UserError(
                 "the launcher did not set MASTER_PORT", where="environment", fix="see launch/env.sh"
             )
-        with socket.socket() as s:  # a single process: any free port will do
+        with socket.socket() as s:  # a single process can use any free port
             s.bind(("127.0.0.1", 0))
             env["MASTER_PORT"] = str(s.getsockname()[1])
-    # Loader workers fork after the tokenizer was used; its own threads would only warn and switch off.
+    # DataLoader workers fork after the tokenizer was used; its own threads would only warn and switch off.
     env["TOKENIZERS_PARALLELISM"] = "false"
 
 
@@ -150,14 +150,14 @@ def device_of(world: World) -> torch.device:
 def connect(world: World, timeout_minutes: float = 10.0) -> torch.device:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device.
 
-    Every collective that waits longer than ``timeout_minutes`` fails instead of hanging for ever.
+    Every collective that waits longer than ``timeout_minutes`` fails instead of hanging forever.
     """
     export(world)
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if world.is_main and restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         log.warning(
-            "torchrun may restart this job %s times, and its ranks would then call the addresses of dead ones: "
-            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, as launch/env.sh does", restarts,
+            "torchrun may restart this job %s times, and restarted ranks would connect to the addresses of dead "
+            "ones: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, as launch/env.sh does", restarts,
         )  # fmt: skip
     device = device_of(world)
     if device.type == "cuda":
@@ -175,21 +175,21 @@ def connect(world: World, timeout_minutes: float = 10.0) -> torch.device:
 
 
 def limit_collectives(timeout_minutes: float) -> None:
-    """Give every process group of this process the time-out of :func:`connect`.
+    """Give every process group of this process the timeout of :func:`connect`.
 
-    To be called once a library has made groups of its own (DeepSpeed does, for its gradients): torch gives those its
-    own default, which is up to 30 minutes.
+    Call once a library has created its own groups (DeepSpeed does, for gradients): torch gives those its default,
+    which is up to 30 minutes.
     """
     timeout = datetime.timedelta(minutes=timeout_minutes)
     groups = torch.distributed.distributed_c10d
-    # The public name is newer than the oldest torch that we run on.
+    # The public name is newer than the oldest supported torch.
     set_timeout = getattr(torch.distributed, "set_timeout", None) or groups._set_pg_timeout
     for group in list(groups._world.pg_map):
         set_timeout(timeout, group)
 
 
 def find_meeting_place() -> None:
-    """Under a bare `srun`, set MASTER_ADDR and MASTER_PORT as the jobs of slurm/ do it; elsewhere do nothing."""
+    """Set MASTER_ADDR and MASTER_PORT under a bare ``srun``, as the jobs of slurm/ do; elsewhere do nothing."""
     if "MASTER_PORT" in os.environ or "SLURM_JOB_NODELIST" not in os.environ:
         return
     names = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
@@ -199,7 +199,7 @@ def find_meeting_place() -> None:
 
 
 def _node_address(name: str) -> str:
-    """The name, if it resolves, else the address that Slurm has for the node."""
+    """Return the name if it resolves, else the address that Slurm has for the node."""
     try:
         socket.getaddrinfo(name, None)
         return name
@@ -209,12 +209,12 @@ def _node_address(name: str) -> str:
 
 
 def meeting_place() -> str:
-    """HOST:PORT where the ranks meet, for messages."""
+    """Return HOST:PORT of the ranks' rendezvous, for messages."""
     return f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
 
 
 def node_name() -> str:
-    """What tells this node from others: Slurm's name, else the host's (Slurm may run two nodes on one host)."""
+    """Return the name of this node: Slurm's, else the host's (Slurm may run two nodes on one host)."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 

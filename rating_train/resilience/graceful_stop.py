@@ -1,6 +1,6 @@
-"""Stopping early, together: signals, a STOP file or a time limit raise a flag; the ranks agree on it.
+"""Graceful shutdown: signals, a STOP file or a time limit set a flag, and all ranks agree on it.
 
-Nothing is saved inside a signal handler: it only sets a flag, which the loop reads at a step border.
+Nothing is saved inside a signal handler: it only sets a flag, which the loop reads at a step boundary.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from rating_train.distributed.collectives import all_gather, max_over_ranks
 
 log = logging.getLogger(__name__)
 
-# What asks a run to go on later (the scheduler, a limit), unlike a person's Ctrl-C or STOP file.
+# Reasons after which the run is to resume later (the scheduler, a limit), unlike a person's Ctrl-C or STOP file.
 REQUEUE_REASONS = ("signal SIGUSR1", "signal SIGTERM", "the time limit")
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
-# What is followed by SIGKILL, or by an impatient person. (SIGUSR1 comes minutes before the end of a job.)
+# Signals followed soon by SIGKILL, or by an impatient person. (SIGUSR1 comes minutes before the end of a job.)
 URGENT_REASONS = ("signal SIGTERM", "signal SIGINT")
 
 
 class Stopped(Exception):
-    """Raised on all ranks alike where they agreed to stop in the middle of something; the message is the reason."""
+    """Raised on all ranks when they agreed to stop in the middle of an operation; the message is the reason."""
 
 
 class StopFlag:
-    """Why this rank wants to stop (``""`` while it does not).
+    """Holds the reason why this rank wants to stop (``""`` while it does not).
 
     Args:
-        stop_file: a file whose presence asks for a stop (looked for by rank 0 only).
+        stop_file: a file whose presence requests a stop (checked by rank 0 only).
         deadline: ``time.monotonic()`` seconds after which to stop; ``None`` for no limit.
         is_main: whether this is rank 0.
     """
@@ -54,18 +54,18 @@ class StopFlag:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def done(self) -> None:
-        """All is saved: a signal that comes while the process leaves, also after the context, changes nothing.
+        """Ignore signals that arrive from now on, also after the context: everything is saved.
 
-        Schedulers and launchers pass on the same one, now and then a little later than the other; by its default
-        action it would turn a run that has stopped in order into one that failed.
+        A scheduler and a launcher may both forward the same signal, one a little later than the other; its default
+        action would turn a graceful shutdown into a failure.
         """
-        self._previous.update(dict.fromkeys((signal.SIGUSR1, signal.SIGTERM), _too_late))
+        self._previous.update(dict.fromkeys((signal.SIGUSR1, signal.SIGTERM), _ignore))
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self.reason = f"signal {signal.Signals(number).name}"
 
     def poll(self) -> str:
-        """Look at the file and the clock as well; returns the reason so far."""
+        """Check the file and the clock as well; return the reason so far."""
         if not self.reason and self._is_main and self._stop_file.exists():
             self.reason = f"the file {self._stop_file}"
         if not self.reason and self._deadline is not None and time.monotonic() >= self._deadline:
@@ -73,10 +73,10 @@ class StopFlag:
         return self.reason
 
     def agreed(self, urgent_only: bool = False) -> str:
-        """Return the reason, if any rank wants to stop, else ``""``; a collective, called by all at the same step.
+        """Return the reason if any rank wants to stop, else ``""``. A collective, at the same step on all ranks.
 
         Args:
-            urgent_only: heed SIGTERM and SIGINT alone.
+            urgent_only: consider only SIGTERM and SIGINT.
         """
         reason = self.poll()
         if urgent_only and reason not in URGENT_REASONS:
@@ -86,5 +86,5 @@ class StopFlag:
         return next(text for text in all_gather(reason) if text)
 
 
-def _too_late(_number: int, _frame: FrameType | None) -> None:
-    """Stands in for the default action, which would end the process."""
+def _ignore(_number: int, _frame: FrameType | None) -> None:
+    """Replace the default action, which would end the process."""

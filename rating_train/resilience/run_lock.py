@@ -1,20 +1,20 @@
-"""One job per run directory: a lock that survives a crash of its owner, and does not outlive it.
+"""One job per run directory: a lock that a crashed owner leaves behind and the next job can take over.
 
 ::
 
-    LOCK             who owns the run: made by O_EXCL, written once, removed at the end
-    heartbeat.json   what the owner is doing: a counter that goes up while it lives; stays behind at the end
+    LOCK             who owns the run: created with O_EXCL, written once, removed at the end
+    heartbeat.json   what the owner is doing: a counter that increases while it is alive; stays at the end
 
-A second job finds LOCK and decides whether its owner lives:
+A second job that finds LOCK decides whether its owner is alive:
 
-- the same host, boot and PID namespace: there is a process with that id and that start time, or there is none;
-- the same scheduler job with a lower restart count: the scheduler ended that one before it started this one;
+- same host, boot and PID namespace: a process with that id and start time exists, or it does not;
+- same scheduler job with a lower restart count: the scheduler ended that job before it started this one;
 - otherwise it watches for ``stale_seconds`` of its own monotonic clock. Clocks of two hosts are never compared. Any
-  change of LOCK or heartbeat.json in that time is life. On a network file system that caches attributes for longer
-  than that (NFS: ``acregmax``), give more seconds.
+  change of LOCK or heartbeat.json in that time is a sign of life. On a network file system that caches attributes
+  for longer (NFS: ``acregmax``), increase ``stale_seconds``.
 
-A dead owner's LOCK is renamed away before a new one is made, so that of two candidates one succeeds. An owner that
-was wrongly taken for dead (its machine was suspended) finds another's LOCK, and must stop: :meth:`RunLock.check`.
+A dead owner's LOCK is renamed before a new one is created, so that one of two candidates succeeds. An owner that was
+wrongly considered dead (its host was suspended) finds another owner's LOCK and must stop: :meth:`RunLock.check`.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from rating_train.processes import process_lives, this_process
 log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.2  # between two looks at an owner that is being watched
-_SETTLE_SECONDS = 0.2  # in which another candidate puts back what it renamed by mistake
+_SETTLE_SECONDS = 0.2  # time for another candidate to put back a lock that it renamed by mistake
 
 
 class RunLock:
     """The lock of one run directory, held by rank 0.
 
     Args:
-        run: the run directory; made if missing.
+        run: the run directory; created if missing.
         job: the scheduler's job id, the same after a requeue; ``""`` without a scheduler.
         restart: how often the scheduler has restarted this job.
-        beat_seconds: between heartbeats.
-        stale_seconds: without a heartbeat, after which an owner that cannot be looked up is taken for dead; at
-            least twice ``beat_seconds``.
+        beat_seconds: time between heartbeats.
+        stale_seconds: time without a heartbeat after which an owner whose process cannot be checked is considered
+            dead; at least twice ``beat_seconds``.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class RunLock:
         self._owner = {"nonce": secrets.token_hex(8), "job": job, "restart": restart, **this_process()}
         self._facts: dict[str, Any] = {"phase": "starting"}
         self._counter = 0
-        self._said: set[str] = set()  # kinds of trouble that were logged
+        self._logged: set[str] = set()  # kinds of problems that were logged
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
-        #: Whether another job has taken the run over.
+        #: Whether another job has taken over the run.
         self.lost = False
 
     def __enter__(self) -> RunLock:
@@ -85,27 +85,27 @@ class RunLock:
         self.release(f"{kind.__name__}: {error}" if kind else "")
 
     def acquire(self) -> None:
-        """Take the lock, from a dead owner if need be, and start the heartbeat.
+        """Take the lock, from a dead owner if necessary, and start the heartbeat.
 
         Raises:
-            UserError: another job owns the run; names it and what to do.
+            UserError: another job owns the run; the message names it.
         """
         self._run.mkdir(parents=True, exist_ok=True)
         while not self._create():
             found = read_state(self._lock)
             if found is None:
-                continue  # released in this moment
+                continue  # just released
             why = self._dead_at_once(found.content) or self._watch(found)
             if why and self._move_away(found):
                 log.warning("took over %s from %s: %s", self._lock, describe(found.content), why)
         for torn in self._run.glob(f".{self._heartbeat.name}.tmp-*"):
-            torn.unlink(missing_ok=True)  # of an owner that was killed while it wrote
+            torn.unlink(missing_ok=True)  # left by an owner that was killed while writing it
         self._beat()
         self._thread = threading.Thread(target=self._beats, name="run lock", daemon=True)
         self._thread.start()
 
     def release(self, reason: str = "") -> None:
-        """Stop the heartbeat and remove LOCK, if it is still this job's. Does nothing where it is not held.
+        """Stop the heartbeat and remove LOCK if it is still this job's. Do nothing where it is not held.
 
         Args:
             reason: why the run ended; ``""`` takes the fact ``outcome``, or "done".
@@ -123,26 +123,29 @@ class RunLock:
         self._lock.unlink(missing_ok=True)
 
     def update(self, **facts: Any) -> None:
-        """Note what the job is doing (step, total_steps, phase, ...): JSON values, written with the next heartbeat."""
-        self._facts = {**self._facts, **facts}  # replaced whole: the other thread reads it without a lock
+        """Record what the job is doing (step, total_steps, phase, ...): JSON values, for the next heartbeat."""
+        self._facts = {
+            **self._facts,
+            **facts,
+        }  # replaced, never mutated: the other thread reads it without a lock
 
     def check(self) -> None:
-        """Call at step borders, and before a checkpoint is written.
+        """Verify that the run still belongs to this job. Call at step boundaries and before a save.
 
         Raises:
-            UserError: another job has taken the run over.
+            UserError: another job has taken over the run.
         """
         if self.lost:
             other = read_state(self._lock)
             raise UserError(
-                "another job has taken this run over, or its lock was deleted"
+                "another job has taken over this run, or its lock was deleted"
                 + (f": {describe(other.content)}" if other else ""),
                 where=self._lock,
-                fix="nothing, if that job goes on from the last checkpoint; this one stops here",
+                fix="nothing, if that job resumed from the last checkpoint; this one stops here",
             )
 
     def _create(self) -> bool:
-        """Make LOCK; whether it is ours now."""
+        """Create LOCK; return whether it is ours now."""
         content = {**self._owner, "since": _now_text()}
         try:
             fd = os.open(self._lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
@@ -156,17 +159,16 @@ class RunLock:
                 os.fsync(f.fileno())
         except OSError as e:
             self._lock.unlink(missing_ok=True)
-            raise UserError(f"the run directory cannot be written ({e})", where=self._lock) from e
-        time.sleep(
-            _SETTLE_SECONDS
-        )  # a candidate that judged the old lock may still rename this one, and put it back
+            raise UserError(f"the run directory is not writable ({e})", where=self._lock) from e
+        # A candidate that judged the old lock may still rename this one, and put it back.
+        time.sleep(_SETTLE_SECONDS)
         if not self._is_mine():
             return False
         self._owner = content
         return True
 
     def _dead_at_once(self, owner: dict[str, Any]) -> str:
-        """Why the owner is certainly dead; ``""`` where that is not certain."""
+        """Return why the owner is certainly dead; ``""`` if that is not certain."""
         if process_lives(owner) is False:
             return "its process is gone"
         job, restart = owner.get("job"), owner.get("restart")
@@ -180,15 +182,15 @@ class RunLock:
         return ""
 
     def _watch(self, found: LockState) -> str:
-        """Look on for ``stale_seconds``: why the owner is dead, or ``""`` where it released the lock.
+        """Watch for ``stale_seconds``; return why the owner is dead, or ``""`` if it released the lock.
 
         Raises:
-            UserError: it lives.
+            UserError: the owner is alive.
         """
         if process_lives(found.content):
             raise self._refusal(found.content)
         log.warning(
-            "%s belongs to %s; watching for %g s whether it lives",
+            "%s belongs to %s; watching it for %g s for a sign of life",
             self._lock, describe(found.content), self._stale_seconds,
         )  # fmt: skip
         before = found, read_state(self._heartbeat)
@@ -211,11 +213,11 @@ class RunLock:
         return UserError(
             f"another job is using this run: {describe(owner)}{last}",
             where=self._lock,
-            fix="wait for it or stop it (touch STOP in the run directory), or give this run another `name`",
+            fix="wait for it, stop it (touch STOP in the run directory), or give this run another `name`",
         )
 
     def _move_away(self, judged: LockState) -> bool:
-        """Rename the dead owner's LOCK away; False where it has changed or gone, and must be judged anew."""
+        """Rename the dead owner's LOCK; return False if it has changed or gone and must be judged again."""
         if read_state(self._lock) != judged:
             return False
         aside = self._lock.with_name(f"{self._lock.name}.stale-{self._owner['nonce']}")
@@ -225,15 +227,15 @@ class RunLock:
             return False  # the other candidate was faster
         right = read_state(aside) == judged
         if not right:
-            # Between the look and the rename another candidate has taken over: this is its lock. It is put back,
-            # never over a third one's; should there be one, this one's owner finds out by its next look.
+            # Another candidate took over between the look and the rename, and this is its lock. Put it back, but
+            # never over a third candidate's; in that case its owner notices at its next look.
             with contextlib.suppress(OSError):
                 os.link(aside, self._lock)
         aside.unlink(missing_ok=True)
         return right
 
     def _is_mine(self) -> bool:
-        """Whether LOCK is ours. Looked at twice: another candidate may have renamed it by mistake for an instant."""
+        """Return whether LOCK is ours. Looks twice: another candidate may have renamed it briefly by mistake."""
         for look in range(2):
             if look:
                 time.sleep(_SETTLE_SECONDS)
@@ -250,18 +252,18 @@ class RunLock:
             self._beat()
 
     def _look(self) -> None:
-        """Notice that the lock is another's."""
+        """Set ``lost`` if the lock is another job's."""
         try:
             if self._is_mine():
                 return
-        except OSError as e:  # the file system is away: that does not make the lock another's
-            self._say_once("read", "the lock cannot be read (%s); trying again", e)
+        except OSError as e:  # an unavailable file system does not mean that the lock is lost
+            self._log_once("read", "the lock cannot be read (%s); trying again", e)
             return
         self.lost = True
-        log.error("%s is not this job's any more", self._lock)
+        log.error("%s no longer belongs to this job", self._lock)
 
     def _beat(self) -> None:
-        """Write heartbeat.json, whole; without fsync, as it tells of this moment only."""
+        """Replace heartbeat.json; without fsync, because it describes only the present."""
         self._counter += 1
         beat = {
             **{key: self._owner[key] for key in ("nonce", "host", "pid", "job", "restart")},
@@ -279,23 +281,23 @@ class RunLock:
             OSError,
             TypeError,
             ValueError,
-        ) as e:  # a full disk, or a fact that is no JSON: training goes on
-            self._say_once("write", "the heartbeat cannot be written (%s); trying again", e)
+        ) as e:  # a full disk, or a fact that is not JSON: keep training
+            self._log_once("write", "the heartbeat cannot be written (%s); trying again", e)
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 os.utime(self._lock)  # a sign of life that needs no space
 
-    def _say_once(self, kind: str, text: str, error: Exception) -> None:
-        if kind not in self._said:
-            self._said.add(kind)
+    def _log_once(self, kind: str, text: str, error: Exception) -> None:
+        if kind not in self._logged:
+            self._logged.add(kind)
             log.warning(text, error)
 
 
 class LockState:
-    """One look at LOCK or heartbeat.json. Two looks are equal where nothing has happened in between.
+    """A snapshot of LOCK or heartbeat.json. Two snapshots are equal if nothing happened in between.
 
-    ``raw``: bytes and modification time (ns). ``content``: the JSON object; empty where the file is torn.
+    ``raw``: bytes and modification time (ns). ``content``: the JSON object; empty if the file is torn.
     """
 
     def __init__(self, data: bytes, mtime_ns: int) -> None:
@@ -313,7 +315,7 @@ class LockState:
 
 
 def read_state(path: Path) -> LockState | None:
-    """Read LOCK or heartbeat.json; ``None`` where there is none. Opened, not just stat-ed: NFS then asks its server."""
+    """Read LOCK or heartbeat.json; ``None`` if there is none. Opens it: a mere stat may be answered by NFS's cache."""
     try:
         with open(path, "rb") as f:
             return LockState(f.read(), os.fstat(f.fileno()).st_mtime_ns)
@@ -322,7 +324,7 @@ def read_state(path: Path) -> LockState | None:
 
 
 def describe(owner: dict[str, Any]) -> str:
-    """The owner of a lock in words."""
+    """Describe the owner of a lock."""
     if not owner:
         return "an unknown owner (its lock is torn)"
     job = f", job {owner['job']}" if owner.get("job") else ""

@@ -1,4 +1,4 @@
-"""What stands around the loop of a run: one job per run directory, signs of life, and asking to stop."""
+"""Supervision of the training loop: one job per run directory, heartbeats, and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ from rating_train.resilience.watchdog import Watchdog
 
 @dataclass(frozen=True)
 class Supervisor:
-    """The guards of a run, on every rank; rank 0 holds the lock."""
+    """The lock, watchdog and stop flag of a run, on every rank; rank 0 holds the lock."""
 
     lock: RunLock
     watchdog: Watchdog
     stop: StopFlag
 
     def beat(self, phase: str, step: int, total_steps: int) -> None:
-        """A sign of life, to this rank's watchdog and to heartbeat.json."""
+        """Report progress to this rank's watchdog and to heartbeat.json."""
         self.watchdog.beat(f"{phase}, step {step}")
         self.lock.update(phase=phase, step=step, total_steps=total_steps)
 
     def agreed_to_stop(self) -> str:
-        """Why to stop, or ``""``; a collective, at a step border.
+        """Return why to stop, or ``""``. A collective, at a step boundary.
 
         Raises:
-            UserError: another job has taken the run over.
+            UserError: another job has taken over the run.
         """
         on_main(self.lock.check)
         return self.stop.agreed()
 
     def stop_if_agreed(self, urgent_only: bool = False) -> None:
-        """Raise on all ranks alike where any of them wants to stop; a collective, in the middle of something.
+        """Raise on all ranks if any of them wants to stop. A collective, in the middle of an operation.
 
         Args:
-            urgent_only: heed SIGTERM and SIGINT alone.
+            urgent_only: consider only SIGTERM and SIGINT.
 
         Raises:
-            Stopped: with the reason.
-            UserError: another job has taken the run over.
+            Stopped: some rank wants to stop; the message is the reason.
+            UserError: another job has taken over the run.
         """
         on_main(self.lock.check)
         if reason := self.stop.agreed(urgent_only):
             raise Stopped(reason)
 
     def stop_if_urgent(self) -> None:
-        """:meth:`stop_if_agreed`, for SIGTERM and SIGINT alone."""
+        """Call :meth:`stop_if_agreed` for SIGTERM and SIGINT only."""
         self.stop_if_agreed(urgent_only=True)
 
 
@@ -62,9 +62,13 @@ class Supervisor:
 def supervise(
     run: Path, config: TrainConfig, world: World, job: ScheduledJob, started: float
 ) -> Iterator[Supervisor]:
-    """Take the run directory and watch over what is done in it. A collective at its beginning.
+    """Lock the run directory and supervise the job that uses it. A collective at its beginning.
 
     Args:
+        run: the run directory.
+        config: limits of time and of silence.
+        world: this process among the ranks.
+        job: the scheduler's job.
         started: ``time.monotonic()`` seconds from which ``time_limit_minutes`` counts.
 
     Raises:
@@ -91,12 +95,12 @@ def supervise(
 
 
 def deadline(config: TrainConfig, job: ScheduledJob, started: float) -> float | None:
-    """``time.monotonic()`` seconds at which to stop, the earlier of the run's own limit and the job's end."""
+    """Return the ``time.monotonic()`` seconds at which to stop: the earlier of the run's limit and the job's end."""
     limits = []
     if config.time_limit_minutes:
         limits.append(started + 60 * config.time_limit_minutes)
     if job.ends_at is not None:
         left = job.ends_at - time.time()
-        # At most a quarter of a short job: it would stop as soon as it starts, again and again.
+        # At most a quarter of a short job: otherwise it would stop right after each start.
         limits.append(time.monotonic() + left - min(60 * config.job_end_margin_minutes, left / 4))
     return min(limits, default=None)

@@ -1,13 +1,13 @@
-"""A thread that ends a process which no longer gets anywhere, with the stacks of all its threads in a file.
+"""A thread that ends a process without progress, after writing the stacks of all its threads to a file.
 
-A collective whose peer is gone, a loader that waits for a dead disk, a deadlock: the main thread cannot notice, and
-an exit is the only thing that lets the launcher start again. So each rank has a thread that wants a sign of life
+A collective whose peer is gone, a DataLoader that waits for a dead disk, a deadlock: the main thread cannot notice
+them, and only an exit lets the launcher restart the job. So each rank has a thread that expects a heartbeat
 (:meth:`Watchdog.beat`) every ``limit_seconds``. The first rank that gives up leaves a file for the others, so that
 their stacks are written too before the launcher ends them.
 
-The thread also reads signals, by Python's wake-up descriptor, which works while the main thread is stuck in C: a
-second SIGTERM or SIGINT, some seconds after the first, ends the process at once. And should the thread itself not get
-to run (something holds the interpreter lock), ``faulthandler``'s own timer, which needs no lock, does the same.
+The thread also reads signals through Python's wake-up descriptor, which works while the main thread is stuck in C
+code: a second SIGTERM or SIGINT, some seconds after the first, ends the process at once. If the thread itself cannot
+run (something holds the interpreter lock), ``faulthandler``'s own timer, which needs no lock, ends the process.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from rating_train.errors import EXIT_HUNG
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-GRACE_SECONDS = 10.0  # for the other ranks to write their stacks
-AGAIN_SECONDS = 5.0  # a scheduler and a launcher may both pass on the same first signal
-_LOCK_HELD_SECONDS = 60.0  # beyond the limit, until faulthandler's timer
+GRACE_SECONDS = 10.0  # time for the other ranks to write their stacks
+AGAIN_SECONDS = 5.0  # a scheduler and a launcher may both forward the same first signal
+_LOCK_HELD_SECONDS = 60.0  # from the limit to faulthandler's timer
 
 
 class Watchdog:
-    """Watches this process from ``with`` on.
+    """Watches this process from ``__enter__`` to ``__exit__``.
 
     Args:
-        limit_seconds: most seconds between two beats; 0 watches for signals only.
+        limit_seconds: longest time between two beats; 0 watches for signals only.
         stacks: file that the stacks of this rank are appended to.
-        hung: file that the first rank to give up makes; it must not be there at the start.
+        hung: file that the first rank to give up creates; it must not exist at the start.
     """
 
     def __init__(self, limit_seconds: float, stacks: Path, hung: Path) -> None:
@@ -55,13 +55,12 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self, doing: str) -> None:
-        """A sign of life: what the main thread does from now on. Cheap enough for every step."""
+        """Report progress, and what the main thread does next. Cheap enough for every step."""
         self._doing, self._last = doing, time.monotonic()
 
     def __enter__(self) -> Watchdog:
-        self._stacks = open(
-            self._stacks_path, "a", encoding="utf-8"
-        )  # opened now: the disk may be full later
+        # Opened now: the disk may be full later.
+        self._stacks = open(self._stacks_path, "a", encoding="utf-8")
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._reader.setblocking(False)
@@ -117,7 +116,7 @@ class Watchdog:
             try:
                 self._hung.touch()
             except OSError as e:
-                log.error("the other ranks are not told (%s): their own limits will end them", e)
+                log.error("the other ranks cannot be notified (%s): their own watchdogs will end them", e)
             time.sleep(GRACE_SECONDS)
         logging.shutdown()
         os._exit(EXIT_HUNG)

@@ -70,7 +70,7 @@ def test_resume_must_without_a_checkpoint_and_never_with_one(
     ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = tiny_config(train={"max_steps": 1})
-    assert "no checkpoint to go on from" in refused(config, "--resume", "must")
+    assert "no checkpoint to resume from" in refused(config, "--resume", "must")
     ranks.train(1, config)
     assert "the run has checkpoints already" in refused(config, "--resume", "never")
     damaged = next((tmp_path / "runs/run/checkpoints/step_00000001").rglob("*optim_states.pt"))

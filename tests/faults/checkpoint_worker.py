@@ -4,7 +4,7 @@ Usage: checkpoint_worker.py FAULT ARGUMENT COMMAND...
 
     die MOMENT@STEP        rank 0 ends by SIGKILL while it saves this step: MOMENT is begun (the temporary directory
                            is made), written (all files are, COMPLETE.json is not) or renamed (latest.json is not yet)
-    disk CASE,CASE,...     what each save in turn finds: ok, room (too little before it begins) or write (enough when
+    disk CASE,CASE,...     what each save in turn finds: ok, space (too little before it begins) or write (enough when
                            it begins, half of it when it writes); after the last one ok
     blocked STEP,STEP,...  rank 1 cannot write its file into the checkpoints of these steps
     full STEP              no byte is left on the disk from this step on
@@ -24,7 +24,7 @@ from rating_train.cli import main
 
 
 def fill(folder: Path, leave_bytes: int) -> None:
-    """A file that takes all room but this."""
+    """Create a file that takes all free space except this."""
     with open(folder / "filler", "wb") as f:
         size = shutil.disk_usage(folder).free - leave_bytes
         if size > 0:
@@ -63,18 +63,18 @@ def die(argument: str) -> None:
 
 def disk(argument: str) -> None:
     cases = iter(argument.split(","))
-    check_room = store.check_room
+    check_free_space = store.check_free_space
 
     def check(root: Path, needed_bytes: int) -> None:
         runs, case = root.parent.parent, next(cases, "ok")
         (runs / "filler").unlink(missing_ok=True)
-        if case == "room":
+        if case == "space":
             fill(runs, needed_bytes - 1)
-        check_room(root, needed_bytes)
+        check_free_space(root, needed_bytes)
         if case == "write":
             fill(runs, needed_bytes // 2)
 
-    store.check_room = check
+    store.check_free_space = check
 
 
 def blocked(argument: str) -> None:
@@ -84,7 +84,7 @@ def blocked(argument: str) -> None:
     def begin_blocked(root: Path, step: int) -> Path:
         temporary = begin(root, step)
         if step in steps:
-            (temporary / "rank_00001.pt").mkdir()  # works for root too, whom no permission stops
+            (temporary / "rank_00001.pt").mkdir()  # works for root too, whom permissions do not stop
         return temporary
 
     store.begin = begin_blocked

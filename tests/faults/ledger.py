@@ -1,6 +1,6 @@
-"""A supervisor that starts a job again until it is finished, as a scheduler would, and kills it at chosen moments.
+"""A supervisor that restarts a job until it finishes, as a scheduler would, and kills it at chosen moments.
 
-It watches files alone: samples/ grows with every step, a step_*.tmp-* directory is a save under way, and an
+It watches only files: samples/ grows with every step, a step_*.tmp-* directory is a save in progress, and an
 evaluation follows the steps whose number is a multiple of ``eval_every_steps``.
 """
 
@@ -23,10 +23,10 @@ import psutil
 
 from tests.conftest import SHARED_MEMORY, Ranks
 
-TOKEN = "RATING_TRAIN_TEST_TOKEN"  # in the environment of a job: finds every process of it, orphans too
-VICTIMS = ("rank 0", "rank 1", "loader", "agent", "job")  # job: all at once, helpers that tidy up too
+TOKEN = "RATING_TRAIN_TEST_TOKEN"  # in the environment of a job: identifies all its processes, orphans too
+VICTIMS = ("rank 0", "rank 1", "loader", "agent", "job")  # job: all at once, its helper processes too
 MOMENTS = ("start-up", "step", "save", "evaluation")
-# The first ones have every victim and every moment at least once.
+# The first ones cover every victim and every moment at least once.
 FIRST_KILLS = [
     ("rank 0", "save"),
     ("agent", "start-up"),
@@ -35,15 +35,15 @@ FIRST_KILLS = [
     ("agent", "step"),
     ("job", "step"),
 ]
-# Loaders start with the first step; blocks that are not marked yet are swept once they are a minute old.
+# DataLoader workers start with the first step; unmarked blocks are swept once they are a minute old.
 LEFT_OUT = [("loader", "start-up"), ("job", "start-up")]
 STEPS_PER_KILL = 10  # enough that a run cannot end before its last kill
-END_SECONDS = 90  # most that a job may need to end once a part of it was killed
-MOMENT_SECONDS = 150  # most that a moment may need to come
+END_SECONDS = 90  # longest time for a job to end once a part of it was killed
+MOMENT_SECONDS = 150  # longest wait for a moment
 
 
 def kill_plan(rng: random.Random) -> Iterator[tuple[str, str]]:
-    """(victim, moment) without end: ``FIRST_KILLS``, then all pairs again and again in random order."""
+    """Yield (victim, moment) forever: ``FIRST_KILLS``, then all pairs repeatedly in random order."""
     yield from FIRST_KILLS
     pairs = [pair for pair in itertools.product(VICTIMS, MOMENTS) if pair not in LEFT_OUT]
     while True:
@@ -52,7 +52,7 @@ def kill_plan(rng: random.Random) -> Iterator[tuple[str, str]]:
 
 
 def living(token: str) -> list[psutil.Process]:
-    """Every living process of the jobs that were started with this token, whoever its parent is now."""
+    """Return every live process of the jobs started with this token, whatever its parent is now."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -62,7 +62,7 @@ def living(token: str) -> list[psutil.Process]:
 
 
 def wait_until_none_lives(token: str, seconds: float) -> list[psutil.Process]:
-    """Wait for the end of all processes of the token; those that still live after ``seconds``."""
+    """Wait until all processes of the token have ended; return those still alive after ``seconds``."""
     deadline = time.monotonic() + seconds
     while (left := living(token)) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -70,7 +70,7 @@ def wait_until_none_lives(token: str, seconds: float) -> list[psutil.Process]:
 
 
 class Attempt:
-    """One start of the job, watched."""
+    """One observed start of the job."""
 
     def __init__(self, ranks: Ranks, config: Path, run: Path, token: str, max_restarts: int = 0) -> None:
         self.run, self.token = run, token
@@ -91,16 +91,16 @@ class Attempt:
         self._lines += self.process.stdout
 
     def join(self) -> None:
-        """Read the rest of the output, once the job has ended."""
+        """Read the rest of the output after the job has ended."""
         self._drain.join(timeout=10)
 
     @property
     def output(self) -> str:
-        """What the job has printed so far."""
+        """Return what the job has printed so far."""
         return "".join(self._lines)
 
     def new_steps(self) -> list[int]:
-        """Steps that rank 0 has done in this attempt."""
+        """Return the steps that rank 0 has completed in this attempt."""
         if not self._samples.exists():
             return []
         with open(self._samples, "rb") as f:
@@ -111,11 +111,11 @@ class Attempt:
         return steps
 
     def saving(self) -> bool:
-        """Whether a save is under way (or was, when the job died)."""
+        """Return whether a save is in progress (or was, when the job died)."""
         return any((self.run / "checkpoints").glob("step_*.tmp-*"))
 
     def wait(self, condition: Callable[[], bool], seconds: float, what: str) -> bool:
-        """Wait for a condition; False where the job ended before it. A job that does neither is hung."""
+        """Wait for a condition; return False if the job ended before it. A job that does neither is hung."""
         deadline = time.monotonic() + seconds
         while not condition():
             if self.process.poll() is not None:
@@ -127,7 +127,7 @@ class Attempt:
         return True
 
     def ranks(self) -> dict[str, psutil.Process]:
-        """``rank 0`` and ``rank 1``, as far as they have been started."""
+        """Return ``rank 0`` and ``rank 1``, as far as they have been started."""
         found = {}
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process(self.process.pid).children():
@@ -137,7 +137,7 @@ class Attempt:
         return found
 
     def loaders(self) -> list[psutil.Process]:
-        """The loader processes of all ranks."""
+        """Return the DataLoader workers of all ranks."""
         found = []
         for rank in self.ranks().values():
             with contextlib.suppress(psutil.Error):
@@ -149,7 +149,7 @@ class Attempt:
         return found
 
     def memory_blocks(self) -> set[str]:
-        """Numbers of the blocks of shared memory that the ranks have mapped."""
+        """Return the numbers of the shared-memory blocks that the ranks have mapped."""
         found: set[str] = set()
         for rank in self.ranks().values():
             with contextlib.suppress(OSError):
@@ -159,7 +159,7 @@ class Attempt:
 
 @dataclass
 class Kill:
-    """One kill -9. ``step``: last one that rank 0 had done in that attempt; ``None`` before the first."""
+    """One kill -9. ``step``: the last step that rank 0 had completed in that attempt; ``None`` before the first."""
 
     victim: str
     moment: str
@@ -171,7 +171,7 @@ class Kill:
 
 @dataclass
 class Ledger:
-    """What the supervisor saw."""
+    """The supervisor's observations."""
 
     kills: list[Kill] = field(default_factory=list)
     starts: int = 0
@@ -182,7 +182,7 @@ class Ledger:
     seconds: float = 0.0
 
     def table(self, steps: int, steps_done: int, straight_seconds: float) -> str:
-        """For a terminal."""
+        """Render for a terminal."""
         pairs = Counter((kill.victim, kill.moment) for kill in self.kills)
         lines = ["", f"{'kill -9 of':<12}" + "".join(f"{moment:>12}" for moment in MOMENTS)]
         for victim in VICTIMS:
@@ -202,14 +202,14 @@ class Ledger:
 
 
 def blocks_left(numbers: set[str]) -> set[str]:
-    """Blocks of these numbers that are in /dev/shm now."""
+    """Return the blocks of these numbers that are in /dev/shm now."""
     return {name for name in os.listdir(SHARED_MEMORY) if name[:6] in numbers}
 
 
 def supervise(
     ranks: Ranks, config: Path, run: Path, kills: int, rng: random.Random, eval_every: int, token: str
 ) -> Ledger:
-    """Start the job until it ends with 0, with so many kills on the way.
+    """Start the job until it ends with 0, killing it so many times on the way.
 
     Fails where a job hangs, leaves a process, or ends by itself with anything but 0.
     """
@@ -220,7 +220,7 @@ def supervise(
         ledger.starts += 1
         before = len(ledger.kills)
         while len(ledger.kills) < kills and _kill_once(job, ledger, *next(plan), rng, eval_every):
-            pass  # a loader that had nothing more to do: the job goes on
+            pass  # a DataLoader worker that had nothing left to do: the job continues
         job.wait(lambda: False, END_SECONDS + 3 * MOMENT_SECONDS, "the end")
         left = wait_until_none_lives(token, 10)
         assert not left, f"left running after {ledger.kills[-1:]}: {left}\n{job.output[-3000:]}"
@@ -237,11 +237,11 @@ def supervise(
 def _kill_once(
     job: Attempt, ledger: Ledger, victim: str, moment: str, rng: random.Random, eval_every: int
 ) -> bool:
-    """Wait for the moment and kill; whether the job goes on all the same."""
+    """Wait for the moment and kill; return whether the job continues regardless."""
     done = len(job.new_steps())
     steps, pause = done + rng.randint(1, 6), rng.uniform(0, 0.15)
     if moment == "start-up":
-        # From half a second on: before, Python has not come to the ranks' first own line.
+        # From half a second on: before that, Python has not reached the ranks' first line.
         up = lambda: len(job.ranks()) == 2  # noqa: E731
         job.wait(up, MOMENT_SECONDS, "the ranks")
         pause = rng.uniform(0.5, 6.0)
@@ -267,7 +267,7 @@ def _kill_once(
 
 
 def _kill(job: Attempt, victim: str, rng: random.Random) -> None:
-    """kill -9, at once."""
+    """Send SIGKILL to the victim."""
     if victim == "job":
         targets = living(job.token)
     elif victim == "loader":
@@ -285,7 +285,7 @@ def _kill(job: Attempt, victim: str, rng: random.Random) -> None:
 
 
 def stop_process(process: psutil.Process) -> None:
-    """SIGSTOP, and wait until the kernel has done it."""
+    """Send SIGSTOP and wait until the kernel has stopped the process."""
     process.send_signal(signal.SIGSTOP)
     deadline = time.monotonic() + 10
     while process.status() != psutil.STATUS_STOPPED:

@@ -1,4 +1,4 @@
-"""Every kind of file of real checkpoints, damaged in every way: found, named, passed over, and never loaded."""
+"""Every kind of file of real checkpoints, damaged in every way: found, named, skipped, and never loaded."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def train(ranks: Ranks, folder: Path, *options: object, code: int = 0) -> str:
 
 @pytest.fixture(scope="module", params=[1, 3])
 def trained(request: pytest.FixtureRequest, demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with run.yaml and the run of it, 2 ranks at a ZeRO stage, with checkpoints of steps 2 and 4 (best)."""
+    """A folder with run.yaml and its run, 2 ranks at a ZeRO stage, with checkpoints of steps 2 and 4 (best)."""
     folder = tmp_path_factory.mktemp(f"stage{request.param}")
     config = {
         **tiny_settings("run", folder, demo),
@@ -80,21 +80,21 @@ def damage(path: Path, how: str) -> None:
 
 @contextlib.contextmanager
 def damaged(path: Path, how: str) -> Iterator[None]:
-    """For as long as it is open."""
-    whole = path.read_bytes()
+    """Damage a file within the context."""
+    original = path.read_bytes()
     damage(path, how)
     try:
         yield
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(original)
 
 
 def find(root: Path, resume: str = "auto") -> Path | None:
-    """What a start takes."""
+    """Return the checkpoint that a start takes."""
     return Checkpointer(root, World(), 9, 0, background=False).find(resume)
 
 
-def test_every_damage_to_every_file_is_passed_over_with_its_reason(
+def test_every_damage_to_every_file_is_skipped_with_its_reason(
     copy: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = copy / "checkpoints"
@@ -124,12 +124,12 @@ def test_every_damage_to_every_file_is_passed_over_with_its_reason(
                             find(root, resume)
                         assert f"{old.name}: " in str(caught.value) and f"{new.name}: " in str(caught.value)
                         assert "--resume never" in str(caught.value)
-            assert find(root) == new, "mended"
+            assert find(root) == new, "restored"
 
 
 @pytest.mark.parametrize("name", [LATEST, BEST])
 @pytest.mark.parametrize("how", DAMAGES)
-def test_pointers_are_not_needed_to_go_on(copy: Path, name: str, how: str) -> None:
+def test_pointers_are_not_needed_to_resume(copy: Path, name: str, how: str) -> None:
     root = copy / "checkpoints"
     damage(root / name, how)
     assert find(root) == root / "step_00000004"
@@ -138,7 +138,7 @@ def test_pointers_are_not_needed_to_go_on(copy: Path, name: str, how: str) -> No
         assert pointer["problem"] == ("there is none" if how == "deleted" else "it cannot be read")
 
 
-def test_left_overs_of_a_crash_are_removed_and_named(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_leftovers_of_a_crash_are_removed_and_named(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = copy / "checkpoints"
     begun = store.begin(root, 6)
     shutil.copytree(root / "step_00000004", begun, dirs_exist_ok=True)
@@ -151,10 +151,8 @@ def test_left_overs_of_a_crash_are_removed_and_named(copy: Path, caplog: pytest.
     assert f"removed {begun.name}" in caplog.text and f"removed {torn.name}" in caplog.text
 
 
-def test_a_pickle_that_was_not_saved_with_it_is_never_loaded(
-    copy: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """DeepSpeed and ``Shards`` find files by their names, so that another rank's would be taken for its own."""
+def test_a_foreign_pickle_is_never_loaded(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """DeepSpeed and ``Shards`` find files by their names, so a foreign rank's file would be loaded too."""
     root = copy / "checkpoints"
     new = root / "step_00000004"
     own = next(new.rglob("*rank_1_mp_rank_00_optim_states.pt"))
@@ -164,11 +162,11 @@ def test_a_pickle_that_was_not_saved_with_it_is_never_loaded(
     said = run_status.read_status(copy)["checkpoints"]
     assert [c["valid"] for c in said] == [False, True] and foreign.name in said[0]["problem"]
     foreign.unlink()
-    (new / "notes.txt").write_text("the good one")  # a person's own file is no reason to lose a checkpoint
+    (new / "notes.txt").write_text("the good one")  # a person's own file must not invalidate a checkpoint
     assert find(root) == new and store.verify(new)
 
 
-def test_a_file_that_the_disk_cannot_read_is_passed_over_too(
+def test_a_file_that_the_disk_cannot_read_is_skipped_too(
     copy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     root, sha256_file = copy / "checkpoints", store.sha256_file
@@ -192,7 +190,7 @@ def losses(run: Path) -> list[float]:
 
 @pytest.mark.parametrize("trained", [1], indirect=True)
 def test_real_starts(trained: Path, ranks: Ranks, tmp_path: Path) -> None:
-    """The newest is damaged, and so is all around it: the older one is loaded. Then both: it stops."""
+    """The newest and its pointers are damaged: the older one is loaded. Then both are: the start is refused."""
     folder = tmp_path / "again"
     shutil.copytree(trained, folder)
     config = yaml.safe_load((folder / "run.yaml").read_text())
@@ -214,8 +212,8 @@ def test_real_starts(trained: Path, ranks: Ranks, tmp_path: Path) -> None:
     before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
     process = ranks.start(2, "-m", "rating_train", "train", folder / "run.yaml")
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and "exitcode  : 2" in output, "as torchrun says it"
+    assert process.returncode == 1 and "exitcode  : 2" in output, "in torchrun's words"
     assert output.count("error:") == 1 and "none can be trusted" in output
     assert f"{new.name}: {COMPLETE} cannot be read" in output and f"{old.name}: rank_00001.pt has" in output
     assert output.count("Traceback (most recent call last)") == 1, "torchrun's own, and none of the ranks"
-    assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before, "nothing is touched"
+    assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before, "nothing is modified"

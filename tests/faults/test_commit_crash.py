@@ -1,4 +1,4 @@
-"""A process that dies before, in or after any operation of a save: what is found next is the old checkpoint or the new.
+"""A process killed before, during or after any file operation of a save leaves the old checkpoint or the new one.
 
 Every operation on files that ``store`` makes is counted, and a process of its own is killed at the first, the second,
 ... until one gets through. One chain of real runs dies at three of these points.
@@ -29,7 +29,7 @@ SHARDS = ("state.json", "engine/a.pt", "engine/b.pt")
 
 
 def save(root: Path, step: int, content: str, best: bool = False) -> None:
-    """What all ranks and rank 0 do, with a checkpoint that holds ``content``; the newest, best and latest are kept."""
+    """Do what all ranks do to save a checkpoint that holds ``content``; keep the newest, best and latest."""
     temporary = store.begin(root, step)
     (temporary / "engine").mkdir()
     for name in SHARDS:
@@ -43,7 +43,7 @@ def save(root: Path, step: int, content: str, best: bool = False) -> None:
 
 
 def held(path: Path) -> str:
-    """What :func:`save` put into a checkpoint, the same in all of its files."""
+    """Return what :func:`save` wrote to a checkpoint, the same in all of its files."""
     contents = {(path / name).read_text() for name in SHARDS}
     assert len(contents) == 1, "files of two checkpoints in one"
     (content,) = contents
@@ -51,7 +51,7 @@ def held(path: Path) -> str:
 
 
 class Killer:
-    """Makes this process die at the ``at``-th point; every operation has one before and one after it."""
+    """Kills this process at the ``at``-th point; every operation has one before and one after it."""
 
     def __init__(self, at: int, tell: int) -> None:
         self.at, self.tell, self.passed = at, tell, 0
@@ -90,7 +90,7 @@ class Killer:
 
 
 def die_at(at: int, action: Callable[[], None]) -> str:
-    """Run ``action`` in a process that is killed at the ``at``-th point; where that was, "" if it came to its end."""
+    """Run ``action`` in a process that is killed at the ``at``-th point; return its label, or ""."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -109,13 +109,13 @@ def die_at(at: int, action: Callable[[], None]) -> str:
         label = f.read().decode()
     _, status = os.waitpid(child, 0)
     killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    assert killed == bool(label) and (killed or status == 0), f"point {at}: it failed by itself ({status})"
+    assert killed == bool(label) and (killed or status == 0), f"point {at}: it failed on its own ({status})"
     return label
 
 
 @pytest.fixture
 def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a process wrote outlives the process without any flush; the order of flushes is tested apart."""
+    """What a process wrote outlives it without any flush; the order of flushes has its own test."""
     monkeypatch.setattr(os, "fsync", lambda _fd: None)
     monkeypatch.setattr(package_files, "open", builtins.open, raising=False)
 
@@ -123,7 +123,7 @@ def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("step", "best"), [(6, False), (6, True), (4, False), (4, True)])
 def test_death_at_every_point_of_a_save(tmp_path: Path, no_sync: None, step: int, best: bool) -> None:
-    """Steps 2 (the best) and 4 stand. Step 6 is saved, and step 2 or 4 pruned after it; or step 4 again."""
+    """Steps 2 (the best) and 4 exist. Step 6 is saved and step 2 or 4 pruned after it; or step 4 is saved again."""
     start = tmp_path / "start"
     save(start, 2, "second", best=True)
     save(start, 4, "old")
@@ -160,8 +160,8 @@ def test_death_at_every_point_of_a_save(tmp_path: Path, no_sync: None, step: int
     assert found is not None and (found.step, held(found.path)) == (step, "new"), (
         "the last one was not killed"
     )
-    if step != 4:  # while a checkpoint is replaced by one of its step, either may be the one that is found
-        assert outcomes == sorted(outcomes, reverse=True), "a checkpoint that stood is gone again"
+    if step != 4:  # while a checkpoint of the same step is replaced, either may be found
+        assert outcomes == sorted(outcomes, reverse=True), "a committed checkpoint disappeared"
     assert {"old", "new"} == set(outcomes)
     expected = {f"{when} {name}" for when in ("before", "after") for name in (*OPERATIONS, "open")}
     assert places == expected | {"in write"}
@@ -171,10 +171,10 @@ def test_death_at_every_point_of_a_save(tmp_path: Path, no_sync: None, step: int
 
 
 @pytest.mark.timeout(60)
-def test_the_disk_has_everything_before_the_name_and_the_name_before_the_pointer(
+def test_files_are_flushed_before_the_rename_and_the_rename_before_the_pointer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A loss of power keeps what was flushed: all files and folders, then the new name, then latest.json."""
+    """A power failure keeps only what was flushed: all files and folders, then the new name, then latest.json."""
     synced: dict[Path, int] = {}
     events: list[str] = []
     fsync, rename, replace = os.fsync, os.rename, os.replace
@@ -184,7 +184,7 @@ def test_the_disk_has_everything_before_the_name_and_the_name_before_the_pointer
         fsync(fd)
         synced[path] = path.stat().st_mtime_ns
         events.append(f"fsync {path.name}")
-        time.sleep(0.02)  # so that a later change has another time
+        time.sleep(0.02)  # so that a later change has a different time
 
     def name(a: Any, b: Any, *args: Any, **more: Any) -> None:
         if Path(b).name == "step_00000006":
@@ -218,19 +218,17 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 @pytest.mark.timeout(300)
-def test_a_run_that_dies_while_saving_goes_on_from_the_newest_committed_checkpoint(
+def test_a_run_killed_while_saving_resumes_from_the_newest_committed_checkpoint(
     ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     settings = {"max_steps": 6, "save_every_steps": 2, "stop_check_steps": 1, "log_sample_ids": False}
     straight, broken = (tiny_config(name, train=settings) for name in ("straight", "broken"))
     run, root = tmp_path / "runs" / "broken", tmp_path / "runs" / "broken" / "checkpoints"
     ranks.train(2, straight)
-    for moment, goes_on_from, newest in (("begun", 0, 2), ("written", 2, 2), ("renamed", 2, 4)):
+    for moment, resumes_from, newest in (("begun", 0, 2), ("written", 2, 2), ("renamed", 2, 4)):
         output = ranks.run(2, WORKER, "die", f"{moment}@4", "train", broken, code=1)
-        assert ("starting at step 0" if not goes_on_from else f"resuming from step {goes_on_from} ") in output
-        assert "finished at" not in output and "error:" not in output, (
-            "killed, and not by an error of its own"
-        )
+        assert ("starting at step 0" if not resumes_from else f"resuming from step {resumes_from} ") in output
+        assert "finished at" not in output and "error:" not in output, "killed, not ended by its own error"
         left = list(root.glob("*.tmp-*"))
         assert len(left) == (moment != "renamed"), f"{moment}: {left}"
         assert sorted(s for s, _ in store.steps_present(root)) == [2, 4][: newest // 2]

@@ -1,6 +1,6 @@
-"""Nothing waits for ever: a stopped rank, a dead or stopped loader, a stop that is asked for twice.
+"""Nothing waits forever: a stopped rank, a dead or stopped DataLoader worker, a stop requested twice.
 
-A stopped process (SIGSTOP) is what a hang looks like to the others: it is there, holds its connections, and is silent.
+To the others a stopped process (SIGSTOP) looks hung: it exists, keeps its connections, and is silent.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import pytest
 from tests.conftest import Ranks
 from tests.faults.ledger import Attempt, living, stop_process, wait_until_none_lives
 
-WATCHDOG_MINUTES = 0.3  # beyond what a start takes, also on a busy machine
+WATCHDOG_MINUTES = 0.3  # longer than a start takes, also on a busy machine
 COLLECTIVE = re.compile(r"in (all_reduce|all_gather\w*|broadcast\w*|reduce\w*|barrier|gather\w*)\b")
 TRAIN = {"epochs": 400, "save_every_steps": 0, "stop_check_steps": 1}
 
 
 @pytest.fixture
 def start(ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path) -> Iterator[Callable[..., Attempt]]:
-    """Starts the run and waits until it trains; kills at the end what is left of it, stopped processes too."""
+    """Start the run and wait until it trains; at the end kill what is left of it, stopped processes too."""
 
     def begin(wait: bool = True, **train: object) -> Attempt:
         config = tiny_config(train={**TRAIN, **train}, data={"workers": 1})
@@ -45,7 +45,7 @@ def stacks(job: Attempt) -> dict[int, str]:
 
 
 def wait_for_end(job: Attempt, process: psutil.Process, seconds: float, what: str) -> None:
-    """Wait until one rank has gone, whether the launcher has taken notice or not."""
+    """Wait until one rank has ended, whether or not the launcher has noticed."""
     deadline = time.monotonic() + seconds
     while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, f"{what} did not come in {seconds} s\n{job.output[-4000:]}"
@@ -53,7 +53,7 @@ def wait_for_end(job: Attempt, process: psutil.Process, seconds: float, what: st
 
 
 def end(job: Attempt, *stopped: psutil.Process, code: int = 1) -> str:
-    """Kill what was stopped (torchrun would, half a minute later); torchrun must end and leave nothing."""
+    """Kill what was stopped (torchrun would, half a minute later); torchrun must end and leave no process."""
     for process in stopped:
         process.kill()
     assert not job.wait(lambda: False, 60, "the end of torchrun")
@@ -64,7 +64,7 @@ def end(job: Attempt, *stopped: psutil.Process, code: int = 1) -> str:
 
 
 @pytest.mark.timeout(400)
-def test_a_rank_that_stands_still_ends_the_others_with_stacks_and_the_next_start_goes_on(
+def test_a_stopped_rank_ends_the_others_with_stacks_and_the_next_start_resumes(
     start: Callable[..., Attempt],
 ) -> None:
     job = start(watchdog_minutes=WATCHDOG_MINUTES, save_every_steps=2)
@@ -84,18 +84,18 @@ def test_a_rank_that_stands_still_ends_the_others_with_stacks_and_the_next_start
     assert job.wait(lambda: bool(job.new_steps()), 150, "a step"), job.output[-4000:]
     assert not (job.run / "HUNG").exists()
     output = end(job, code=0)
-    assert job.new_steps()[0] > 1 and job.new_steps()[-1] == step + 2, "it goes on from a checkpoint"
+    assert job.new_steps()[0] > 1 and job.new_steps()[-1] == step + 2, "it resumes from a checkpoint"
     assert f"finished at step {step + 2}" in output
     assert not (job.run / "HUNG").exists()
 
 
 @pytest.mark.timeout(200)
-def test_a_loader_that_is_killed_fails_the_run_with_a_clear_error(start: Callable[..., Attempt]) -> None:
+def test_a_killed_worker_fails_the_run_with_a_clear_error(start: Callable[..., Attempt]) -> None:
     job = start()
     loader = job.loaders()[0]
     loader.kill()
     output = end(job)
-    # Which of these it is depends on what the rank and its loader were doing at that moment.
+    # Which message appears depends on what the rank and its worker were doing at that moment.
     said = (
         rf"DataLoader worker \(pid(\(s\))? {loader.pid}\) (is killed by signal: Killed|exited unexpectedly)"
         "|a loader process of this rank died while it handed over a batch"
@@ -105,7 +105,7 @@ def test_a_loader_that_is_killed_fails_the_run_with_a_clear_error(start: Callabl
 
 
 @pytest.mark.timeout(200)
-def test_a_loader_that_stands_still_ends_all_ranks_with_stacks(start: Callable[..., Attempt]) -> None:
+def test_a_stopped_worker_ends_all_ranks_with_stacks(start: Callable[..., Attempt]) -> None:
     job = start(watchdog_minutes=WATCHDOG_MINUTES)
     rank, loader = job.ranks()["rank 1"], job.loaders()
     loader = [p for p in loader if p.ppid() == rank.pid]
@@ -114,18 +114,18 @@ def test_a_loader_that_stands_still_ends_all_ranks_with_stacks(start: Callable[.
     output = end(job)
     assert "exitcode  : 75" in output
     assert (job.run / "HUNG").is_file()
-    # Each rank says where it stood: one waits for its loader, the other for that rank.
+    # Each rank shows where it was stuck: one waits for its worker, the other for that rank.
     assert set(stacks(job)) == {0, 1}
     assert "_try_get_data" in stacks(job)[1] and COLLECTIVE.search(stacks(job)[0]), stacks(job)
 
 
 @pytest.mark.timeout(200)
-def test_a_second_sigterm_ends_a_rank_that_is_stuck_at_once(start: Callable[..., Attempt]) -> None:
+def test_a_second_sigterm_ends_a_stuck_rank_at_once(start: Callable[..., Attempt]) -> None:
     job = start()
     first, second = (job.ranks()[f"rank {r}"] for r in (0, 1))
     stop_process(second)
     first.send_signal(signal.SIGTERM)
-    time.sleep(0.5)  # a launcher that passes the same signal on does not make it a second one
+    time.sleep(0.5)  # the same signal forwarded by a launcher is not a second one
     first.send_signal(signal.SIGTERM)
     time.sleep(6)
     assert first.is_running() and first.status() != psutil.STATUS_ZOMBIE and not stacks(job)
@@ -139,7 +139,7 @@ def test_a_second_sigterm_ends_a_rank_that_is_stuck_at_once(start: Callable[...,
 
 @pytest.mark.timeout(200)
 def test_a_collective_that_waits_too_long_fails_before_the_watchdog(start: Callable[..., Attempt]) -> None:
-    # Without logs and agreements on stopping, all collectives are DeepSpeed's, in groups that it makes itself.
+    # Without logging and stop checks, all collectives are DeepSpeed's, in groups that it creates itself.
     job = start(collective_timeout_minutes=0.25, log_every_steps=1000, stop_check_steps=1000)
     first, second = (job.ranks()[f"rank {r}"] for r in (0, 1))
     stop_process(second)

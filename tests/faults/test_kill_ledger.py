@@ -1,4 +1,4 @@
-"""A run that is killed again and again, and started again each time, ends as if nothing had happened.
+"""A run that is killed and restarted repeatedly ends as if nothing had happened.
 
 RATING_TRAIN_KILLS=50 pytest -s tests/faults/test_kill_ledger.py prints the ledger of 50 kills.
 RATING_TRAIN_KILL_SEED chooses the victims, the moments and the pauses.
@@ -30,7 +30,7 @@ EVAL_EVERY = 7
 def sections(stage: int, steps: int) -> dict[str, dict]:
     return {
         "data": {"workers": 1},
-        "model": {"head_dropout": 0.1},  # the random number generators have a say in the weights
+        "model": {"head_dropout": 0.1},  # the random number generators affect the weights
         "zero": {"stage": stage},
         "train": {
             "epochs": 999,  # of about 20 steps
@@ -49,14 +49,14 @@ def evaluations(run: Path) -> list[dict]:
 
 
 def used_ids(run: Path) -> list[list[str]]:
-    """Ids of every step that led to the final weights: its last entry on each rank, joined in rank order."""
+    """Return the ids of every step that led to the final weights: its last entry on each rank, in rank order."""
     parts = [read_ids(run, rank) for rank in (0, 1)]
     assert parts[0].keys() == parts[1].keys()
     return [[i for part in parts for i in part[step]] for step in sorted(parts[0])]
 
 
 def assert_same_run(straight: Path, broken: Path, steps: int, stage: int) -> None:
-    """Ids in order, losses, evaluations, pointers, and every bit of the last checkpoint."""
+    """Compare ordered ids, losses, evaluations, pointers, and every bit of the last checkpoint."""
     assert [row["step"] for row in read_log(broken)] == list(range(1, steps + 1))
     assert used_ids(straight) == used_ids(broken)
     assert read_log(straight) == read_log(broken)
@@ -77,7 +77,7 @@ def assert_same_run(straight: Path, broken: Path, steps: int, stage: int) -> Non
     assert_same(weights[0], weights[1], "weights")
     assert {p.name for p in (straight / "checkpoints").iterdir()} == {
         p.name for p in (broken / "checkpoints").iterdir()
-    }, "temporary directories are left, or other checkpoints were kept"
+    }, "temporary directories remain, or other checkpoints were kept"
 
 
 @pytest.mark.timeout(300 + 60 * KILLS)
@@ -101,13 +101,13 @@ def test_kills_change_nothing(
         print(ledger.table(steps, done, straight_seconds))
     assert len(ledger.kills) == KILLS and ledger.refused == 0
     assert_same_run(straight, broken, steps, stage)
-    assert ledger.most_blocks_left <= 12, "one job's: each start sweeps what the one before it left"
+    assert ledger.most_blocks_left <= 12, "those of one job: each start sweeps what the previous one left"
     assert ledger.blocks and not blocks_left(ledger.blocks)
     assert not (broken / "LOCK").exists()
 
 
 @pytest.mark.timeout(300)
-def test_torchrun_starts_a_killed_rank_again_by_itself(
+def test_torchrun_restarts_a_killed_rank_by_itself(
     ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     steps, stage, token = 14, 1, str(tmp_path)

@@ -1,4 +1,4 @@
-"""A loss that is not finite: the step is skipped on every rank, counted, and the run stops if it goes on."""
+"""A non-finite loss: the step is skipped on every rank and counted, and too many in a row stop the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.conftest import Ranks
 
 
 def poisoned_copy(demo: Path, out: Path, poisoned: Iterable[int]) -> None:
-    """The demo's shards with absurd ratings at some places, whose squared error overflows fp32."""
+    """Copy the demo's shards with absurd ratings at some positions, whose squared error overflows fp32."""
     from streaming import StreamingDataset
 
     where = set(poisoned)

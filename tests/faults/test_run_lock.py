@@ -1,4 +1,4 @@
-"""The lock of a run among real processes: killed, stopped, and many at once."""
+"""The lock of a run among real processes: killed, stopped, and many concurrently."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ except UserError as e:
     print(e, flush=True)
 """
 
-# Each holds the lock once. `inside` is made by O_EXCL: two at a time would fail.
+# Each holds the lock once. `inside` is created with O_EXCL: two at a time would fail.
 CONTENDER = """
 import os, random, signal, sys, time
 from pathlib import Path
@@ -71,7 +71,7 @@ def processes() -> Iterator[list[subprocess.Popen[str]]]:
 
 
 def owner(processes: list[subprocess.Popen[str]], run: Path, host: str = "") -> subprocess.Popen[str]:
-    """A process that holds the lock, as another host if one is named."""
+    """Start a process that holds the lock, as another host if one is named."""
     process = subprocess.Popen(
         [sys.executable, "-c", OWNER, str(run), host],
         stdout=subprocess.PIPE,
@@ -94,7 +94,9 @@ def test_a_killed_owner_is_replaced_at_once(tmp_path: Path, processes: list[subp
         lock.check()
 
 
-def test_a_stopped_owner_of_this_host_lives(tmp_path: Path, processes: list[subprocess.Popen[str]]) -> None:
+def test_a_stopped_owner_on_this_host_is_alive(
+    tmp_path: Path, processes: list[subprocess.Popen[str]]
+) -> None:
     stopped = owner(processes, tmp_path)
     os.kill(stopped.pid, signal.SIGSTOP)
     with pytest.raises(UserError, match="another job is using this run"):
@@ -109,12 +111,12 @@ def test_a_suspended_owner_elsewhere_is_replaced_and_stops_when_it_wakes(
     with RunLock(tmp_path, beat_seconds=0.1, stale_seconds=1.5) as lock:
         os.kill(suspended.pid, signal.SIGCONT)
         output, _ = suspended.communicate(timeout=30)
-        assert suspended.returncode == 0 and "another job has taken this run over" in output, output
-        time.sleep(0.3)  # some beats: it has left the new owner's lock alone
+        assert suspended.returncode == 0 and "another job has taken over this run" in output, output
+        time.sleep(0.3)  # several beats: it has left the new owner's lock alone
         lock.check()
 
 
-def test_of_many_candidates_one_holds_it_at_a_time(
+def test_of_many_candidates_only_one_holds_the_lock_at_a_time(
     tmp_path: Path, processes: list[subprocess.Popen[str]]
 ) -> None:
     owner(processes, tmp_path).kill()
@@ -130,7 +132,7 @@ def test_of_many_candidates_one_holds_it_at_a_time(
         _, error = process.communicate(timeout=100)
         assert process.returncode == (-signal.SIGKILL if kind == "dies" else 0), error
     assert not (tmp_path / "inside").exists()
-    # One that was killed may have left a heartbeat in the making; the next owner removes it.
+    # A killed owner may have left a partial heartbeat; the next owner removes it.
     assert {p.name for p in tmp_path.glob("[!.]*")} <= {"LOCK", "heartbeat.json"}
     with RunLock(tmp_path):
         pass

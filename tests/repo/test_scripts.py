@@ -117,7 +117,7 @@ def test_too_few_cores_for_the_dataloader_workers_are_a_warning(
         assert done.stderr == ""
         return
     assert "warning: each rank has 1 of the 9 cores that it and its 8 DataLoader workers need" in done.stderr
-    assert "to do: start fewer processes (-n), or --set data.workers=0" in done.stderr
+    assert "fix: start fewer processes (-n), or --set data.workers=0" in done.stderr
 
 
 def test_local_takes_paths_of_the_folder_it_is_called_from(fake: FakePython, tmp_path: Path) -> None:
@@ -408,6 +408,4 @@ def test_preflight_of_this_machine_alone(tmp_path: Path) -> None:
         text=True,
         timeout=100,
     )
-    assert (
-        done.returncode == 1 and "FAIL  shared folder: rank 0" in done.stdout and " | to do: " in done.stdout
-    )
+    assert done.returncode == 1 and "FAIL  shared folder: rank 0" in done.stdout and " | fix: " in done.stdout

@@ -1,4 +1,4 @@
-"""Files are whole or absent, lines are whole or left out."""
+"""Files are complete or absent, lines are complete or skipped."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_written_file_holds_exactly_its_content(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
-def test_an_interrupted_write_leaves_the_old_file_and_no_rubbish(
+def test_an_interrupted_write_leaves_the_old_file_and_no_leftovers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     path = tmp_path / "a.json"
@@ -54,7 +54,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_rubbish(
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_a_value_that_is_no_json_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_value_that_is_not_json_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     atomic_write_json(path, {"x": 1})
     for value in (float("nan"), float("inf"), {1, 2}, object()):
@@ -75,20 +75,20 @@ while True:
 """
 
 
-def test_a_process_killed_while_it_writes_leaves_a_whole_file(tmp_path: Path) -> None:
+def test_a_process_killed_while_writing_leaves_a_complete_file(tmp_path: Path) -> None:
     path = tmp_path / "a"
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-    whole = 0
-    for _ in range(200):  # a reader beside it never sees a part either
+    complete = 0
+    for _ in range(200):  # a concurrent reader never sees a part either
         words = path.read_text().split()
         assert len(words) == 50_000 and len(set(words)) == 1
-        whole += 1
+        complete += 1
     process.kill()
     process.wait()
     process.stdout.close()
     words = path.read_text().split()
-    assert whole == 200 and len(words) == 50_000 and len(set(words)) == 1
+    assert complete == 200 and len(words) == 50_000 and len(set(words)) == 1
 
 
 def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_reading_json_names_the_file_that_is_missing_or_torn(tmp_path: Path) -> 
             read_json(tmp_path / "torn.json")
 
 
-def test_appended_lines_come_back_in_order(tmp_path: Path) -> None:
+def test_appended_lines_are_read_back_in_order(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [{"step": i, "text": "größer 🫖\nnext line\u2028\x85end", "none": None} for i in range(5)]
     for row in rows:
@@ -124,21 +124,21 @@ def test_appended_lines_come_back_in_order(tmp_path: Path) -> None:
     assert path.read_bytes().count(b"\n") == 5
 
 
-def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+def test_a_torn_last_line_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     append_json_line(path, {"step": 1})
     append_json_line(path, {"step": 2, "loss": 0.123})
-    whole = path.read_bytes()
-    for length in range(len('{"step": 1}\n'), len(whole) - 2):
-        path.write_bytes(whole[:length])
+    original = path.read_bytes()
+    for length in range(len('{"step": 1}\n'), len(original) - 2):
+        path.write_bytes(original[:length])
         assert list(read_json_lines(path)) == [{"step": 1}]
 
 
-def test_a_line_torn_inside_a_character_is_left_out(tmp_path: Path) -> None:
+def test_a_line_torn_inside_a_character_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     append_json_line(path, {"step": 1})
-    whole = path.read_bytes()
-    path.write_bytes(whole + '{"title": "🫖'.encode()[:-2])
+    original = path.read_bytes()
+    path.write_bytes(original + '{"title": "🫖'.encode()[:-2])
     assert list(read_json_lines(path)) == [{"step": 1}]
 
 
@@ -149,7 +149,7 @@ def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path) -
         list(read_json_lines(path))
 
 
-def test_a_line_appended_after_a_torn_one_stands_by_itself(tmp_path: Path) -> None:
+def test_a_line_appended_after_a_torn_one_is_separate(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     append_json_line(path, {"step": 1})
     with open(path, "ab") as f:
@@ -157,10 +157,10 @@ def test_a_line_appended_after_a_torn_one_stands_by_itself(tmp_path: Path) -> No
     append_json_line(path, {"step": 3})
     lines = path.read_text().splitlines()
     assert json.loads(lines[0]) == {"step": 1} and json.loads(lines[-1]) == {"step": 3}
-    assert len(lines) == 2, "the torn line is cut off, not glued to"
+    assert len(lines) == 2, "the torn line is removed, not extended"
 
 
-def test_whole_lines_around_a_torn_one_that_was_ended_can_be_read(tmp_path: Path) -> None:
+def test_complete_lines_around_a_terminated_torn_one_can_be_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     append_json_line(path, {"step": 1})
     with open(path, "ab") as f:
@@ -178,7 +178,7 @@ def test_nan_is_refused_and_nothing_is_appended(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_lines_of_several_processes_stay_whole(tmp_path: Path) -> None:
+def test_lines_of_several_processes_stay_complete(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     code = (
         "import sys; from rating_train.files import append_json_line\n"
@@ -213,7 +213,7 @@ def test_a_lock_is_held_by_one_or_shared_by_several(tmp_path: Path) -> None:
         assert files.hold_lock(c) is True
 
 
-def test_a_file_system_without_locks_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 

@@ -1,4 +1,4 @@
-"""The log: a full disk is said once, and never as a traceback for each line."""
+"""The log: a full disk is reported once, not as a traceback for each line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def own_handlers() -> Iterator[None]:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
-def test_a_full_disk_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "rank_00000.log"
     file.symlink_to("/dev/full")
     logs.set_up(0, file)
@@ -32,7 +32,7 @@ def test_a_full_disk_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[
         logging.getLogger("rating_train.test").info("a line")
     said = capsys.readouterr().err
     assert said.count("cannot be written") == 1 and str(file) in said and "Traceback" not in said
-    assert said.count("a line") == 3, "the terminal still has them"
+    assert said.count("a line") == 3, "the terminal still shows them"
 
 
 def test_lines_of_every_rank_go_to_its_file(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_lines_of_every_rank_go_to_its_file(tmp_path: Path) -> None:
     assert "r3 rating_train.test: a line" in text
 
 
-def test_progress_counts_the_rate_without_what_was_done_before() -> None:
+def test_the_rate_excludes_what_was_done_before() -> None:
     progress = logs.Progress("images", 60, done=20, details=lambda: "kept 39")
     progress._began -= 10.0
     progress.add(20)

@@ -1,4 +1,4 @@
-"""What is copied out of the engine shares nothing with it, and keeps its kind."""
+"""A captured state shares no memory with the engine and keeps the types of its containers."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ class Pair(NamedTuple):
 
 
 class Named(dict):  # type: ignore[type-arg]
-    """A dict with something of its own, as a module's state dict has ``_metadata``."""
+    """A dict with an attribute, as a module's state dict has ``_metadata``."""
 
     note = ""
 
 
 def storages(state: Any) -> set[int]:
-    """Addresses of the memory of all tensors in nested containers."""
+    """Return the memory addresses of all tensors in nested containers."""
     if isinstance(state, torch.Tensor):
         return {state.untyped_storage().data_ptr()}
     values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
     return set().union(*map(storages, values))
 
 
-def test_nothing_is_shared_with_the_original_at_any_depth() -> None:
+def test_a_copy_shares_no_memory_with_the_original_at_any_depth() -> None:
     shared = torch.arange(6.0)
     state = {
         "tensor": torch.ones(3),
@@ -52,7 +52,7 @@ def test_nothing_is_shared_with_the_original_at_any_depth() -> None:
     assert copied["plain"]["numbers"] == [1, 2.5] and copied["list"][1]["deep"][1][0].sum() == 4
 
 
-def test_kinds_of_containers_are_kept() -> None:
+def test_container_types_are_kept() -> None:
     metadata = Named(b=torch.ones(2), a=torch.ones(3))
     metadata.note = "kept"
     state = {
@@ -68,13 +68,18 @@ def test_kinds_of_containers_are_kept() -> None:
     assert list(copied["ordered"]) == ["z", "a"] and list(copied["named"]) == ["b", "a"]
     assert copied["named"].note == "kept" and copied["default"].default_factory is list
     assert copied["pair"].b == 2 and copied["size"] == (2, 3)
-    assert copied["named"]["b"] is not metadata["b"], "the original dict is left as it was"
+    assert copied["named"]["b"] is not metadata["b"], "the original dict is unchanged"
 
 
-def test_tensors_become_compact_plain_ones() -> None:
-    whole = torch.arange(12.0).view(3, 4)
+def test_tensors_become_compact_plain_tensors() -> None:
+    original = torch.arange(12.0).view(3, 4)
     parameter = torch.nn.Parameter(torch.ones(2))
-    views = {"row": whole[1], "transposed": whole.t(), "strided": whole[:, ::2], "scalar": torch.tensor(7)}
+    views = {
+        "row": original[1],
+        "transposed": original.t(),
+        "strided": original[:, ::2],
+        "scalar": torch.tensor(7),
+    }
     copied = copy_to_memory({**views, "parameter": parameter})
     for name, view in views.items():
         assert copied[name].equal(view) and copied[name].is_contiguous(), name
@@ -84,7 +89,7 @@ def test_tensors_become_compact_plain_ones() -> None:
     assert not copied["parameter"].requires_grad and copied["parameter"].device.type == "cpu"
 
 
-def test_bytes_are_those_of_all_tensors_and_what_a_file_takes() -> None:
+def test_tensor_bytes_counts_all_tensors_and_matches_the_file_size() -> None:
     state = {
         "w": torch.zeros(1000, dtype=torch.bfloat16),
         "nested": [{"m": torch.zeros(10, 20)}, (torch.zeros(3, dtype=torch.int64), 5, "text", None)],
@@ -100,7 +105,7 @@ def test_bytes_are_those_of_all_tensors_and_what_a_file_takes() -> None:
 
 
 class FakeEngine:
-    """Hands out its state as DeepSpeed does, and may fail in the middle."""
+    """Saves its state as DeepSpeed does, and may fail halfway."""
 
     def __init__(self, fails: bool) -> None:
         self.checkpoint_engine = self.own = object()
@@ -116,7 +121,7 @@ class FakeEngine:
             raise RuntimeError("out of memory")
 
 
-def test_the_engine_is_as_before_after_its_state_was_caught() -> None:
+def test_capturing_leaves_the_engine_unchanged() -> None:
     for fails in (False, True):
         ds = FakeEngine(fails)
         if fails:

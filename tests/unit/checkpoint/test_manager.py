@@ -1,4 +1,4 @@
-"""Saving in one process, with a dict in the engine's place: the two halves of a save, and how each of them fails."""
+"""Saving in one process, with a dict in place of the engine: the two halves of a save, and how each can fail."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHARD = "engine/weights.pt"
 
 
 class Gate:
-    """Threads write once it is open; ``captured`` are the checkpoints that stood whenever a state was copied."""
+    """Threads write once it is open; ``captured`` lists the checkpoints that existed at each copy of the state."""
 
     def __init__(self) -> None:
         self.opened = threading.Event()
@@ -70,9 +70,7 @@ def names(root: Path) -> list[str]:
     return sorted(p.name for p in root.iterdir())
 
 
-def test_in_the_foreground_a_save_returns_what_it_committed(
-    tmp_path: Path, gate: Gate, engine: dict[str, Any]
-) -> None:
+def test_a_foreground_save_returns_its_checkpoint(tmp_path: Path, gate: Gate, engine: dict[str, Any]) -> None:
     gate.opened.set()
     saved = save(saver(tmp_path, background=False), engine, 5, best=True)
     assert saved is not None and saved.path == tmp_path / "step_00000005"
@@ -84,7 +82,7 @@ def test_in_the_foreground_a_save_returns_what_it_committed(
     assert read_json(saved.path / "state.json")["train_state"]["step"] == 5
 
 
-def test_in_the_background_it_holds_the_state_of_its_step_whatever_training_does_meanwhile(
+def test_a_background_save_holds_the_state_of_its_step(
     tmp_path: Path, gate: Gate, engine: dict[str, Any]
 ) -> None:
     checkpointer = saver(tmp_path)
@@ -98,20 +96,20 @@ def test_in_the_background_it_holds_the_state_of_its_step_whatever_training_does
     assert checkpointer.finalize() is None
 
 
-def test_finalize_if_done_waits_for_nothing(tmp_path: Path, gate: Gate, engine: dict[str, Any]) -> None:
+def test_finalize_if_done_does_not_wait(tmp_path: Path, gate: Gate, engine: dict[str, Any]) -> None:
     checkpointer = saver(tmp_path)
     assert checkpointer.finalize_if_done() is None
     save(checkpointer, engine, 5)
     assert checkpointer.finalize_if_done() is None and store.steps_present(tmp_path) == []
     gate.opened.set()
-    assert checkpointer._under_way is not None
-    checkpointer._under_way.written.result(timeout=30)
+    assert checkpointer._pending is not None
+    checkpointer._pending.written.result(timeout=30)
     saved = checkpointer.finalize_if_done()
     assert saved is not None and saved.path.name == "step_00000005"
     assert checkpointer.finalize_if_done() is None
 
 
-def test_never_are_two_saves_under_way(tmp_path: Path, gate: Gate, engine: dict[str, Any]) -> None:
+def test_at_most_one_save_is_pending(tmp_path: Path, gate: Gate, engine: dict[str, Any]) -> None:
     checkpointer = saver(tmp_path)
     save(checkpointer, engine, 5)
     opener = threading.Timer(0.3, gate.opened.set)
@@ -123,10 +121,10 @@ def test_never_are_two_saves_under_way(tmp_path: Path, gate: Gate, engine: dict[
     assert [step for step, _ in store.steps_present(tmp_path)] == [10, 5]
 
 
-def test_an_error_of_the_thread_surfaces_when_it_is_finalized_and_the_next_save_works(
+def test_an_error_of_the_thread_is_raised_by_finalize_and_the_next_save_works(
     tmp_path: Path, gate: Gate, engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real full disk: /dev/full stands where a file is to be written."""
+    """A real full disk: the file to be written is a link to /dev/full."""
     begin = store.begin
 
     def begin_full(root: Path, step: int) -> Path:
@@ -141,22 +139,22 @@ def test_an_error_of_the_thread_surfaces_when_it_is_finalized_and_the_next_save_
     with monkeypatch.context() as m:
         m.setattr(store, "begin", begin_full)
         assert save(checkpointer, engine, 10) is None
-    assert checkpointer._under_way is not None
-    assert checkpointer._under_way.written.exception(timeout=30) is not None
-    assert not (checkpointer._under_way.temporary / SHARD).is_symlink(), "removed by the thread, at once"
+    assert checkpointer._pending is not None
+    assert checkpointer._pending.written.exception(timeout=30) is not None
+    assert not (checkpointer._pending.temporary / SHARD).is_symlink(), "removed by the thread, at once"
     open_files = [os.readlink(f.path) for f in os.scandir("/proc/self/fd") if os.path.islink(f.path)]
-    assert "/dev/full" not in open_files, "an open file would keep its room"
+    assert "/dev/full" not in open_files, "an open file would keep its disk space"
     with pytest.raises(SaveFailed, match=rf"step 10 could not be written \(rank 0: {SHARD}: ") as caught:
         checkpointer.finalize_if_done()
     assert f"where: {tmp_path}" in str(caught.value) and "bytes of free space" in str(caught.value)
     assert caught.value.on_all_ranks, "one line for the job"
     assert names(tmp_path) == ["latest.json", "step_00000005"]
-    assert checkpointer.finalize() is None, "it is told once"
+    assert checkpointer.finalize() is None, "reported once"
     save(checkpointer, engine, 15)
     assert checkpointer.finalize() is not None and store.pointed_step(tmp_path, store.LATEST) == 15
 
 
-def test_the_error_of_a_save_also_surfaces_at_the_next_one(
+def test_the_error_of_a_save_is_also_raised_by_the_next_one(
     tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate.opened.set()
@@ -168,7 +166,7 @@ def test_the_error_of_a_save_also_surfaces_at_the_next_one(
     assert names(tmp_path) == [] and gate.captured == [[]], "the second one was not begun"
 
 
-def test_too_little_room_is_said_before_anything_is_written(
+def test_too_little_space_is_reported_before_anything_is_written(
     tmp_path: Path, gate: Gate, engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate.opened.set()
@@ -184,7 +182,7 @@ def test_too_little_room_is_said_before_anything_is_written(
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "bad"), store.InvalidCheckpoint("bad")])
-def test_a_commit_that_fails_leaves_nothing(
+def test_a_failed_commit_leaves_nothing_behind(
     tmp_path: Path, gate: Gate, engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def commit(*_: object) -> Path:
@@ -207,14 +205,16 @@ def test_a_pointer_that_cannot_be_written_fails_the_save_but_keeps_the_checkpoin
     checkpointer = saver(tmp_path, background=False)
     with monkeypatch.context() as m:
         m.setattr(store, "point", point)
-        with pytest.raises(SaveFailed, match=r"rank 0: it is whole, but latest\.json or best\.json is not"):
+        with pytest.raises(
+            SaveFailed, match=r"rank 0: it is complete, but latest\.json or best\.json is not updated"
+        ):
             save(checkpointer, engine, 5)
     assert store.newest_valid(tmp_path) == (store.Found(5, tmp_path / "step_00000005"), [])
     assert save(checkpointer, engine, 10) is not None
     assert store.pointed_step(tmp_path, store.LATEST) == 10
 
 
-def test_old_ones_are_pruned_by_the_thread_and_an_error_of_it_is_logged(
+def test_the_thread_prunes_old_checkpoints_and_logs_an_error(
     tmp_path: Path, gate: Gate, engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -237,7 +237,7 @@ def test_old_ones_are_pruned_by_the_thread_and_an_error_of_it_is_logged(
     assert names(tmp_path) == ["best.json", "latest.json", "step_00000005", "step_00000015", "step_00000020"]
 
 
-def test_pointers_that_a_crash_left_behind_are_mended_by_the_next_start(
+def test_outdated_pointers_after_a_crash_are_repaired_by_the_next_start(
     tmp_path: Path, gate: Gate, engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate.opened.set()

@@ -1,4 +1,4 @@
-"""The state of a run: counts that only go up, the best value kept rightly, and identities compared whole."""
+"""The training state: counters, the best value, and the comparison of identities."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def identity(
     return Identity({**ORDER, **(order or {})}, digest, {**ENGINE, **(engine or {})}, topology or TOPOLOGY)
 
 
-def test_steps_and_samples_are_counted_skipped_ones_included() -> None:
+def test_skipped_steps_count_as_steps_and_samples() -> None:
     state = TrainState()
     for skipped in (False, True, True, False, True):
         state.record_step(64, skipped)
     assert (state.step, state.samples, state.skipped_steps, state.skipped_in_a_row) == (5, 320, 3, 1)
 
 
-def test_skips_in_a_row_start_again_after_a_good_step() -> None:
+def test_a_good_step_resets_the_skips_in_a_row() -> None:
     state = TrainState()
     seen = []
     for skipped in (True, True, False, True):
@@ -63,7 +63,7 @@ def test_the_best_value_is_kept_and_ties_and_undefined_ones_do_not_count(
     assert [i + 1 for i, a in enumerate(answers) if a][-1:] == ([at] if at else [])
 
 
-def test_a_state_comes_back_from_json_exactly() -> None:
+def test_a_state_round_trips_through_json() -> None:
     state = TrainState(7, 448, 0.1 + 0.2, 5, 2, 3, 1)
     content = json.loads(json.dumps(to_json(state, identity(), 100)))
     assert from_json(content) == state and content["total_steps"] == 100
@@ -75,7 +75,7 @@ def saved(now: Identity) -> dict[str, Any]:
     return content
 
 
-def test_the_same_identity_is_accepted_also_after_json() -> None:
+def test_the_same_identity_is_accepted_also_after_a_json_round_trip() -> None:
     check_identity(saved(identity()), identity(), "here")
 
 
@@ -91,13 +91,13 @@ def test_the_same_identity_is_accepted_also_after_json() -> None:
         ({"digest": "d2"}, r"another order than before"),
     ],
 )
-def test_every_difference_is_refused_with_old_and_new(changes: dict[str, Any], message: str) -> None:
+def test_every_difference_is_refused_with_old_and_new_value(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         check_identity(saved(identity()), identity(**changes), "step_00000005")
     assert caught.value.where == "step_00000005"
 
 
-def test_all_differences_come_in_one_error() -> None:
+def test_all_differences_are_listed_in_one_error() -> None:
     now = identity(
         order={"shuffle_seed": 1, "global_items": 2},
         engine={"precision": "fp32"},
@@ -117,6 +117,6 @@ def test_a_setting_that_the_checkpoint_had_and_this_version_lacks_is_a_differenc
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 2), (4, 2), (3, 1), (2, 3)])
-def test_another_number_of_ranks_and_another_divided_stage_are_no_difference(ranks: int, stage: int) -> None:
+def test_another_number_of_ranks_or_sharded_stage_is_accepted(ranks: int, stage: int) -> None:
     saved = to_json(TrainState(), identity(), 10)
     check_identity(saved, identity(topology={"ranks": ranks, "zero_stage": stage}), "here")

@@ -1,4 +1,4 @@
-"""The directory protocol: what was not committed does not exist, what is damaged is never loaded."""
+"""The directory protocol: only committed checkpoints exist, and damaged ones are never loaded."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_committed_checkpoint_verifies_and_holds_what_was_written(tmp_path: Pa
     content = store.verify(path)
     assert content["step"] == 500 and set(content["files"]) == set(FILES)
     assert {n: (path / n).read_bytes() for n in FILES} == FILES
-    assert names(tmp_path / "checkpoints") == ["step_00000500"], "no temporary directory is left"
+    assert names(tmp_path / "checkpoints") == ["step_00000500"], "no temporary directory remains"
 
 
 def test_before_the_commit_there_is_no_checkpoint(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_two_saves_of_one_step_never_share_a_temporary_directory(tmp_path: Path)
     assert len({store.begin(tmp_path, 7) for _ in range(20)}) == 20
 
 
-def test_parts_sealed_by_several_ranks_make_one_checkpoint(tmp_path: Path) -> None:
+def test_files_sealed_by_several_ranks_form_one_checkpoint(tmp_path: Path) -> None:
     temporary = store.begin(tmp_path, 3)
     write(temporary)
     every = store.relative_files(temporary)
@@ -89,22 +89,22 @@ def test_undeclared_and_missing_files_are_refused(tmp_path: Path) -> None:
     write(temporary)
     files = store.seal(temporary, store.relative_files(temporary))
     (temporary / "zero" / "stray.pt").write_bytes(b"x")
-    with pytest.raises(InvalidCheckpoint, match=r"differ: zero/stray\.pt"):
+    with pytest.raises(InvalidCheckpoint, match=r"are not the files described: zero/stray\.pt"):
         store.commit(temporary, 3, files)
     (temporary / "zero" / "stray.pt").unlink()
     (temporary / "rank_00000.pt").unlink()
-    with pytest.raises(InvalidCheckpoint, match=r"differ: rank_00000\.pt"):
+    with pytest.raises(InvalidCheckpoint, match=r"are not the files described: rank_00000\.pt"):
         store.commit(temporary, 3, files)
     assert store.steps_present(tmp_path) == [] and not (temporary / COMPLETE).exists()
 
 
-def test_a_file_that_grew_after_it_was_sealed_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_grew_after_sealing_is_refused(tmp_path: Path) -> None:
     temporary = store.begin(tmp_path, 3)
     write(temporary)
     files = store.seal(temporary, store.relative_files(temporary))
     with open(temporary / "state.json", "ab") as f:
         f.write(b" ")
-    with pytest.raises(InvalidCheckpoint, match=r"state\.json has 13 bytes, described with 12"):
+    with pytest.raises(InvalidCheckpoint, match=r"state\.json has 13 bytes, but was described with 12"):
         store.commit(temporary, 3, files)
     assert store.steps_present(tmp_path) == []
 
@@ -126,16 +126,16 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 def test_a_crash_while_a_step_is_saved_again_leaves_the_old_or_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, nth: int
 ) -> None:
-    """Crashes at the n-th such call, if it comes to that, and then starts again as a run does."""
+    """Crash at the n-th such call, if there are so many, then restart as a run does."""
     save(tmp_path, 4)
-    whole, calls = getattr(os, call), 0
+    original, calls = getattr(os, call), 0
 
     def crash(*args: object, **more: object) -> None:
         nonlocal calls
         calls += 1
         if calls == nth:
             raise KeyboardInterrupt
-        whole(*args, **more)
+        original(*args, **more)
 
     with monkeypatch.context() as m, contextlib.suppress(KeyboardInterrupt):
         m.setattr(os, call, crash)
@@ -166,9 +166,9 @@ def test_an_empty_or_torn_marker_is_found(tmp_path: Path, content: bytes) -> Non
 
 def test_a_marker_torn_at_any_length_is_found(tmp_path: Path) -> None:
     path = save(tmp_path, 5)
-    whole = (path / COMPLETE).read_bytes()
-    for length in range(len(whole) - 2):  # all but the last brace and the newline after it
-        (path / COMPLETE).write_bytes(whole[:length])
+    original = (path / COMPLETE).read_bytes()
+    for length in range(len(original) - 2):  # all but the last brace and the newline after it
+        (path / COMPLETE).write_bytes(original[:length])
         assert problem(path)
 
 
@@ -212,12 +212,12 @@ def test_one_flipped_bit_anywhere_is_found(tmp_path: Path) -> None:
     rng = random.Random(2)
     for _ in range(60):
         name = rng.choice([n for n in FILES if n != "empty.bin"])
-        whole = (path / name).read_bytes()
-        damaged = bytearray(whole)
-        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        original = (path / name).read_bytes()
+        damaged = bytearray(original)
+        damaged[rng.randrange(len(original))] ^= 1 << rng.randrange(8)
         (path / name).write_bytes(damaged)
         assert name in problem(path)
-        (path / name).write_bytes(whole)
+        (path / name).write_bytes(original)
     store.verify(path)
 
 
@@ -232,16 +232,16 @@ def test_two_files_that_changed_places_are_found(tmp_path: Path) -> None:
 def test_a_renamed_directory_is_found(tmp_path: Path) -> None:
     path = save(tmp_path, 5)
     renamed = path.rename(tmp_path / "step_00000006")
-    assert "that of step 5" in problem(renamed)
+    assert "belongs to step 5" in problem(renamed)
 
 
-def test_any_changed_byte_of_the_marker_gives_a_verdict_and_no_other_error(tmp_path: Path) -> None:
-    """A flipped byte may hit a space, and then the marker is still good; a key, and then it is not."""
+def test_any_changed_byte_of_the_marker_gives_a_verdict_and_no_other_exception(tmp_path: Path) -> None:
+    """A flipped byte may hit a space, which leaves the marker valid, or a key, which does not."""
     path = save(tmp_path, 5, {"a.pt": b"1234"})
-    whole = (path / COMPLETE).read_bytes()
-    for position in range(len(whole)):
+    original = (path / COMPLETE).read_bytes()
+    for position in range(len(original)):
         for replacement in (b"x", b"0", b'"', b"-"):
-            (path / COMPLETE).write_bytes(whole[:position] + replacement + whole[position + 1 :])
+            (path / COMPLETE).write_bytes(original[:position] + replacement + original[position + 1 :])
             try:
                 store.verify(path)
             except InvalidCheckpoint:
@@ -251,7 +251,7 @@ def test_any_changed_byte_of_the_marker_gives_a_verdict_and_no_other_error(tmp_p
 # --- the newest one that verifies ---------------------------------------------------------------------
 
 
-def test_the_newest_that_verifies_is_taken_and_the_others_are_named_with_reasons(tmp_path: Path) -> None:
+def test_the_newest_valid_checkpoint_is_taken_and_skipped_ones_are_named_with_reasons(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20):
         save(tmp_path, step)
     (tmp_path / "step_00000020" / COMPLETE).unlink()
@@ -262,7 +262,7 @@ def test_the_newest_that_verifies_is_taken_and_the_others_are_named_with_reasons
     assert "never committed" in skipped[0].problem and "state.json" in skipped[1].problem
 
 
-def test_newest_is_by_number_and_not_by_name_or_time(tmp_path: Path) -> None:
+def test_newest_means_the_highest_step_not_the_latest_name_or_time(tmp_path: Path) -> None:
     for step in (123_456_789, 99_999_999, 7):
         save(tmp_path, step)
     found, _ = store.newest_valid(tmp_path)
@@ -270,7 +270,7 @@ def test_newest_is_by_number_and_not_by_name_or_time(tmp_path: Path) -> None:
     assert [s for s, _ in store.steps_present(tmp_path)] == [123_456_789, 99_999_999, 7]
 
 
-def test_when_none_verifies_it_stops_with_all_reasons(tmp_path: Path) -> None:
+def test_if_none_verifies_the_error_lists_all_reasons(tmp_path: Path) -> None:
     for step in (5, 10):
         (save(tmp_path, step) / "state.json").unlink()
     with pytest.raises(UserError, match=r"none can be trusted: step_00000010: state\.json.*step_00000005"):
@@ -282,7 +282,7 @@ def test_no_checkpoints_at_all_is_no_error(tmp_path: Path) -> None:
     assert store.newest_valid(tmp_path / "absent") == (None, [])
 
 
-def test_other_names_are_no_checkpoints(tmp_path: Path) -> None:
+def test_directories_with_other_names_are_not_checkpoints(tmp_path: Path) -> None:
     for name in ("step_5", "step_00000005.tmp-00ff", "step_00000005_old", "xstep_00000005", "step_0000000a"):
         (tmp_path / name).mkdir()
     (tmp_path / "step_00000006").write_text("a file")
@@ -292,7 +292,7 @@ def test_other_names_are_no_checkpoints(tmp_path: Path) -> None:
 # --- pointers -----------------------------------------------------------------------------------------
 
 
-def test_a_pointer_names_a_step_and_is_replaced_whole(tmp_path: Path) -> None:
+def test_a_pointer_names_a_step_and_is_replaced_atomically(tmp_path: Path) -> None:
     save(tmp_path, 5)
     save(tmp_path, 10)
     store.point(tmp_path, BEST, 5, value=0.7)
@@ -317,7 +317,7 @@ def test_a_torn_or_missing_pointer_is_none(tmp_path: Path, content: bytes) -> No
     assert store.pointed_step(tmp_path, LATEST) is None
 
 
-def test_a_pointer_to_nothing_is_none(tmp_path: Path) -> None:
+def test_a_dangling_pointer_is_none(tmp_path: Path) -> None:
     path = save(tmp_path, 5)
     store.point(tmp_path, LATEST, 6)
     assert store.pointed_step(tmp_path, LATEST) is None
@@ -329,7 +329,7 @@ def test_a_pointer_to_nothing_is_none(tmp_path: Path) -> None:
 # --- pruning and sweeping -----------------------------------------------------------------------------
 
 
-def test_pruning_keeps_the_newest_the_best_the_latest_and_every_so_many(tmp_path: Path) -> None:
+def test_pruning_keeps_the_newest_the_best_the_latest_and_every_nth(tmp_path: Path) -> None:
     for step in range(1, 13):
         save(tmp_path, step)
     store.point(tmp_path, BEST, 3)
@@ -339,8 +339,8 @@ def test_pruning_keeps_the_newest_the_best_the_latest_and_every_so_many(tmp_path
     assert store.prune(tmp_path, keep_last=2, keep_every=5) == []
 
 
-def test_pruning_keeps_latest_even_where_it_is_not_among_the_newest(tmp_path: Path) -> None:
-    """After going back to an older checkpoint the next save is not the one with the highest step."""
+def test_pruning_keeps_latest_even_if_it_is_not_among_the_newest(tmp_path: Path) -> None:
+    """After a return to an older checkpoint, the next save does not have the highest step."""
     for step in (5, 10, 15):
         save(tmp_path, step)
     store.point(tmp_path, LATEST, 5)
@@ -382,7 +382,7 @@ def test_a_checkpoint_is_deleted_marker_first(tmp_path: Path, monkeypatch: pytes
     assert store.sweep(tmp_path) == [left.name] and not left.exists()
 
 
-def test_sweeping_removes_what_unended_saves_left_and_nothing_else(tmp_path: Path) -> None:
+def test_sweeping_removes_leftovers_of_interrupted_saves_and_nothing_else(tmp_path: Path) -> None:
     save(tmp_path, 5)
     store.point(tmp_path, LATEST, 5)
     leftovers = [store.begin(tmp_path, step) for step in (10, 10, 123_456_789)]
@@ -397,7 +397,7 @@ def test_sweeping_removes_what_unended_saves_left_and_nothing_else(tmp_path: Pat
     store.verify(tmp_path / "step_00000005")
 
 
-def test_sweeping_where_there_is_nothing_is_no_error(tmp_path: Path) -> None:
+def test_sweeping_without_leftovers_is_not_an_error(tmp_path: Path) -> None:
     assert store.sweep(tmp_path / "absent") == [] == store.sweep(tmp_path)
 
 

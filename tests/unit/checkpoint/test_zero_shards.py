@@ -1,4 +1,4 @@
-"""The two ways in which DeepSpeed cuts parameters over ranks, as pure functions: what was cut is read whole again."""
+"""DeepSpeed's two layouts of parameters over ranks, as pure functions: parameters are read back completely."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ def parameters() -> list[Tensor]:
 
 
 def cut(ranks: int, layout: str) -> tuple[list[Tensor], list[int]]:
-    """The vector of every rank, and every parameter's offset, as an engine of so many ranks holds them."""
-    wholes = [(p.numel(), lambda p=p: p) for p in parameters()]
+    """Return the vector of every rank and the offset of every parameter, as an engine of so many ranks holds them."""
+    readers = [(p.numel(), lambda p=p: p) for p in parameters()]
     if layout == "flat":
         size = -(-sum(SIZES) // (4 * ranks)) * 4  # padded to a multiple of 4, as alignment does
         vectors = [torch.full((size,), torch.nan) for _ in range(ranks)]
         for rank, vector in enumerate(vectors):
-            write_flat(vector, rank, iter(wholes))
+            write_flat(vector, rank, iter(readers))
         return vectors, [sum(SIZES[:i]) for i in range(len(SIZES))]
     widths = [-(-n // ranks) for n in SIZES]
     vectors = [torch.full((sum(widths),), torch.nan) for _ in range(ranks)]
     for rank, vector in enumerate(vectors):
-        write_per_parameter(vector, rank, ranks, iter(wholes))
+        write_per_parameter(vector, rank, ranks, iter(readers))
     return vectors, [sum(widths[:i]) for i in range(len(widths))]
 
 
 @pytest.mark.parametrize("layout", ["flat", "per_parameter"])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 30])
-def test_what_was_cut_is_read_whole_and_padding_is_zero(ranks: int, layout: str) -> None:
+def test_partitioned_parameters_are_read_back_and_padding_is_zero(ranks: int, layout: str) -> None:
     vectors, offsets = cut(ranks, layout)
     read = read_flat if layout == "flat" else read_per_parameter
     for parameter, offset in zip(parameters(), offsets, strict=True):
@@ -42,22 +42,22 @@ def test_what_was_cut_is_read_whole_and_padding_is_zero(ranks: int, layout: str)
     assert everything.isfinite().all() and int((everything != 0).sum()) == sum(SIZES)
 
 
-def test_a_rank_reads_only_the_parameters_it_has_a_share_of() -> None:
+def test_a_rank_reads_only_the_parameters_that_it_holds_part_of() -> None:
     asked: list[int] = []
 
-    def whole(i: int):
+    def reader(i: int):
         def read() -> Tensor:
             asked.append(i)
             return parameters()[i]
 
         return SIZES[i], read
 
-    write_flat(torch.empty(6), 1, (whole(i) for i in range(4)))  # elements 6 to 11
+    write_flat(torch.empty(6), 1, (reader(i) for i in range(4)))  # elements 6 to 11
     assert asked == [0, 1, 2]
 
 
-def test_layouts_hold_what_deepspeed_says() -> None:
-    """Seen in files of DeepSpeed 0.19.8: 3 elements over 2 ranks are 2 and 1, then padding."""
+def test_the_layout_is_deepspeeds() -> None:
+    """As observed in files of DeepSpeed 0.19.8: 3 elements over 2 ranks are 2 and 1, then padding."""
     vectors = [torch.empty(2), torch.empty(2)]
     for rank in (0, 1):
         write_per_parameter(vectors[rank], rank, 2, iter([(3, lambda: torch.tensor([1.0, 2, 3]))]))

@@ -1,4 +1,4 @@
-"""Random numbers: the same seed and rank give the same, ranks differ, and a captured state goes on exactly."""
+"""Random numbers: the same seed and rank reproduce them, ranks differ, and a captured state continues exactly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rating_train.distributed.seeding import capture, restore, seed_everything
 
 
 def draw() -> tuple[Any, ...]:
-    """Some numbers of every generator; normal ones too, which keep a spare between calls."""
+    """Draw from every generator; normal ones too, which cache a value between calls."""
     return (
         [random.random() for _ in range(5)],
         random.gauss(0, 1),
@@ -24,7 +24,7 @@ def draw() -> tuple[Any, ...]:
     )
 
 
-def test_a_seed_and_rank_give_the_same_numbers_again() -> None:
+def test_a_seed_and_rank_reproduce_the_same_numbers() -> None:
     seed_everything(17, 3)
     first = draw()
     seed_everything(17, 3)
@@ -41,7 +41,7 @@ def test_seeds_and_ranks_differ_in_every_generator() -> None:
         assert len({str(numbers) for numbers in generator}) == len(seen)
 
 
-def test_a_captured_state_goes_on_with_the_very_next_number() -> None:
+def test_a_captured_state_continues_with_the_very_next_number() -> None:
     seed_everything(17, 0)
     draw()
     state = capture()

@@ -1,4 +1,4 @@
-"""Who this process is: read from either launcher, and refused where the description cannot be true."""
+"""The rank layout: read from either launcher, and refused if the description is inconsistent."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_both_launchers_describe_the_same_world(launcher: object) -> None:
     assert detect(launcher(0, 8, 0, 4)).is_main  # type: ignore[operator]
 
 
-def test_torchrun_inside_a_slurm_job_goes_before_slurm() -> None:
+def test_torchrun_inside_a_slurm_job_takes_precedence() -> None:
     assert detect({**slurm(0, 2, 0, 1), **torchrun(5, 8, 1, 4)}) == World(5, 8, 1, 4)
 
 
@@ -80,8 +80,8 @@ def test_all_missing_variables_are_named_at_once() -> None:
     [(8, 8, 0, 4), (-1, 8, 0, 4), (5, 8, 4, 4), (5, 8, -1, 4), (0, 2, 0, 4), (0, 8, 0, 3), (0, 8, 0, 0)],
 )
 @pytest.mark.parametrize("launcher", [torchrun, slurm])
-def test_a_place_that_cannot_be_is_refused(launcher: object, place: tuple[int, int, int, int]) -> None:
-    with pytest.raises(UserError, match="no valid place"):
+def test_an_invalid_rank_layout_is_refused(launcher: object, place: tuple[int, int, int, int]) -> None:
+    with pytest.raises(UserError, match="is not a valid rank layout"):
         detect(launcher(*place))  # type: ignore[operator]
 
 
@@ -95,7 +95,7 @@ def test_a_local_rank_that_contradicts_the_rank_is_refused(place: tuple[int, int
 @pytest.mark.parametrize(
     "env", [torchrun(rank="one"), torchrun(size="8.0"), slurm(local_size="4(x2)"), slurm(size="?")]
 )
-def test_a_variable_that_is_no_number_is_refused(env: dict[str, str]) -> None:
+def test_a_variable_that_is_not_a_number_is_refused(env: dict[str, str]) -> None:
     with pytest.raises(UserError):
         detect(env)
 
@@ -106,7 +106,7 @@ def test_the_process_environment_is_read_where_none_is_given(monkeypatch: pytest
     assert detect() == World(1, 2, 1, 2)
 
 
-def test_the_world_is_written_back_in_torchruns_words() -> None:
+def test_the_world_is_exported_as_torchruns_variables() -> None:
     env = {"MASTER_PORT": "1234", "MASTER_ADDR": "node0"}
     export(World(5, 8, 1, 4), env)
     assert detect(env) == World(5, 8, 1, 4)
@@ -117,7 +117,7 @@ def test_the_world_is_written_back_in_torchruns_words() -> None:
     )
 
 
-def test_a_single_process_gets_a_free_port_and_several_need_the_launchers() -> None:
+def test_a_single_process_gets_a_free_port_and_several_need_the_launchers_port() -> None:
     env: dict[str, str] = {}
     export(World(), env)
     with socket.socket() as s:
@@ -126,7 +126,7 @@ def test_a_single_process_gets_a_free_port_and_several_need_the_launchers() -> N
         export(World(0, 2, 0, 2), {})
 
 
-def test_a_machine_without_gpus_runs_on_its_cpu() -> None:
+def test_a_host_without_gpus_runs_on_its_cpu() -> None:
     if torch.cuda.is_available():
         assert device_of(World()) == torch.device("cuda", 0)
         with pytest.raises(UserError, match="has no GPU of its own"):
@@ -141,7 +141,7 @@ def test_without_a_launcher_there_is_no_scheduled_job() -> None:
     )
 
 
-def test_slurm_says_which_job_it_is_how_often_it_was_started_and_when_it_ends() -> None:
+def test_slurm_gives_job_id_restart_count_and_end_time() -> None:
     env = {"SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": "2", "SLURM_JOB_END_TIME": "1790000000"}
     assert scheduled_job(env) == ScheduledJob("slurm 4711", 2, 1790000000)
     assert scheduled_job({"SLURM_JOB_ID": "4711"}) == ScheduledJob("slurm 4711", 0, None)
@@ -156,7 +156,7 @@ def test_torchrun_inside_a_slurm_job_belongs_to_that_job() -> None:
 
 
 @pytest.mark.parametrize("text", ["", " ", "soon", "2026-01-01T00:00:00", "0"])
-def test_an_end_that_is_no_time_is_none(text: str) -> None:
-    """Facts about the job are for comfort: a scheduler that says them otherwise must not keep it from training."""
+def test_an_invalid_end_time_is_none(text: str) -> None:
+    """Facts about the job are optional: an unexpected format must not prevent training."""
     env = {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": text, "SLURM_RESTART_COUNT": text}
     assert scheduled_job(env) == ScheduledJob("slurm 7", 0, None)

@@ -1,4 +1,4 @@
-"""Stopping: a signal, a file or the clock sets a flag; nothing else happens until the loop looks."""
+"""Graceful shutdown: a signal, a file or the clock sets a flag; nothing else happens until the loop checks it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_signals_are_usr1_term_and_int() -> None:
 @pytest.mark.parametrize(
     ("number", "requeue"), [(signal.SIGUSR1, True), (signal.SIGTERM, True), (signal.SIGINT, False)]
 )
-def test_what_a_scheduler_sends_asks_to_go_on_later_and_ctrl_c_does_not(
+def test_signals_of_a_scheduler_request_a_requeue_and_ctrl_c_does_not(
     tmp_path: Path, number: signal.Signals, requeue: bool
 ) -> None:
     with StopFlag(tmp_path / "STOP", None, is_main=True) as stop:
@@ -38,13 +38,13 @@ def test_what_a_scheduler_sends_asks_to_go_on_later_and_ctrl_c_does_not(
         assert (stop.agreed() in REQUEUE_REASONS) == requeue
 
 
-def test_a_time_limit_asks_to_go_on_later_and_a_stop_file_does_not(tmp_path: Path) -> None:
+def test_a_time_limit_requests_a_requeue_and_a_stop_file_does_not(tmp_path: Path) -> None:
     assert StopFlag(tmp_path / "STOP", time.monotonic() - 1, is_main=False).agreed() in REQUEUE_REASONS
     (tmp_path / "STOP").touch()
     assert StopFlag(tmp_path / "STOP", None, is_main=True).agreed() not in ("", *REQUEUE_REASONS)
 
 
-def test_handlers_are_put_back_even_after_an_error(tmp_path: Path) -> None:
+def test_handlers_are_restored_even_after_an_error(tmp_path: Path) -> None:
     before = [signal.getsignal(n) for n in SIGNALS]
     with pytest.raises(ZeroDivisionError), StopFlag(tmp_path / "STOP", None, is_main=True):
         assert [signal.getsignal(n) for n in SIGNALS] != before
@@ -73,7 +73,7 @@ def test_without_a_deadline_the_clock_never_stops_a_run(tmp_path: Path) -> None:
     assert StopFlag(tmp_path / "STOP", None, is_main=True).poll() == ""
 
 
-def test_the_first_reason_stays(tmp_path: Path) -> None:
+def test_the_first_reason_is_kept(tmp_path: Path) -> None:
     with StopFlag(tmp_path / "STOP", time.monotonic() - 1, is_main=True) as stop:
         assert stop.poll() == "the time limit"
         (tmp_path / "STOP").touch()
@@ -86,17 +86,17 @@ from pathlib import Path
 from rating_train.resilience.graceful_stop import StopFlag
 with StopFlag(Path(sys.argv[1]), None, True) as stop:
     print("ready", flush=True)
-    border = 0
+    boundary = 0
     while not stop.agreed():
         for _ in range(100):
             time.sleep(0.002)
-        border += 1
+        boundary += 1
     print(stop.reason, flush=True)
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_real_process_ends_at_a_step_border_with_exit_code_0(
+def test_a_real_process_ends_at_a_step_boundary_with_exit_code_0(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     command = [sys.executable, "-c", LOOP, str(tmp_path / "STOP")]

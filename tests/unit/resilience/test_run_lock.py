@@ -1,4 +1,4 @@
-"""The lock of a run directory: who may have it, and when it is taken from a dead owner."""
+"""The lock of a run directory: who may hold it, and when it is taken from a dead owner."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def dead_pid() -> int:
     return process.pid
 
 
-def test_held_beats_and_released(tmp_path: Path) -> None:
+def test_the_lock_is_held_beats_and_is_released(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with RunLock(run, job="7", restart=2, **FAST) as lock:
         owner = json.loads((run / "LOCK").read_text())
@@ -62,7 +62,7 @@ def test_held_beats_and_released(tmp_path: Path) -> None:
     assert sorted(p.name for p in run.iterdir()) == ["heartbeat.json"]
 
 
-def test_the_reason_of_the_end_stays(tmp_path: Path) -> None:
+def test_the_reason_for_the_end_is_kept(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), RunLock(tmp_path, **FAST):
         raise ZeroDivisionError("a bug")
     assert beat(tmp_path)["phase"] == "ended: ZeroDivisionError: a bug"
@@ -90,7 +90,7 @@ def test_a_dead_process_of_this_host_is_replaced_at_once(tmp_path: Path) -> None
         lock.check()
 
 
-def test_a_process_id_that_was_given_again_is_another_process(tmp_path: Path) -> None:
+def test_a_reused_process_id_is_another_process(tmp_path: Path) -> None:
     ticks = start_ticks(os.getpid())
     assert ticks is not None
     write_owner(tmp_path, start_ticks=ticks - 1)
@@ -108,7 +108,7 @@ def test_a_zombie_is_dead() -> None:
 
 
 @pytest.mark.parametrize("key", ["host", "boot_id", "pid_namespace"])
-def test_a_process_elsewhere_is_not_looked_up(key: str) -> None:
+def test_a_process_elsewhere_is_not_checked(key: str) -> None:
     assert process_lives({**this_process(), key: "elsewhere"}) is None
     assert process_lives({**this_process(), "pid": dead_pid()}) is False
 
@@ -127,7 +127,7 @@ def test_other_jobs_and_the_same_restart_are_watched(job: str, restart: int, tmp
     assert beat_before["job"] == job  # taken over after the watch, as nothing beat
 
 
-def test_an_owner_elsewhere_that_beats_is_left_alone(
+def test_an_owner_elsewhere_with_a_heartbeat_is_left_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     owner = RunLock(tmp_path, **FAST)
@@ -136,10 +136,10 @@ def test_an_owner_elsewhere_that_beats_is_left_alone(
         with pytest.raises(UserError, match="on elsewhere"):
             RunLock(tmp_path, **FAST).acquire()
         owner.check()
-    assert sum("watching for 1 s whether it lives" in m for m in caplog.messages) == 1
+    assert sum("watching it for 1 s for a sign of life" in m for m in caplog.messages) == 1
 
 
-def test_an_owner_elsewhere_that_is_silent_is_replaced(
+def test_an_owner_elsewhere_without_a_heartbeat_is_replaced(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_owner(tmp_path, host="elsewhere")
@@ -156,18 +156,18 @@ def test_a_torn_lock_is_replaced_after_the_watch(content: bytes, tmp_path: Path)
         lock.check()
 
 
-def test_an_owner_whose_lock_was_taken_finds_out_and_leaves_it(tmp_path: Path) -> None:
+def test_an_owner_whose_lock_was_taken_notices_and_leaves_it(tmp_path: Path) -> None:
     lock = RunLock(tmp_path, **FAST)
     lock.acquire()
     write_owner(tmp_path, nonce="another", host="elsewhere")
     until(lambda: lock.lost)
-    with pytest.raises(UserError, match=r"taken this run over.* on elsewhere"):
+    with pytest.raises(UserError, match=r"taken over this run.* on elsewhere"):
         lock.check()
     lock.release()
     assert json.loads((tmp_path / "LOCK").read_text())["nonce"] == "another"
 
 
-def test_a_deleted_lock_is_a_lost_one(tmp_path: Path) -> None:
+def test_a_deleted_lock_is_lost(tmp_path: Path) -> None:
     with RunLock(tmp_path, **FAST) as lock:
         (tmp_path / "LOCK").unlink()
         until(lambda: lock.lost)
@@ -196,7 +196,7 @@ def test_a_lock_that_another_candidate_made_meanwhile_is_put_back(tmp_path: Path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["LOCK"]
 
 
-def test_a_full_disk_is_said_once_and_is_still_a_sign_of_life(
+def test_a_full_disk_is_logged_once_and_still_leaves_a_sign_of_life(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with RunLock(tmp_path, **FAST) as lock, caplog.at_level(logging.WARNING):
@@ -217,6 +217,6 @@ def test_a_full_disk_is_said_once_and_is_still_a_sign_of_life(
     assert sum("the heartbeat cannot be written" in m for m in caplog.messages) == 1
 
 
-def test_too_short_a_watch_is_refused(tmp_path: Path) -> None:
+def test_a_stale_time_below_two_heartbeats_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="less than two heartbeats"):
         RunLock(tmp_path, beat_seconds=5, stale_seconds=6)

@@ -1,4 +1,4 @@
-"""When a run has to stop: its own limit or the end of its job, whichever comes first."""
+"""The deadline of a run: its own limit or the end of its job, whichever comes first."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_earlier_of_the_two_counts(minutes: float) -> None:
     assert found == pytest.approx(now + 60 * min(minutes, 59.0), abs=SLACK)
 
 
-def test_a_job_that_is_shorter_than_the_margin_gives_a_quarter_of_its_time() -> None:
+def test_a_job_shorter_than_the_margin_stops_a_quarter_of_its_time_before_its_end() -> None:
     config = TrainConfig(job_end_margin_minutes=3.0)
     found = deadline(config, ScheduledJob("slurm 7", ends_at=time.time() + 60), started=time.monotonic())
     assert found == pytest.approx(time.monotonic() + 45, abs=SLACK)

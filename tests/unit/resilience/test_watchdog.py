@@ -1,4 +1,4 @@
-"""The watchdog, in real processes that get stuck: it ends them, says where they stood, and leaves the others alone."""
+"""The watchdog in real stuck processes: it ends them, records where they were stuck, and leaves others alone."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def end(process: subprocess.Popen[str], seconds: float = 30) -> tuple[int, str, 
     return process.returncode, output, errors
 
 
-def test_without_a_beat_it_writes_stacks_tells_the_others_and_exits(start: Start, tmp_path: Path) -> None:
+def test_without_a_beat_it_writes_stacks_notifies_the_others_and_exits(start: Start, tmp_path: Path) -> None:
     process = start("""
 def forward_of_the_backbone():
     print("ready", flush=True)
@@ -77,7 +77,7 @@ with make(0.5) as w:
     assert (tmp_path / "HUNG").is_file()
 
 
-def test_beats_keep_it_quiet_and_the_end_of_the_context_ends_it(start: Start, tmp_path: Path) -> None:
+def test_beats_keep_it_quiet_and_leaving_the_context_ends_it(start: Start, tmp_path: Path) -> None:
     process = start("""
 print("ready", flush=True)
 with make(0.6) as w:
@@ -106,7 +106,7 @@ with make(300, rank=1) as w:
     assert "another rank gave up (this one was evaluating, step 3)" in (tmp_path / "stacks_1.txt").read_text()
 
 
-def test_something_that_holds_the_interpreter_lock_is_ended_too(start: Start, tmp_path: Path) -> None:
+def test_a_process_that_holds_the_interpreter_lock_is_ended_too(start: Start, tmp_path: Path) -> None:
     process = start("""
 with make(0.5):
     print("ready", flush=True)
@@ -128,7 +128,7 @@ with make(LIMIT):
 
 @pytest.mark.parametrize("limit", ["0", "300"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_some_time_after_the_first_ends_it(
+def test_a_second_signal_some_time_after_the_first_ends_the_process(
     start: Start, tmp_path: Path, number: signal.Signals, limit: str
 ) -> None:
     process = start("signal.signal(signal.SIGINT, lambda *_: None)\n" + STUCK.replace("LIMIT", limit))
@@ -142,7 +142,7 @@ def test_a_second_signal_some_time_after_the_first_ends_it(
     assert not (tmp_path / "HUNG").exists()
 
 
-def test_the_same_signal_passed_on_at_once_is_one_and_others_do_not_count(
+def test_a_signal_forwarded_twice_counts_once_and_other_signals_do_not_count(
     start: Start, tmp_path: Path
 ) -> None:
     process = start("""
@@ -162,7 +162,7 @@ with make(300):
     assert (tmp_path / "stacks_0.txt").read_text() == ""
 
 
-def test_the_wake_up_descriptor_is_put_back(tmp_path: Path) -> None:
+def test_the_wake_up_descriptor_is_restored(tmp_path: Path) -> None:
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     before = signal.set_wakeup_fd(writer.fileno())
