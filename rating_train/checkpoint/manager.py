@@ -12,7 +12,6 @@ Threads never take part in collectives, and at most one save is pending.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import shutil
 import time
@@ -25,12 +24,13 @@ import torch
 
 from rating_train.checkpoint import store
 from rating_train.checkpoint.deepspeed_io import Shard, capture_shards, read_shards, tensor_bytes
+from rating_train.checkpoint.rank_files import rank_file, write_rank_files
 from rating_train.checkpoint.state import STATE_FILE, Identity, TrainState, check_identity, from_json, to_json
 from rating_train.distributed import seeding
 from rating_train.distributed.collectives import all_gather, gather, max_over_ranks, on_main, sum_over_ranks
 from rating_train.distributed.world import World
 from rating_train.errors import UserError
-from rating_train.files import atomic_write_json, read_json
+from rating_train.files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -124,14 +124,14 @@ class Checkpointer:
         """
         self.finalize()
         started = time.monotonic()
-        shard: Shard = {**capture_shards(ds), _rank_file(self.world.rank): seeding.capture()}
+        shard: Shard = {**capture_shards(ds), rank_file(self.world.rank): seeding.capture()}
         content = to_json(state, identity, total_steps) if self.world.is_main else None
         needed = int(sum_over_ranks([tensor_bytes(shard)])[0])
         try:
             temporary = on_main(lambda: self._begin(state.step, needed))
         except OSError as e:
             raise self._failure(state.step, f"rank 0: {e}", needed) from e
-        written = self._thread.submit(_write, temporary, shard, content)
+        written = self._thread.submit(write_rank_files, temporary, shard, content)
         blocked = time.monotonic() - started
         self._pending = _Pending(state.step, best, temporary, written, needed, started, blocked)
         return None if self._background else self.finalize()
@@ -314,8 +314,8 @@ class Checkpointer:
         state = from_json(content)
         on_main(lambda: self._repair_pointers(path, state))
         if saved["ranks"] == self.world.size:
-            rank_file = path / _rank_file(self.world.rank)
-            seeding.restore(torch.load(rank_file, map_location="cpu", weights_only=True))
+            own = path / rank_file(self.world.rank)
+            seeding.restore(torch.load(own, map_location="cpu", weights_only=True))
         return state
 
     def _repair_pointers(self, path: Path, state: TrainState) -> None:
@@ -328,34 +328,3 @@ class Checkpointer:
         committed = best is not None and store.is_committed(self.root, best)
         if best is not None and committed and store.pointed_step(self.root, store.BEST) != best:
             store.point(self.root, store.BEST, best, value=state.best_value)
-
-
-def _write(temporary: Path, shard: Shard, state: dict[str, Any] | None) -> store.Files:
-    """Write one rank's files (rank 0's with ``state``), flush them to disk and describe them. Runs in a thread.
-
-    Raises:
-        OSError: names the file, the first error and the free space. What was written is removed at once, before all
-            ranks have finalized, because the logs need that space too.
-    """
-    names = [*shard, STATE_FILE] if state is not None else list(shard)
-    name = problem = ""
-    try:
-        for folder in {(temporary / name).parent for name in shard}:
-            folder.mkdir(exist_ok=True)  # another rank may have been faster
-        for name in list(shard):
-            torch.save(shard.pop(name), temporary / name)  # popped: its memory is freed once it is written
-        if state is not None:
-            name = STATE_FILE
-            atomic_write_json(temporary / name, state)
-        return store.seal(temporary, names)
-    except Exception as e:
-        problem = f"{name}: {type(e).__name__}: {e}; {shutil.disk_usage(temporary).free:,} bytes were free"
-    # After the except block: the error's frames hold the file open, and an open file keeps its space on disk.
-    for written in names:
-        with contextlib.suppress(OSError):  # rank 0 removes the directory later, with anything left in it
-            (temporary / written).unlink()
-    raise OSError(problem)
-
-
-def _rank_file(rank: int) -> str:
-    return f"rank_{rank:05d}.pt"

@@ -15,8 +15,8 @@ STATE_FILE = "state.json"
 class TrainState:
     """Everything except the weights that changes from step to step. Only the loop writes to it.
 
-    ``step`` counts completed optimizer steps, skipped ones included: it is the position in the data. ``evaluation_due``:
-    this step is to be evaluated and has not been yet; a run that resumes here evaluates first.
+    ``step`` counts completed optimizer steps, skipped ones included: it is the position in the data.
+    ``evaluation_due``: this step is to be evaluated and has not been yet; a run that resumes here evaluates first.
     """
 
     step: int = 0

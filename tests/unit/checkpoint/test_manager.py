@@ -36,7 +36,7 @@ class Gate:
 
 @pytest.fixture
 def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    gate, write = Gate(), manager._write
+    gate, write = Gate(), manager.write_rank_files
 
     def capture(ds: dict[str, Any]) -> dict[str, Any]:
         gate.captured.append([step for step, _ in store.steps_present(tmp_path)])
@@ -47,7 +47,7 @@ def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
         return write(*args)
 
     monkeypatch.setattr(manager, "capture_shards", capture)
-    monkeypatch.setattr(manager, "_write", gated)
+    monkeypatch.setattr(manager, "write_rank_files", gated)
     yield gate
     gate.opened.set()
 

@@ -1,0 +1,47 @@
+"""Write one rank's files of a checkpoint. Runs in a thread: no collectives."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rating_train.checkpoint import store
+from rating_train.checkpoint.deepspeed_io import Shard
+from rating_train.checkpoint.state import STATE_FILE
+from rating_train.files import atomic_write_json
+
+
+def write_rank_files(temporary: Path, shard: Shard, state: dict[str, Any] | None) -> store.Files:
+    """Write one rank's files (rank 0's with ``state``), flush them to disk and describe them.
+
+    Raises:
+        OSError: names the file, the first error and the free space. What was written is removed at once, before all
+            ranks have finalized, because the logs need that space too.
+    """
+    names = [*shard, STATE_FILE] if state is not None else list(shard)
+    name = problem = ""
+    try:
+        for folder in {(temporary / name).parent for name in shard}:
+            folder.mkdir(exist_ok=True)  # another rank may have been faster
+        for name in list(shard):
+            torch.save(shard.pop(name), temporary / name)  # popped: its memory is freed once it is written
+        if state is not None:
+            name = STATE_FILE
+            atomic_write_json(temporary / name, state)
+        return store.seal(temporary, names)
+    except Exception as e:
+        problem = f"{name}: {type(e).__name__}: {e}; {shutil.disk_usage(temporary).free:,} bytes were free"
+    # After the except block: the error's frames hold the file open, and an open file keeps its space on disk.
+    for written in names:
+        with contextlib.suppress(OSError):  # rank 0 removes the directory later, with anything left in it
+            (temporary / written).unlink()
+    raise OSError(problem)
+
+
+def rank_file(rank: int) -> str:
+    """Return the name of a rank's own file: the states of its random number generators."""
+    return f"rank_{rank:05d}.pt"
