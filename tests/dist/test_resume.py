@@ -56,14 +56,12 @@ def assert_same(a: object, b: object, where: str, padding: int = 0) -> None:
 
 def kill_after_step(ranks: Ranks, config: Path, run: Path, step: int, saved: int) -> None:
     """Start a run and kill -9 all of it once rank 0 has done ``step`` and ``saved`` is committed, before its end."""
-    process = ranks.start(2, "-m", "rating_train", "train", config)
-    samples = run / "samples" / "rank_00000.jsonl"
+    process = ranks.start(2, "-m", "rating_train", "train", config, torchrun=False)
+    samples, checkpoint = run / "samples" / "rank_00000.jsonl", run / "checkpoints" / f"step_{saved:08d}"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        done = samples.is_file() and f'"step": {step},' in samples.read_text()
-        if done and (run / "checkpoints" / f"step_{saved:08d}").exists():
-            break
+    while not (checkpoint.exists() and samples.is_file() and f'"step": {step},' in samples.read_text()):
         assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline, f"step {step} was not reached in 120 s"
         time.sleep(0.01)
     ranks.kill(process)
     process.wait(timeout=30)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.conftest import SHARED_MEMORY, Ranks
+from tests.helpers.ranks import SHARED_MEMORY, Ranks
 
 TOKEN = "RATING_TRAIN_TEST_TOKEN"  # in the environment of a job: identifies all its processes, orphans too
 VICTIMS = ("rank 0", "rank 1", "loader", "agent", "job")  # job: all at once, its helper processes too

@@ -17,7 +17,8 @@ import pytest
 
 from rating_train.data import stale_memory
 from rating_train.data.stale_memory import BLOCKS, sweep_stale
-from tests.conftest import SHARED_MEMORY, Ranks, full
+from tests.conftest import Ranks, full
+from tests.helpers.ranks import SHARED_MEMORY
 
 MARK = b"\0rating_train"
 # Constant rates, so that the losses do not depend on how long the run was meant to be.

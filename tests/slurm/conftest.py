@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import SHARED_MEMORY, remove_dead_blocks
+from tests.helpers.ranks import SHARED_MEMORY, remove_dead_blocks
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")

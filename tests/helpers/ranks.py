@@ -1,0 +1,159 @@
+"""Jobs of several ranks on this machine's CPU: started, waited for, killed, and what they leave removed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.helpers.forked import REPO, Forked, zygote
+
+SHARED_MEMORY = Path("/dev/shm")
+STREAMING_BLOCK = re.compile(r"\d{6}_[a-z_]+")  # how streaming names its blocks of shared memory
+LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
+
+Process = subprocess.Popen[str] | Forked
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """This process's environment without a launcher's words: one thread, no network, and ``more``."""
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER_NAMES}
+    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+
+
+class Ranks:
+    """Starts jobs of several ranks, each job in a session of its own, and ends what is left.
+
+    By default the ranks are forked (see :mod:`tests.helpers.zygote`); torchrun starts real interpreters.
+    """
+
+    def __init__(self) -> None:
+        self.started: list[Process] = []
+        self._shared_memory = set(os.listdir(SHARED_MEMORY))
+        self._folder = tempfile.mkdtemp(
+            prefix="rt-"
+        )  # short: sockets are made in it. Holds streaming's lock files
+
+    def close(self) -> None:
+        """Kill what still runs, and remove the shared memory and lock files that killed jobs left."""
+        for process in self.started:
+            if process.poll() is None:
+                self.kill(process)
+                process.wait(timeout=30)
+        remove_dead_blocks(self._shared_memory)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def start(
+        self,
+        ranks: int,
+        *command: object,
+        env: dict[str, str] | None = None,
+        max_restarts: int = 0,
+        torchrun: bool = True,
+    ) -> Process:
+        """Start ``python COMMAND`` on so many ranks, by torchrun or forked, and return at once."""
+        environment = clean_environment(
+            TMPDIR=self._folder,
+            TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",  # as launch/env.sh has it
+        )
+        environment |= env or {}
+        if torchrun:
+            process: Process = start_torchrun(ranks, command, environment, max_restarts)
+        else:
+            process = zygote().start(command, environment, ranks=ranks)
+        self.started.append(process)
+        return process
+
+    def run(
+        self,
+        ranks: int,
+        *command: object,
+        timeout: float = 240,
+        env: dict[str, str] | None = None,
+        code: int = 0,
+    ) -> str:
+        """Run to the end, expecting exit code ``code`` of the launcher (0, or 1 for any failure); its output."""
+        process = self.start(ranks, *command, env=env, torchrun=False)
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.kill(process)
+            output, _ = process.communicate()
+            pytest.fail(f"no end after {timeout} s: {command}\n{output[-6000:]}")
+        assert process.returncode == code, f"exit code {process.returncode}: {command}\n{output[-6000:]}"
+        return output
+
+    def train(self, ranks: int, config: Path, *options: object, **more: object) -> str:
+        """``rating-train train`` on so many ranks."""
+        return self.run(ranks, "-m", "rating_train", "train", config, *options, **more)  # type: ignore[arg-type]
+
+    @staticmethod
+    def kill(process: Process) -> None:
+        """kill -9 of the launcher and all that it started (torchrun's ranks live in sessions of their own)."""
+        try:
+            launcher = psutil.Process(process.pid)
+            family = [*launcher.children(recursive=True), launcher]
+        except psutil.NoSuchProcess:
+            return
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(family, timeout=30)
+
+
+def start_torchrun(
+    ranks: int, command: tuple[object, ...], env: dict[str, str], max_restarts: int
+) -> subprocess.Popen[str]:
+    """Start torchrun itself, in a session of its own."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += [f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}"]
+    return subprocess.Popen(
+        [*launcher, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=REPO,
+        env=env,
+        start_new_session=True,
+    )
+
+
+def wait_for_step(run: Path, step: int, process: Process) -> None:
+    """Wait until a run has logged so many steps, while its job lives."""
+    log = run / "train.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and len(log.read_text().splitlines()) >= step):
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline, f"step {step} was not reached in 120 s"
+        time.sleep(0.05)
+
+
+def remove_dead_blocks(known: set[str]) -> None:
+    """Remove streaming's blocks of shared memory that were not ``known`` before and that no process has mapped."""
+    new = {name for name in os.listdir(SHARED_MEMORY) if STREAMING_BLOCK.fullmatch(name)} - known
+    in_use = mapped_files() if new else set()
+    for name in new:
+        if str(SHARED_MEMORY / name) not in in_use:
+            (SHARED_MEMORY / name).unlink(missing_ok=True)
+
+
+def mapped_files() -> set[str]:
+    """Files of shared memory that some process on this machine has mapped."""
+    found: set[str] = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # the process has just ended, or is another user's
+            found |= {
+                line.split(maxsplit=5)[5].strip()
+                for line in maps.read_text().splitlines()
+                if "/dev/shm/" in line
+            }
+    return found
