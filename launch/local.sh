@@ -6,6 +6,7 @@ usage() {
     cat <<'USAGE'
 usage: launch/local.sh [-n N] train CONFIG [--set A.B=V]... [--resume auto|never|must|PATH]
        launch/local.sh [-n N] evaluate RUN [--checkpoint best|latest|STEP] [--split SPLIT] [--set A.B=V]...
+       launch/local.sh [-n N] predict RUN --source FILE... --images DIR --out FILE
 
 Starts `rating-train VERB ...` in N processes on this machine, with torchrun.
 
@@ -46,10 +47,10 @@ done
 verb="${1:-}"
 case "$verb" in
     train) what="configuration file" ;;
-    evaluate) what="run directory" ;;
-    "") die_early "no verb given: train or evaluate (launch/local.sh --help)" ;;
+    evaluate | predict) what="run directory" ;;
+    "") die_early "no verb given: train, evaluate or predict (launch/local.sh --help)" ;;
     *.yaml | *.yml) die_early "no verb given; for this file: launch/local.sh train $verb" ;;
-    *) die_early "'$verb' does not run in several processes, only train and evaluate do; use: rating-train $*" ;;
+    *) die_early "'$verb' does not run in several processes, only train, evaluate and predict do; use: rating-train $*" ;;
 esac
 shift
 subject="${1:-}"

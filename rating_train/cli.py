@@ -24,6 +24,7 @@ VERBS = {
     "train": "train a regressor (under torchrun, Slurm, or as a single process)",
     "evaluate": "score a checkpoint: PLCC, SRCC, RMSE, MAE, CES",
     "compare": "which run is better on the same items, by how much",
+    "predict": "score a catalogue into a CSV or Parquet file",
     "cost": "parameters, MACs, FLOPs, C, E and CES of a configuration",
     "report": "plot a run, or describe a dataset",
     "status": "show the progress of a run and which checkpoints are valid",

@@ -96,6 +96,34 @@ def tiny_settings(name: str, runs: Path, demo: Path) -> dict[str, dict[str, obje
     }
 
 
+@pytest.fixture(scope="session")
+def trained_run(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps on the small demo, in bf16 at ZeRO stage 2, with its evaluation at the end. Read only."""
+    import yaml
+
+    folder = tmp_path_factory.mktemp("trained")
+    settings = tiny_settings("trained", folder / "runs", demo)
+    settings["train"] = {"max_steps": 6, "eval_every_steps": 6, "log_every_steps": 1}
+    (folder / "trained.yaml").write_text(yaml.safe_dump(settings))
+    with contextlib.closing(Ranks()) as launcher:
+        launcher.train(1, folder / "trained.yaml")
+    return folder / "runs" / "trained"
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """For a verb that joins a process group of this one process: leaves it, and restores the environment."""
+    from rating_train.distributed.world import disconnect
+
+    before = dict(os.environ)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
+        os.environ.pop(name, None)
+    yield
+    disconnect()
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture
 def tiny_config(demo: Path, tmp_path: Path) -> Callable[..., Path]:
     """Writes a YAML configuration on the small demo; arguments are nested sections to override."""

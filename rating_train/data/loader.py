@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import signal
@@ -173,16 +174,29 @@ def _load(
         prefetch_factor=config.prefetch_batches if workers else None,
         pin_memory=torch.cuda.is_available(),
         drop_last=False,
-        worker_init_fn=_set_up_worker,
+        worker_init_fn=set_up_worker,
         # The loader draws a seed when it starts; from the global generator, that would change the dropout of a
         # resumed run, and of every run that evaluates in between.
         generator=torch.Generator().manual_seed(0),
     )
-    count, batches = 0, iter(loader)
-    try:
+    count = 0
+    with contextlib.closing(iterate(loader)) as batches:
         for batch in batches:
             count += 1
             yield batch
+    if count != len(ids):
+        raise RuntimeError(f"the loader gave {count} of {len(ids)} batches")
+
+
+def iterate(loader: DataLoader) -> Generator[Any, None, None]:
+    """Yield what a DataLoader gives; its workers' errors as they were raised there. No worker outlives the iteration.
+
+    Raises:
+        RuntimeError: a worker died.
+    """
+    batches = iter(loader)
+    try:
+        yield from batches
     except UserError as e:
         raise _as_raised(e) from None
     except (ConnectionError, EOFError) as e:  # where torch itself says nothing of the process
@@ -193,10 +207,8 @@ def _load(
     finally:
         # Now, not when the last traceback is collected: at the end of this process, multiprocessing would send
         # SIGTERM to loader processes that are left, which they ignore, and wait for them for ever.
-        if workers:
+        if loader.num_workers:
             batches._shutdown_workers()  # type: ignore[attr-defined]
-    if count != len(ids):
-        raise RuntimeError(f"the loader gave {count} of {len(ids)} batches")
 
 
 def _as_raised(error: UserError) -> UserError:
@@ -209,7 +221,7 @@ def _as_raised(error: UserError) -> UserError:
     return UserError(text) if marker else error
 
 
-def _set_up_worker(_worker: int) -> None:
+def set_up_worker(_worker: int) -> None:
     """Loader processes leave stopping to their rank, and never outlive it.
 
     A scheduler signals every process of a job. A loader process that died of it would fail the step in which its

@@ -28,6 +28,7 @@ SUBMISSION_COLUMNS = ("item_id", "score", "params", "flops")
 DUPLICATE_TOLERANCE_STARS = 0.05
 
 _NAMED = 5
+_LOWEST, _HIGHEST = 1.0, 5.0  # stars, of a submitted score
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def read_predictions(path: str | Path) -> list[Prediction]:
 
 
 def write_submission(path: str | Path, rows: Iterable[Prediction], params: float, flops: float) -> None:
-    """Write the challenge's CSV: ``item_id, score, params`` (millions)``, flops`` (billions).
+    """Write the challenge's CSV: ``item_id, score, params`` (millions)``, flops`` (billions); scores have 2 decimals.
 
     Args:
         path: the CSV file; whole or absent.
@@ -172,7 +173,8 @@ def write_submission(path: str | Path, rows: Iterable[Prediction], params: float
     writer.writerow(SUBMISSION_COLUMNS)
     for number, row in enumerate(listed, start=1):
         checked = _checked(asdict(row), f"{path}: row {number}")
-        writer.writerow((checked.id, f"{checked.score:.6f}", *cost))
+        score = min(max(checked.score, _LOWEST), _HIGHEST)
+        writer.writerow((checked.id, f"{score:.2f}", *cost))
     atomic_write_text(path, buffer.getvalue())
 
 

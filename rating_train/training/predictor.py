@@ -23,11 +23,15 @@ class Predictor:
     autocast: bool
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Tensor:
-        """(B,) float32 ratings on the CPU."""
+    def launch(self, batch: Batch) -> Tensor:
+        """Start the forward pass of a batch of B; (B,) float32 ratings on the device, not waited for."""
         batch = batch.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.model(batch.images, batch.input_ids, batch.used_tokens).float().cpu()
+            return self.model(batch.images, batch.input_ids, batch.used_tokens).float()
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """(B,) float32 ratings on the CPU."""
+        return self.launch(batch).cpu()
 
 
 def load_predictor(

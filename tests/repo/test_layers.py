@@ -28,7 +28,7 @@ LAYERS: dict[int, str] = {
     3: "prepare data model demo",
     4: "engine",
     5: "training",
-    6: "reports cluster",
+    6: "reports cluster prediction",
     7: "commands",
     8: "cli __main__",
 }
@@ -47,7 +47,7 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
     "transformers": ("model.attention", "model.load", "data.prompt"),
     "aiohttp": ("prepare.images.http_client",),
     "yarl": ("prepare.images.http_client",),
-    "duckdb": ("prepare.plan.scan", "prepare.records.parquet"),
+    "duckdb": ("prepare.plan.scan", "prepare.records.parquet", "prediction.output"),
 }
 
 #: Modules and packages (with a trailing dot: all of it) that import no torch when they are imported, themselves or
@@ -56,7 +56,7 @@ TORCH_FREE = (
     "cli errors files log processes run_dir commands. config. demo. prepare. reports. resilience.run_lock "
     "scoring. shards. cluster.submission checkpoint.store data.cache data.shared_memory_need data.stale_memory "
     "model.architecture model.cost "
-    "training.provenance "
+    "training.provenance prediction.options prediction.output prediction.rows prediction.work_dir "
 ).split()
 
 READS_ENVIRONMENT = {
@@ -66,6 +66,8 @@ READS_ENVIRONMENT = {
 }  # the last: where the site's settings are
 
 MAX_MODULES = 12
+#: Folders that may hold more, with the reason.
+FLAT_FOLDERS = {"rating_train/commands": "one thin module for each verb"}
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 60
 #: Longer files, with the length that they may have: none may grow.
@@ -169,7 +171,8 @@ def test_one_verb_is_one_module() -> None:
 
 def test_no_folder_is_crowded() -> None:
     folders = Counter(path.parent for path in FILES.values() if path.name != "__init__.py")
-    wrong = {str(folder.relative_to(REPO)): n for folder, n in folders.items() if n > MAX_MODULES}
+    named = {str(folder.relative_to(REPO)): n for folder, n in folders.items()}
+    wrong = {name: n for name, n in named.items() if n > MAX_MODULES and name not in FLAT_FOLDERS}
     assert not wrong, f"more than {MAX_MODULES} modules side by side: {wrong}"
 
 

@@ -118,8 +118,16 @@ def test_submission(tmp_path: Path) -> None:
         rows = list(csv.DictReader(f))
     assert list(rows[0]) == ["item_id", "score", "params", "flops"]
     assert [row["item_id"] for row in rows] == [row.id for row in ROWS]
-    assert float(rows[0]["score"]) == pytest.approx(ROWS[0].score, abs=1e-6)
+    assert [row["score"] for row in rows] == ["4.12", "1.00", "2.00"]
     assert {(float(r["params"]), float(r["flops"])) for r in rows} == {(228.266113, 72.025)}
+
+
+def test_a_submitted_score_is_a_rating(tmp_path: Path) -> None:
+    path = tmp_path / "submission.csv"
+    write_submission(
+        path, [Prediction("low", 0.4), Prediction("high", 5.004), Prediction("mid", 3.456)], 1, 1
+    )
+    assert [line.split(",")[1] for line in path.read_text().splitlines()[1:]] == ["1.00", "5.00", "3.46"]
 
 
 def test_bad_submissions(tmp_path: Path) -> None:

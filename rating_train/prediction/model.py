@@ -1,0 +1,126 @@
+"""Find a trained model, of a run or of an exported folder, and load it for scoring."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rating_train import run_dir
+from rating_train.checkpoint import store
+from rating_train.checkpoint.deepspeed_io import consolidated_weights
+from rating_train.checkpoint.state import STATE_FILE
+from rating_train.config.load import load_config
+from rating_train.config.schema import Config
+from rating_train.data.collate import Collator
+from rating_train.errors import UserError
+from rating_train.files import read_json, sha256_file
+from rating_train.model.cost import count_forward, count_parameters
+from rating_train.shards.verify import read_manifest
+from rating_train.training import setup
+from rating_train.training.evaluate_run import choose_checkpoint
+from rating_train.training.predictor import Predictor, load_predictor
+
+log = logging.getLogger(__name__)
+
+DEFAULT_JPEG_QUALITY = 90
+
+
+@dataclass(frozen=True)
+class SquareRecipe:
+    """How the training's images were stored: the side of the square in pixels, and the quality of its JPEG."""
+
+    size_px: int
+    jpeg_quality: int
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model that was found and verified, not loaded yet. Travels from rank 0 to the others.
+
+    Attributes:
+        folder: the checkpoint, or the exported folder.
+        config: the run's configuration.
+        squares: how images become the squares that the model was trained on.
+        zero_stage: of the checkpoint.
+        identity: what the scores depend on, for comparison with that of an unfinished prediction.
+    """
+
+    folder: Path
+    config: Config
+    squares: SquareRecipe
+    zero_stage: int
+    identity: dict[str, Any]
+
+
+@dataclass
+class Scorer:
+    """A loaded model with what turns rows into its inputs."""
+
+    found: FoundModel
+    inputs: setup.ModelInputs
+    predictor: Predictor
+    collator: Collator
+
+    def cost(self, convention: str) -> tuple[int, float]:
+        """Return the number of parameters, and the operations for one item in a counting convention."""
+        architecture = self.inputs.architecture
+        forward = count_forward(
+            architecture, self.found.config.data.image_px, self.inputs.prompt.layout.length
+        )
+        return count_parameters(architecture)["total"], forward.total(convention)
+
+
+def find_model(path: Path, checkpoint: str = "best", settings: tuple[str, ...] = ()) -> FoundModel:
+    """Find and verify the model of a run. Reads no weights.
+
+    Args:
+        path: run directory.
+        checkpoint: best, latest or a step.
+        settings: ``section.key=value``, what is to differ from the run's configuration.
+
+    Raises:
+        UserError: neither a run nor an exported folder, no such checkpoint, or a damaged one.
+    """
+    if not (path / run_dir.CONFIG_FILE).is_file():
+        raise UserError(
+            "neither a run directory (it has no config.yaml) nor an exported model",
+            where=path,
+            fix="give the folder that `rating-train train` or `rating-train export` made",
+        )
+    config = load_config(path / run_dir.CONFIG_FILE, settings)
+    folder = choose_checkpoint(path / run_dir.CHECKPOINTS_DIR, checkpoint)
+    stage = read_json(folder / STATE_FILE)["identity"]["topology"]["zero_stage"]
+    identity = {
+        "model": f"{path.resolve().name}/{folder.name}",
+        "model_sha256": sha256_file(folder / store.COMPLETE),
+    }
+    return FoundModel(folder, config, _stored_squares(config), stage, identity)
+
+
+def load_scorer(found: FoundModel, device: torch.device) -> Scorer:
+    """Load the weights, the tokenizer and the backbone's configuration of a model that was found."""
+    inputs = setup.read_model_inputs(found.config)
+    weights = consolidated_weights(found.folder, found.zero_stage)
+    predictor = load_predictor(
+        found.config, inputs.architecture, inputs.prompt.layout.image_start, weights, device
+    )
+    return Scorer(found, inputs, predictor, Collator(inputs.prompt, found.config.data.image_px))
+
+
+def _stored_squares(config: Config) -> SquareRecipe:
+    """As the run's dataset says; without it, the training's own size and the usual quality."""
+    try:
+        manifest = read_manifest(config.data.path)
+        return SquareRecipe(int(manifest["image_size_px"]), int(manifest["options"]["jpeg_quality"]))
+    except (UserError, KeyError, TypeError, ValueError):
+        recipe = SquareRecipe(config.data.image_px, DEFAULT_JPEG_QUALITY)
+        log.warning(
+            "the run's dataset is not at %s: images are made to %d pixels with JPEG quality %d, as `prepare` does by "
+            "default; if it was prepared otherwise, give --set data.path=DATA",
+            config.data.path, recipe.size_px, recipe.jpeg_quality,
+        )  # fmt: skip
+        return recipe
