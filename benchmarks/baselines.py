@@ -1,93 +1,73 @@
-"""Trivial predictors on a prepared dataset, to hold a model's scores against. One-off; not part of the package.
+"""Score simple predictors on a prepared dataset, to compare a model with. Not part of the package.
 
+    pip install -e '.[bench]'
     python benchmarks/baselines.py DATA
 
-Scores on the validation split: the training mean, the mean of the item's category, and ridge regression on TF-IDF
-of words of all text fields (alpha chosen on a fifth of the training split).
+On the validation split: the mean of the training ratings, the mean of the item's category, and ridge regression on the
+TF-IDF of words and word pairs of all text fields, with its strength chosen by cross-validation on the training split.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-import re
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
-from scipy import sparse
-from scipy.sparse.linalg import lsqr
-from streaming import StreamingDataset
+from numpy.typing import NDArray
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GridSearchCV, KFold
+from sklearn.pipeline import make_pipeline
 
 from rating_train.scoring.metrics import score
+from rating_train.shards.mds_read import iter_sampled
+from rating_train.shards.schema import TEXT_FIELDS
 
-MIN_DOCUMENTS = 2
-
-
-def read(data: str, split: str) -> tuple[list[list[str]], list[str], np.ndarray]:
-    """Words (single ones and pairs), categories and ratings of a split."""
-    dataset = StreamingDataset(local=data, split=split, batch_size=1)
-    words, categories, ratings = [], [], []
-    for i in range(dataset.num_samples):
-        row = dataset[i]
-        text = " ".join(row[k] for k in ("title", "description", "features", "main_category")).lower()
-        single = re.findall(r"[a-z0-9]+", text)
-        words.append(single + [f"{a} {b}" for a, b in itertools.pairwise(single)])
-        categories.append(row["main_category"])
-        ratings.append(float(row["rating"]))
-    return words, categories, np.array(ratings)
+SHOWN = ("plcc", "srcc", "rmse", "mae")
+ALPHAS = [0.3, 1.0, 3.0, 10.0]
 
 
-def tfidf(documents: list[list[str]], vocabulary: dict[str, int], idf: np.ndarray) -> sparse.csr_matrix:
-    """Rows of (1 + log tf) * idf, of length 1."""
-    rows, columns, values = [], [], []
-    for r, document in enumerate(documents):
-        counts = {vocabulary[w]: c for w, c in Counter(document).items() if w in vocabulary}
-        weights = {c: (1 + math.log(n)) * idf[c] for c, n in counts.items()}
-        norm = math.sqrt(sum(v * v for v in weights.values())) or 1.0
-        rows += [r] * len(weights)
-        columns += weights.keys()
-        values += [v / norm for v in weights.values()]
-    return sparse.csr_matrix((values, (rows, columns)), shape=(len(documents), len(vocabulary)))
-
-
-def ridge(x: sparse.csr_matrix, y: np.ndarray, alpha: float) -> np.ndarray:
-    """Weights of min |x w - y|^2 + alpha |w|^2."""
-    return lsqr(x, y, damp=math.sqrt(alpha), atol=1e-6, btol=1e-6, iter_lim=500)[0]
+def read(data: Path, split: str) -> tuple[list[str], list[str], NDArray[np.float64]]:
+    """Return the text, the main category and the rating of every item of a split."""
+    items = list(iter_sampled([data / split]))
+    texts = [" ".join(item[field] for field in TEXT_FIELDS) for item in items]
+    return (
+        texts,
+        [item["main_category"] for item in items],
+        np.array([float(item["rating"]) for item in items]),
+    )
 
 
 def main() -> None:
-    data = sys.argv[1]
-    words, categories, ratings = read(data, "train")
-    val_words, val_categories, val_ratings = read(data, "val")
+    """Print one line for each predictor."""
+    data = Path(sys.argv[1])
+    texts, categories, ratings = read(data, "train")
+    val_texts, val_categories, val_ratings = read(data, "val")
     mean = float(ratings.mean())
     by_category = defaultdict(list)
     for category, rating in zip(categories, ratings, strict=True):
         by_category[category].append(rating)
-    means = {c: float(np.mean(v)) for c, v in by_category.items()}
 
-    documents = Counter(w for d in words for w in set(d))
-    vocabulary = {w: i for i, w in enumerate(sorted(w for w, n in documents.items() if n >= MIN_DOCUMENTS))}
-    idf = np.array([math.log((1 + len(words)) / (1 + documents[w])) + 1 for w in vocabulary])
-    x, x_val = tfidf(words, vocabulary, idf), tfidf(val_words, vocabulary, idf)
-    held_out = np.arange(len(words)) % 5 == 0
-    errors = {}
-    for alpha in (0.3, 1.0, 3.0, 10.0):
-        w = ridge(x[~held_out], ratings[~held_out] - mean, alpha)
-        errors[alpha] = float(np.mean((x[held_out] @ w + mean - ratings[held_out]) ** 2))
-    alpha = min(errors, key=lambda a: errors[a])
+    words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, token_pattern=r"(?u)[a-z0-9]+")
+    folds = KFold(5, shuffle=True, random_state=0)
+    search = GridSearchCV(
+        make_pipeline(words, Ridge(random_state=0)),
+        {"ridge__alpha": ALPHAS},
+        scoring="neg_mean_squared_error",
+        cv=folds,
+    ).fit(texts, ratings)
+    alpha = search.best_params_["ridge__alpha"]
+    terms = len(search.best_estimator_.named_steps["tfidfvectorizer"].vocabulary_)
     predictions = {
-        "train mean": np.full(len(val_ratings), mean),
-        "category mean": np.array([means.get(c, mean) for c in val_categories]),
-        f"ridge on TF-IDF (alpha {alpha:g}, {len(vocabulary):,} terms)": x_val
-        @ ridge(x, ratings - mean, alpha)
-        + mean,
+        "training mean": np.full(len(val_ratings), mean),
+        "category mean": np.array([float(np.mean(by_category.get(c, [mean]))) for c in val_categories]),
+        f"ridge on TF-IDF (alpha {alpha:g}, {terms:,} terms)": search.predict(val_texts),
     }
-    print(f"{len(ratings):,} train, {len(val_ratings):,} val")
+    print(f"{len(ratings):,} training items, {len(val_ratings):,} validation items")
     for name, predicted in predictions.items():
-        s = score(np.clip(predicted, 1, 5), val_ratings)
-        numbers = [f"{k.upper()} {'undefined' if v is None else f'{v:.4f}'}" for k, v in s.as_dict().items() if k in
-                   ("plcc", "srcc", "rmse", "mae")]  # fmt: skip
+        scores = score(np.clip(predicted, 1, 5), val_ratings).as_dict()
+        numbers = [f"{k.upper()} {'undefined' if scores[k] is None else f'{scores[k]:.4f}'}" for k in SHOWN]
         print(f"{name:<48} {'  '.join(numbers)}")
 
 

@@ -1,4 +1,4 @@
-"""How long a checkpoint keeps training waiting, with and without background saving. One-off; not part of the package.
+"""Measure how long training waits for a checkpoint, with and without background saving. Not part of the package.
 
     python benchmarks/save.py [--rounds N] [--ranks N] [--folder F] [--threads N]
 
@@ -6,11 +6,11 @@ The state is that of configs/full_ft_228m.yaml after one step, with random weigh
 stage 1, on CPU processes of this machine. In each round, on the same state:
 
 1. a save with train.background_save false: training waits for all of it (copy, write, fsync, SHA-256, commit)
-2. a save with train.background_save true: training waits until the state is copied; the rest is waited for apart
-3. the same bytes copied in memory; written to one file per rank and fsynced; hashed with SHA-256: what the machine
-   can do
+2. a save with train.background_save true: training waits until the state is copied; the rest is timed separately
+3. the same bytes copied in memory; written to one file per rank and fsynced; hashed with SHA-256: the limits of the
+   machine
 
-All ranks begin together, and the slowest one counts. Needs about 16 GB of memory and 10 GB on the disk of F.
+All ranks start together, and the slowest one counts. Needs about 16 GB of memory and 10 GB on the disk of F.
 """
 
 from __future__ import annotations
@@ -47,7 +47,11 @@ REPO = Path(__file__).resolve().parents[1]
 CONFIG = REPO / "configs" / "full_ft_228m.yaml"
 STAGE = 1
 CHUNK = 64 << 20
-WHOLE, COPY, REST = "save, in the foreground", "save, in the background", "  its rest, while training goes on"
+FULL, COPY, REST = (
+    "save, in the foreground",
+    "save, in the background",
+    "  its rest, while training continues",
+)
 MEMORY, NEW, DISK, HASH = (
     "raw: copy in memory",
     "raw: copy into new memory",
@@ -57,7 +61,7 @@ MEMORY, NEW, DISK, HASH = (
 
 
 def trained_engine(world: World, device: torch.device) -> Any:
-    """DeepSpeed's engine with AdamW's moments made, after one step on noise."""
+    """Return DeepSpeed's engine after one step on noise, so that AdamW's moments exist."""
     overrides = ["model.weights=random", f"zero.stage={STAGE}", f"batch.global_items={world.size}"]
     config = load_config(CONFIG, overrides)
     architecture = KNOWN_ARCHITECTURES[config.model.backbone]
@@ -79,7 +83,7 @@ def trained_engine(world: World, device: torch.device) -> Any:
 
 
 def slowest(action: Callable[[], Any]) -> float:
-    """Seconds that the slowest rank takes; all begin together."""
+    """Return the seconds that the slowest rank takes; all start together."""
     all_gather(0)
     started = time.monotonic()
     action()
@@ -87,7 +91,7 @@ def slowest(action: Callable[[], Any]) -> float:
 
 
 def copy_in_memory(size: int, new: bool) -> None:
-    """Piece by piece, into memory that is new to the process, as a save's is, or that it has already."""
+    """Copy piece by piece, into memory that is new to the process, as that of a save is, or into memory it has."""
     source, target = torch.ones(CHUNK, dtype=torch.uint8), torch.ones(CHUNK, dtype=torch.uint8)
     kept = []
     for _ in range(size // CHUNK):
@@ -113,7 +117,7 @@ def hash_bytes(size: int) -> None:
 
 
 def measure_raw(seconds: dict[str, list[float]], size: int, path: Path) -> None:
-    """One round of the raw limits, for ``size`` bytes of each rank."""
+    """Measure one round of the raw limits, for ``size`` bytes of each rank."""
     seconds[MEMORY].append(slowest(lambda: copy_in_memory(size, new=False)))
     seconds[NEW].append(slowest(lambda: copy_in_memory(size, new=True)))
     seconds[DISK].append(slowest(lambda: write_and_sync(path, size)))
@@ -125,14 +129,14 @@ def rank_main(rounds: int, folder: Path) -> None:
     world, device = setup.join_job()
     ds = trained_engine(world, device)
     identity = Identity({}, "", {}, {"ranks": world.size, "zero_stage": STAGE})
-    seconds: dict[str, list[float]] = {name: [] for name in (WHOLE, COPY, REST, MEMORY, NEW, DISK, HASH)}
+    seconds: dict[str, list[float]] = {name: [] for name in (FULL, COPY, REST, MEMORY, NEW, DISK, HASH)}
     total = 0  # bytes of a checkpoint, over all ranks
     for turn in range(rounds):
         for background in (False, True):
             saver = Checkpointer(folder / "checkpoints", world, 1, 0, background)
             step = TrainState(step=2 * turn + 1 + int(background))
             begin = lambda saver=saver, step=step: saver.save(ds, step, identity, 10)  # noqa: E731
-            seconds[COPY if background else WHOLE].append(slowest(begin))
+            seconds[COPY if background else FULL].append(slowest(begin))
             if background:
                 seconds[REST].append(slowest(saver.finalize))
             saver.close()
@@ -152,18 +156,18 @@ def report(seconds: dict[str, list[float]], total: int, parameters: int, ranks: 
         f"\n{parameters:,} parameters, bf16, ZeRO stage {STAGE}, {ranks} ranks, {torch.get_num_threads()} threads each"
         f"\na checkpoint has {total:,} bytes ({total / 2**20:.0f} MiB)\n"
     )
-    print(f"{'':<36}{'median s':>10}{'least':>8}{'most':>8}{'MiB/s':>8}")
+    print(f"{'':<36}{'median s':>10}{'min':>8}{'max':>8}{'MiB/s':>8}")
     for name, values in seconds.items():
         middle = statistics.median(values)
         print(
             f"{name:<36}{middle:>10.2f}{min(values):>8.2f}{max(values):>8.2f}{total / 2**20 / middle:>8.0f}"
         )
-    for name, best in (("medians", statistics.median), ("leasts", min)):
+    for name, best in (("medians", statistics.median), ("minima", min)):
         value = {key: best(values) for key, values in seconds.items()}
         print(
-            f"\nby the {name}: training waits {value[WHOLE] / value[COPY]:.1f} times shorter with background saving;"
+            f"\nby the {name}: training waits {value[FULL] / value[COPY]:.1f} times shorter with background saving;"
             f"\n  that wait is {value[COPY] / value[NEW]:.2f} times a plain copy into new memory,"
-            f"\n  and a save in the foreground takes {value[WHOLE] / value[DISK]:.2f} times a plain write and fsync"
+            f"\n  and a save in the foreground takes {value[FULL] / value[DISK]:.2f} times a plain write and fsync"
         )
 
 

@@ -1,8 +1,8 @@
-"""A small random SmolVLM, with a tokenizer trained on a dataset's own training text. One-off; not part of the package.
+"""Make a small random SmolVLM with a tokenizer trained on the training text of a dataset. Not part of the package.
 
     python benchmarks/small_model.py DATA OUT
 
-For trying a dataset on a CPU: what `rating-train demo` does for its own catalogue.
+For trying a dataset on a CPU; `rating-train demo` does the same for its own catalogue.
 """
 
 from __future__ import annotations

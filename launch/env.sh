@@ -84,7 +84,7 @@ print(" ".join(name for name in sys.argv[1:] if importlib.util.find_spec(name) i
 rt_install() {
     local extra="${1:-}" missing
     local modules=(torch deepspeed transformers streaming numpy scipy PIL yaml tensorboard matplotlib tqdm)
-    [[ "$extra" != test ]] || modules+=(pytest pytest_timeout ruff mypy)
+    [[ "$extra" != test ]] || modules+=(pytest pytest_timeout ruff mypy sklearn)
     missing="$(rt_missing "${modules[@]}")"
     [[ -n "$missing" ]] || return 0
     if [[ "${RATING_TRAIN_SKIP_INSTALL:-0}" == 1 ]]; then

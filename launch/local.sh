@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Start a verb on all GPUs of this machine, or on 2 CPU processes: torchrun, one node. See --help.
+# Run a verb on all GPUs of this machine, or on 2 CPU processes: torchrun, one node. See --help.
 set -euo pipefail
 
 usage() {
@@ -8,16 +8,16 @@ usage: launch/local.sh [-n N] train CONFIG [--set A.B=V]... [--resume auto|never
        launch/local.sh [-n N] evaluate RUN [--checkpoint best|latest|STEP] [--split SPLIT] [--set A.B=V]...
        launch/local.sh [-n N] predict RUN --source FILE... --images DIR --out FILE
 
-Starts `rating-train VERB ...` in N processes on this machine, with torchrun.
+Runs `rating-train VERB ...` in N processes on this machine, with torchrun.
 
-  -n N         processes: the number of GPUs by default, or 2 where there is none
+  -n N         number of processes (default: the number of GPUs, or 2 without one)
   -h, --help   this text; `rating-train VERB --help` has the options of the verb
 
 Environment:
   RATING_TRAIN_PYTHON  the Python to use (default: active virtual environment, .venv, python3)
   OMP_NUM_THREADS      threads of each process (default: cores / N)
 
-Stop it with Ctrl-C, or with `touch RUN/STOP`: it saves a checkpoint first. The same command goes on from it.
+Stop it with Ctrl-C or `touch RUN/STOP`: it saves a checkpoint first, and the same command resumes from it.
 USAGE
 }
 
@@ -36,7 +36,7 @@ while (($#)); do
         -n)
             (($# > 1)) || die_early "-n needs a number of processes"
             ranks="$2"
-            [[ "$ranks" =~ ^[1-9][0-9]*$ ]] || die_early "-n is '$ranks', expected a number of processes from 1 on"
+            [[ "$ranks" =~ ^[1-9][0-9]*$ ]] || die_early "-n is '$ranks', expected a number of processes, 1 or more"
             shift 2
             ;;
         -*) die_early "unknown option $1 (launch/local.sh --help)" ;;
@@ -50,7 +50,7 @@ case "$verb" in
     evaluate | predict) what="run directory" ;;
     "") die_early "no verb given: train, evaluate or predict (launch/local.sh --help)" ;;
     *.yaml | *.yml) die_early "no verb given; for this file: launch/local.sh train $verb" ;;
-    *) die_early "'$verb' does not run in several processes, only train, evaluate and predict do; use: rating-train $*" ;;
+    *) die_early "'$verb' runs in one process; use: rating-train $*" ;;
 esac
 shift
 subject="${1:-}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Start training or an evaluation on several machines that no scheduler manages: torchrun, once on each. See --help.
+# Train or evaluate on several machines without a scheduler: torchrun, once on each machine. See --help.
 set -euo pipefail
 
 usage() {
@@ -7,22 +7,23 @@ usage() {
 usage: launch/multi_node.sh --nodes N --node-rank K --head HOST[:PORT] [-n PROCESSES] [--max-restarts R]
                             train CONFIG [--set A.B=V]... | evaluate RUN ...
 
-Run the same line on each of N machines, with another K on each; the order does not matter, they wait for each other.
+Run the same line on each of N machines, with a different K on each. The order does not matter: they wait for each other.
 
-  --nodes N         machines
-  --node-rank K     which of them this one is, 0 to N - 1; HOST is machine 0
-  --head HOST:PORT  name or address of machine 0 that all others reach, and a free port there (default: 29500)
-  -n PROCESSES      processes on each machine: its number of GPUs by default, or 1 where there is none
-  --max-restarts R  after the failure of a process all are started again, up to R times, and go on from the newest
-                    checkpoint (default: 3)
-  --address ADDR    address of this machine that the others reach, where its own host name is not (default for
+  --nodes N         number of machines
+  --node-rank K     which of them this machine is, 0 to N - 1; HOST is machine 0
+  --head HOST:PORT  name or address of machine 0 that all others can reach, and a free port there (default: 29500)
+  -n PROCESSES      processes on each machine (default: its number of GPUs, or 1 without one)
+  --max-restarts R  after the failure of a process, restart all of them up to R times from the newest checkpoint
+                    (default: 3)
+  --address ADDR    address at which the others reach this machine, if its host name is not (default for
                     machine 0: HOST)
   -h, --help        this text
 
-Checkout, Python, data and runs_dir must be at the same path on all machines, runs_dir on a shared file system.
+The checkout, Python, the data and runs_dir must have the same path on all machines; runs_dir must be on a shared file
+system.
 Environment: RATING_TRAIN_PYTHON, OMP_NUM_THREADS as in launch/local.sh; NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME
-name the network between the machines where the wrong one is taken.
-Stop it with `touch RUN/STOP`: it saves a checkpoint first. The same lines go on from it.
+select the network between the machines where the wrong one is chosen.
+Stop it with `touch RUN/STOP`: it saves a checkpoint first, and the same lines resume from it.
 USAGE
 }
 
@@ -55,7 +56,7 @@ while (($#)); do
     esac
 done
 
-[[ "$nodes" =~ ^[1-9][0-9]*$ ]] || die_early "--nodes is '$nodes', expected a number of machines from 1 on"
+[[ "$nodes" =~ ^[1-9][0-9]*$ ]] || die_early "--nodes is '$nodes', expected a number of machines, 1 or more"
 if ! [[ "$rank" =~ ^[0-9]+$ ]] || ((rank >= nodes)); then
     die_early "--node-rank is '$rank', expected 0 to $((nodes - 1))"
 fi
@@ -63,9 +64,9 @@ fi
 host="${head%:*}" port=29500
 [[ "$head" != *:* ]] || port="${head##*:}"
 [[ -n "$host" && "$port" =~ ^[1-9][0-9]*$ ]] || die_early "--head is '$head', expected HOST or HOST:PORT"
-[[ -z "$processes" || "$processes" =~ ^[1-9][0-9]*$ ]] || die_early "-n is '$processes', expected a number from 1 on"
-[[ "$restarts" =~ ^[0-9]+$ ]] || die_early "--max-restarts is '$restarts', expected a whole number"
-getent hosts "$host" >/dev/null || die_early "--head: this machine does not know '$host'; give its address"
+[[ -z "$processes" || "$processes" =~ ^[1-9][0-9]*$ ]] || die_early "-n is '$processes', expected a number of processes, 1 or more"
+[[ "$restarts" =~ ^[0-9]+$ ]] || die_early "--max-restarts is '$restarts', expected a number, 0 or more"
+getent hosts "$host" >/dev/null || die_early "--head: this machine cannot resolve '$host'; give its address"
 
 verb="${1:-}"
 case "$verb" in
@@ -89,7 +90,7 @@ if [[ -z "$processes" ]]; then
 fi
 rt_threads "$processes"
 rt_check_cores "$(($(rt_cores) / processes))" "start fewer processes (-n)"
-# Only machine 0 offers the meeting place, also where torchrun could not tell from the name that it is the one.
+# Only machine 0 hosts the rendezvous, even where torchrun cannot tell from the name that it is machine 0.
 is_host=0
 if ((rank == 0)); then
     is_host=1

@@ -1,4 +1,4 @@
-"""The last lines of quickstart.sh: the run's PLCC against what the demo catalogue allows."""
+"""Print the last lines of quickstart.sh: the run's PLCC against the upper bounds of the demo catalogue."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ LEAST_SHARE_OF_PERFECT = 0.85
 
 
 def last_evaluation(run: Path) -> dict[str, Any]:
-    """The newest row that the verb `evaluate` wrote."""
+    """Return the newest row that the verb `evaluate` wrote."""
     rows = [json.loads(line) for line in (run / EVAL_LOG).read_text("utf-8").splitlines()]
     return [row for row in rows if row["source"] == "evaluate"][-1]
 
 
 def compare(plcc: float | None, upper_bounds: dict[str, Any]) -> tuple[list[str], bool]:
-    """The lines to print, and whether the model is good enough."""
+    """Return the lines to print, and whether the model is good enough."""
     if plcc is None:
         return ["PLCC is undefined: all predictions are the same"], False
     perfect = upper_bounds["plcc_perfect"]
@@ -50,7 +50,7 @@ def main() -> int:
         print(f"CES                  {'undefined' if value is None else f'{value:.4f}'}   [{name}: {label}]")
     if good:
         return 0
-    needed = f"above both single-modality upper_bounds, and {LEAST_SHARE_OF_PERFECT:.0%} of a perfect model"
+    needed = f"above both single-modality upper bounds, and {LEAST_SHARE_OF_PERFECT:.0%} of a perfect model"
     print(f"expected: {needed}" + ("" if args.enforce else " (not enforced: QUICKSTART_CHECK=0)"))
     return 1 if args.enforce else 0
 

@@ -6,9 +6,9 @@ usage() {
     cat <<'USAGE'
 usage: launch/test.sh [PYTEST ARGUMENTS...]
 
-Installs the package with its test tools where they are missing (into the active virtual environment, else
-into .venv), then runs ruff check, ruff format --check, mypy, pytest, and the model's tests again on
-transformers 5 (installed into .transformers5). All of them run, also after a failure; the exit code is 0 only
+Installs the package and its test tools if they are missing (into the active virtual environment, else into
+.venv), then runs ruff check, ruff format --check, mypy, pytest, and the model's tests again on
+transformers 5 (installed into .transformers5). All of them run, even after a failure; the exit code is 0 only
 if all passed.
 
   launch/test.sh                          everything
@@ -17,8 +17,8 @@ if all passed.
 Environment:
   RATING_TRAIN_SKIP_INSTALL=1  install nothing
   RATING_TRAIN_PYTHON          the Python to use
-  RATING_TRAIN_FULL=1          also the variations that the daily run leaves out for their time
-  RATING_TRAIN_KILLS=50        kills in tests/faults/test_kill_ledger.py (4) and test_prepare_kill.py (6)
+  RATING_TRAIN_FULL=1          also run the variations that the default run skips for their time
+  RATING_TRAIN_KILLS=50        kills in tests/faults/test_kill_ledger.py (default: 4) and test_prepare_kill.py (6)
 USAGE
 }
 
@@ -49,20 +49,21 @@ step "ruff format" "$PYTHON" -m ruff format --check .
 step "mypy" "$PYTHON" -m mypy
 step "pytest" "$PYTHON" -m pytest "$@"
 
-# The model's tests once more on transformers 5, which GPU images ship and streaming's own pin keeps out of the
-# environment: a folder that stands before it in the path.
+# The model's tests again on transformers 5, which GPU images ship and which streaming's pin keeps out of the
+# environment: a folder before it in the path.
 transformers5="$RATING_TRAIN_ROOT/.transformers5"
 if [[ $# -eq 0 ]]; then
     if [[ ! -d "$transformers5" && "${RATING_TRAIN_SKIP_INSTALL:-}" != 1 ]]; then
-        # pip warns that streaming pins an older one; nothing is changed in the environment itself.
-        "$PYTHON" -m pip install -q --target "$transformers5" 'transformers>=5,<6' 'numpy<2.2' 2>/dev/null
+        # pip warns that streaming pins an older one; the environment itself is not changed.
+        "$PYTHON" -m pip install -q --target "$transformers5" 'transformers>=5,<6' 'numpy<2.2' 2>/dev/null ||
+            rm -rf -- "$transformers5"
     fi
     if [[ -d "$transformers5" ]]; then
         step "pytest on transformers 5" env PYTHONPATH="$transformers5:$PYTHONPATH" "$PYTHON" -m pytest \
             tests/unit/model/test_attention.py tests/unit/model/test_regressor.py tests/unit/model/test_vision.py \
             tests/unit/model/test_head.py tests/unit/data/test_prompt.py
     else
-        rt_say "== transformers 5: not tested (no $transformers5, and nothing is to be installed)"
+        rt_say "== transformers 5: not tested ($transformers5 is not there and could not be installed)"
     fi
 fi
 

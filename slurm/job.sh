@@ -1,15 +1,16 @@
 # shellcheck shell=bash
-# Sourced by the jobs of slurm/, in a job. Slurm runs a copy of their script from its spool folder, so they share
-# code through the checkout, which is where this file is.
+# Sourced by the job scripts of slurm/, in a job. Slurm runs a copy of each script from its spool folder, so they share
+# code through the checkout, where this file is.
 #
-# Gives  job_start NAME       the site's settings, Python, the place of every task
-#        job_pick FILES...    the one of several files that this task of an array is for, in PICKED; the rest in WORDS
-#        job_train CONFIG...  train, and put the job back in the queue where it has more to do
-#        job_srun WORDS...    run a command as one task per GPU; its exit code in job_code
+# Gives  job_start NAME       read the site's settings, find Python, lay out the tasks
+#        job_pick FILES...    set PICKED to the file that this task of an array is for, and WORDS to the other arguments
+#        job_train CONFIG...  train, and requeue the job while it has more to do
+#        job_srun WORDS...    run a command as one task per GPU, and set job_code to its exit code
+#        job_check_cores      warn where a task has too few cores
 
-# A signal may come at any moment, also while Python is being looked for: without this it would end the script.
-# Python's tasks are told by srun, which forwards USR1 to all of them. (TERM would make srun kill them at once; where
-# Slurm itself ends a job, it sends TERM to the tasks too, and training treats both alike.)
+# A signal may arrive at any moment, even while Python is being located: without a trap it would end the script.
+# The tasks are told by srun, which forwards USR1 to all of them. (TERM would make srun kill them at once; where Slurm
+# itself ends a job, it sends TERM to the tasks too, and training treats both alike.)
 job_signals=0
 job_pid=""
 job_on_signal() {
@@ -40,10 +41,10 @@ job_start() {
     source "$root/launch/env.sh"
     [[ -z "$setup_failed" ]] || rt_die "CLUSTER_SETUP failed with exit code $setup_failed: $CLUSTER_SETUP"
     MAX_REQUEUES="${MAX_REQUEUES:-20}"
-    [[ "$MAX_REQUEUES" =~ ^[0-9]+$ ]] || rt_die "MAX_REQUEUES is '$MAX_REQUEUES', expected a whole number"
+    [[ "$MAX_REQUEUES" =~ ^[0-9]+$ ]] || rt_die "MAX_REQUEUES is '$MAX_REQUEUES', expected a number, 0 or more"
     job_restarts="${SLURM_RESTART_COUNT:-0}" # not set in the first attempt
-    # For a task of an array not SLURM_JOB_ID: that of the last task is also the name of the whole array, and to
-    # requeue it would requeue all of them.
+    # For a task of an array, not SLURM_JOB_ID: that of the last task is also the id of the array, and requeueing it
+    # would requeue all tasks.
     job_id="$SLURM_JOB_ID"
     [[ -z "${SLURM_ARRAY_JOB_ID:-}" ]] || job_id="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
     job_place
@@ -51,33 +52,33 @@ job_start() {
         "($SLURM_JOB_NODELIST) x $job_tasks tasks, head $MASTER_ADDR:$MASTER_PORT, ends ${job_end:-at no known time}"
 }
 
-# How many tasks a node gets, where they meet, and until when.
+# Set the number of tasks per node, the rendezvous, and the end of the job.
 job_place() {
     local uniform='^([0-9]+)(\(x[0-9]+\))?$' end
     job_tasks=1
     if [[ "${SLURM_TASKS_PER_NODE:-}" =~ $uniform ]]; then
         job_tasks="${BASH_REMATCH[1]}"
     elif [[ -n "${SLURM_TASKS_PER_NODE:-}" ]]; then
-        rt_die "the nodes have different numbers of tasks ($SLURM_TASKS_PER_NODE): give --ntasks-per-node"
+        rt_die "the nodes have different numbers of tasks ($SLURM_TASKS_PER_NODE): set --ntasks-per-node"
     fi
     if ((${SLURM_GPUS_ON_NODE:-0} > job_tasks)); then
         rt_die "a node has $SLURM_GPUS_ON_NODE GPUs and $job_tasks tasks, which would leave GPUs idle:" \
-            "give sbatch --ntasks-per-node=$SLURM_GPUS_ON_NODE, or submit with rating-train submit"
+            "run sbatch --ntasks-per-node=$SLURM_GPUS_ON_NODE ..., or submit with rating-train submit"
     fi
     MASTER_ADDR="$(job_head)"
-    # One port for each attempt, below the range that systems give to outgoing connections.
+    # A different port for each attempt, below the range of outgoing connections.
     MASTER_PORT=$((10000 + (SLURM_JOB_ID + 7919 * job_restarts) % 20000))
     export MASTER_ADDR MASTER_PORT
-    # Training stops by itself in time before it. Older Slurm does not set it.
+    # Training stops by itself before it. Older versions of Slurm do not set it.
     job_end="$(squeue --noheader --jobs="$job_id" --format=%e 2>/dev/null | head -n 1)" || job_end=""
     if end="$(date -d "${job_end:-none}" +%s 2>/dev/null)"; then
         export SLURM_JOB_END_TIME="$end"
     fi
-    # Each task has its own cores; without a number a process takes all of the node's.
+    # Each task has its own cores; without a limit, each process uses all of the node's.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 }
 
-# The first node's name, or its address where other machines do not know the name.
+# Print the first node's name, or its address where the name does not resolve.
 job_head() {
     local first
     read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -110,13 +111,13 @@ job_srun() {
     local seen
     local -a options=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * job_tasks))"
         --ntasks-per-node="$job_tasks" --distribution=block)
-    # srun does not take it from sbatch since Slurm 22.05.
+    # Since Slurm 22.05, srun does not inherit it from sbatch.
     [[ -z "${SLURM_CPUS_PER_TASK:-}" ]] || options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
-    # After a failure the others get a minute to fail on their own. Killed at once, they would hide its exit code.
+    # After a failure the other tasks get a minute to fail on their own: killed at once, they would hide its exit code.
     srun "${options[@]}" --kill-on-bad-exit=0 --wait=60 "$@" &
     job_pid=$!
     ((job_signals == 0)) || kill -USR1 "$job_pid" 2>/dev/null || true
-    while true; do # a trapped signal interrupts `wait`, whose result is then not that of srun
+    while true; do # a trapped signal interrupts `wait`, which then does not return srun's exit code
         seen=$job_signals
         job_code=0
         wait "$job_pid" || job_code=$?
@@ -134,7 +135,7 @@ job_check_cores() {
 job_preflight() {
     [[ "${PREFLIGHT:-0}" != 0 ]] || return 0
     job_srun "$PYTHON" -m rating_train preflight "$1"
-    ((job_code == 0)) || rt_die "preflight failed (exit code $job_code): nothing was started"
+    ((job_code == 0)) || rt_die "preflight failed (exit code $job_code): training was not started"
     [[ "$PREFLIGHT" != only ]] || exit 0
 }
 
@@ -151,13 +152,13 @@ job_train() {
     job_next "$run" "$before"
 }
 
-# What stands in for the newest checkpoint of a run: the text that points to it.
+# Print what identifies the newest checkpoint of a run: the content of its pointer.
 job_newest() { cat -- "$1/checkpoints/latest.json" 2>/dev/null || true; }
 
-# Whether the job goes back in the queue, and why (not). Leaves the script.
+# Decide whether to requeue the job, say why or why not, and exit.
 job_next() {
     local run="$1" before="$2" why state
-    # Slurm is ending the job, because somebody cancelled or requeued it: then what comes next is theirs to say.
+    # Slurm is ending the job because somebody cancelled or requeued it: they decide what follows.
     state="$(squeue --noheader --jobs="$job_id" --format=%T 2>/dev/null | head -n 1)" || state=unknown
     if [[ "$state" != RUNNING && "$state" != unknown ]]; then
         rt_job_say "not requeued by itself: Slurm is ending this job ($state)"
@@ -170,10 +171,10 @@ job_next() {
         fi
         why="$(<"$run/REQUEUE")"
     elif ((job_code == 2)); then
-        rt_job_say "not requeued: exit code 2 is a mistake in the settings or the data, named above"
+        rt_job_say "not requeued: exit code 2 is a user error in the settings or the data, named above"
         exit 2
     elif ((job_signals > 0)); then
-        why="asked to stop before it could (exit code $job_code)"
+        why="asked to stop before it could save (exit code $job_code)"
     elif [[ "$(job_newest "$run")" != "$before" ]]; then
         why="crashed with exit code $job_code, after it had saved a checkpoint"
     elif ((job_restarts == 0)); then
@@ -183,8 +184,8 @@ job_next() {
         exit "$job_code"
     fi
     if ((job_restarts >= MAX_REQUEUES)); then
-        rt_job_say "not requeued: MAX_REQUEUES=$MAX_REQUEUES reached ($why); submit it again to go on"
-        exit 1 # not 0: what waits for this job's success must not start
+        rt_job_say "not requeued: MAX_REQUEUES=$MAX_REQUEUES reached ($why); submit it again to resume"
+        exit 1 # not 0: a job that waits for the success of this one must not start
     fi
     rt_job_say "requeued $((job_restarts + 1)) of at most $MAX_REQUEUES: $why"
     job_requeue
@@ -198,6 +199,6 @@ job_requeue() {
         fi
         sleep $((try * 5))
     done
-    rt_job_say "could not be requeued: see the lines above (is JobRequeue off?); submit it again to go on"
+    rt_job_say "could not be requeued: see the lines above (is JobRequeue off?); submit it again to resume"
     exit 1
 }

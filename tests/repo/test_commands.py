@@ -119,6 +119,18 @@ def small_model(line: str, quickstart: Quickstart, fake: FakePython) -> None:
     assert (quickstart.folder / shlex.split(line)[-1] / "model.safetensors").is_file()
 
 
+def baselines(line: str, quickstart: Quickstart, fake: FakePython) -> None:
+    """On the dataset of the README's first recipe, or the demo's where that test was not selected."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra `bench`)")
+    data = quickstart.folder / shlex.split(line)[-1]
+    if not data.exists():
+        data.parent.mkdir(exist_ok=True)
+        data.symlink_to(quickstart.folder / "demo" / "data")
+    out = run_for_real(line, quickstart)
+    assert re.search(r"^training mean .*RMSE 0\.\d{4}", out, flags=re.M)
+    assert re.search(r"^ridge on TF-IDF .*PLCC -?0\.\d{4}", out, flags=re.M)
+
+
 def cost(line: str, quickstart: Quickstart, fake: FakePython) -> None:
     out = run_for_real(line, quickstart)
     assert "228,099,648" in out and all(name in out for name in CONVENTIONS)
@@ -226,6 +238,7 @@ EXERCISERS: list[tuple[str, Exerciser]] = [
     (r"source \.venv/bin/activate", activate),
     (r"rating-train prepare --source \S+ --images \S+ --out \S+( --[a-z-]+ [\d.]+)*", prepare),
     (r"python benchmarks/small_model\.py \S+ \S+", small_model),
+    (r"python benchmarks/baselines\.py \S+", baselines),
     (r"rating-train cost configs/\S+\.yaml( --plcc \S+)?", cost),
     (r"bash launch/local\.sh( -n \d+)? train configs/\S+\.yaml( --set \S+=\S+)*", start_training),
     (r"bash launch/local\.sh( -n \d+)? evaluate runs/\S+", evaluate),

@@ -1,4 +1,4 @@
-"""launch/quickstart.sh, shortened: it ends in numbers, can be run again, and says no where it should."""
+"""launch/quickstart.sh, shortened: it ends in numbers, can be run again, and fails where it should."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check() -> ModuleType:
     return module
 
 
-def test_it_ends_in_plcc_ceilings_ces_and_a_report(quickstart: Quickstart) -> None:
+def test_it_ends_in_plcc_upper_bounds_ces_and_a_report(quickstart: Quickstart) -> None:
     out = quickstart.output
     for words in ("a perfect model", "the best image-only", "the best text-only", "% of it reached"):
         assert words in out
@@ -44,8 +44,8 @@ def test_run_again_it_skips_what_is_done_and_enforces_the_comparison(quickstart:
     steps = [json.loads(line)["step"] for line in (quickstart.run / "train.jsonl").read_text().splitlines()]
     done = run_quickstart(quickstart.folder, QUICKSTART_CHECK="1")
     assert done.returncode == 1, "7 steps cannot pass the comparison"
-    assert "expected: above both single-modality upper_bounds" in done.stdout
-    assert "there already: demo/catalogue" in done.stdout and "there already: demo/data" in done.stdout
+    assert "expected: above both single-modality upper bounds" in done.stdout
+    assert "already there: demo/catalogue" in done.stdout and "already there: demo/data" in done.stdout
     assert f"resuming from step {steps[-1]} of {steps[-1]}" in done.stdout
     again = [json.loads(line)["step"] for line in (quickstart.run / "train.jsonl").read_text().splitlines()]
     assert again == steps, "a finished run is not trained again"

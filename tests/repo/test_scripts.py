@@ -256,7 +256,7 @@ TWO_MACHINES = ["--nodes", "2", "--node-rank", "1", "--head", "localhost:29511"]
         (["--nodes", "2", "--node-rank", "0", "--head", "localhost:http"], "--head is 'localhost:http'"),
         (
             ["--nodes", "2", "--node-rank", "0", "--head", "no.such.host.invalid"],
-            "does not know 'no.such.host.invalid'",
+            "cannot resolve 'no.such.host.invalid'",
         ),
         ([*TWO_MACHINES, "-n", "0", "train"], "-n is '0'"),
         ([*TWO_MACHINES, "--max-restarts", "-1", "train"], "--max-restarts is '-1'"),
