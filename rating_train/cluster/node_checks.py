@@ -19,6 +19,7 @@ import rating_train
 from rating_train.distributed import world as worlds
 from rating_train.distributed.collectives import all_gather, broadcast
 from rating_train.errors import UserError
+from rating_train.log import process_rank
 
 PACKAGE = Path(rating_train.__file__).resolve().parent
 CONNECT_MINUTES = 3.0
@@ -204,10 +205,10 @@ def code_digest() -> str:
 
 
 def check_gpus(report: Report, world: worlds.World, device: torch.device) -> None:
-    """As many GPUs as ranks on each node, and no uncorrected memory errors."""
+    """No uncorrected memory errors. That every rank has a GPU of its own was checked when they connected."""
     problem = ""
     if device.type == "cuda" and world.local_rank == 0:
-        problem = gpu_problem(world)
+        problem = gpu_problem()
     problems = [text for text in all_gather(problem) if text]
     passed = (
         "none; gloo on CPU" if device.type == "cpu" else f"{world.local_size} on each node, no memory errors"
@@ -215,11 +216,8 @@ def check_gpus(report: Report, world: worlds.World, device: torch.device) -> Non
     report.check("GPUs", problems, passed, "leave out that node (sbatch --exclude=NODE) and report it")
 
 
-def gpu_problem(world: worlds.World) -> str:
+def gpu_problem() -> str:
     """What is wrong with this node's GPUs, or ""."""
-    visible = torch.cuda.device_count()
-    if visible < world.local_size:
-        return f"{worlds.node_name()} shows {visible} GPUs for {world.local_size} ranks"
     if shutil.which("nvidia-smi") is None:
         return ""
     query = ["nvidia-smi", "--query-gpu=index,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader"]
@@ -242,17 +240,22 @@ def checks(report: Report, world: worlds.World, device: torch.device, folder: Pa
     check_shared_memory(report, world)
 
 
-def preflight(folder: Path) -> bool:
+def preflight(folder: Path, wanted: str = "auto") -> bool:
     """Connect the ranks, run all checks, print a line for each; returns whether all passed. A collective.
 
     Args:
         folder: a folder that all nodes must share.
+        wanted: kind of device, as ``train.device``.
     """
     try:
         world = worlds.detect()
         worlds.find_meeting_place()
-        device = worlds.connect(world, CONNECT_MINUTES)
-    except (UserError, RuntimeError, OSError, subprocess.CalledProcessError) as e:
+        device = worlds.connect(world, CONNECT_MINUTES, wanted)
+    except UserError as e:
+        if process_rank() == 0 or not e.on_all_ranks:
+            print(f"FAIL  start-up: {e}", flush=True)
+        return False
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as e:
         reason = " ".join(str(e).split())[:500]
         fix = "check that every node reaches that address (firewall, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
         print(f"FAIL  meeting at {worlds.meeting_place()}: {reason} | fix: {fix}", flush=True)

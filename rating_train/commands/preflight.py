@@ -24,10 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("runs"),
         help="a folder that all nodes must share (default: runs)",
     )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="as `train.device`: with auto (default), a missing GPU fails where one is evidently expected",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Check; exit code 0 if all passed, else 1."""
     from rating_train.cluster.node_checks import preflight
 
-    return EXIT_DONE if preflight(args.run) else EXIT_BUG
+    return EXIT_DONE if preflight(args.run, args.device) else EXIT_BUG

@@ -189,6 +189,11 @@ class TrainConfig:
     precision: Literal["bf16", "fp32"] = setting(
         "bf16", "bf16 compute with fp32 master weights and fp32 accumulation, or fp32 throughout."
     )
+    device: Literal["auto", "cuda", "cpu"] = setting(
+        "auto",
+        "`auto` takes a GPU if there is one, else the CPU, and refuses the CPU where a GPU is evidently expected "
+        "(CUDA_VISIBLE_DEVICES, SLURM_GPUS_ON_NODE, SLURM_JOB_GPUS, /dev/nvidia0 or an NVIDIA driver).",
+    )
     log_every_steps: int = setting(10, "Steps between lines of train.jsonl.", low=1)
     eval_every_steps: int = setting(500, "Steps between evaluations; 0 evaluates only at the end.", low=0)
     save_every_steps: int = setting(

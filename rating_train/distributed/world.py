@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from rating_train.distributed.collectives import all_gather
+from rating_train.distributed.device import choose_device, probe, shared_devices
 from rating_train.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -134,23 +136,16 @@ def export(world: World, env: MutableMapping[str, str] | None = None) -> None:
     env["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def device_of(world: World) -> torch.device:
-    """This rank's GPU where there is one, else the CPU (a first-class device, with gloo)."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if world.local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"local rank {world.local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}",
-            where="launcher",
-            fix="start as many processes per node as it has GPUs",
-        )
-    return torch.device("cuda", world.local_rank)
-
-
-def connect(world: World, timeout_minutes: float = 10.0) -> torch.device:
+def connect(world: World, timeout_minutes: float = 10.0, wanted: str = "auto") -> torch.device:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device.
 
-    Every collective that waits longer than ``timeout_minutes`` fails instead of hanging forever.
+    Args:
+        world: this process among the ranks.
+        timeout_minutes: longest wait of a collective, which then fails instead of hanging forever.
+        wanted: kind of device, see :func:`~.device.choose_device`.
+
+    Raises:
+        UserError: there is no such device, or another rank uses it too.
     """
     export(world)
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
@@ -159,7 +154,7 @@ def connect(world: World, timeout_minutes: float = 10.0) -> torch.device:
             "torchrun may restart this job %s times, and restarted ranks would connect to the addresses of dead "
             "ones: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, as launch/env.sh does", restarts,
         )  # fmt: skip
-    device = device_of(world)
+    device = choose_device(wanted, world.local_rank, os.environ, probe())
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -171,7 +166,31 @@ def connect(world: World, timeout_minutes: float = 10.0) -> torch.device:
             world_size=world.size,
             timeout=datetime.timedelta(minutes=timeout_minutes),
         )
+    _check_devices(device)
     return device
+
+
+def _check_devices(device: torch.device) -> None:
+    """Refuse two ranks on one GPU. A collective where there are GPUs.
+
+    Raises:
+        UserError: on every rank.
+    """
+    if device.type != "cuda":
+        return
+    own = str(torch.cuda.get_device_properties(device).uuid)
+    shared = shared_devices(all_gather((node_name(), own)))
+    if not shared:
+        return
+    error = UserError(
+        f"ranks would share a GPU: {shared}",
+        where="launcher",
+        expected="a GPU for each rank",
+        fix="start as many processes per node as it has GPUs; under Slurm, --ntasks-per-node with --gpus-per-node, "
+        "or --gpus-per-task=1",
+    )
+    error.on_all_ranks = True
+    raise error
 
 
 def limit_collectives(timeout_minutes: float) -> None:

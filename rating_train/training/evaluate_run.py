@@ -37,7 +37,7 @@ def evaluate_run(run: Path, config: Config, checkpoint: str, split: str) -> dict
         The row.
     """
     split = split or config.data.eval_split
-    world, device = setup.join_job()
+    world, device = setup.join_job(wanted=config.train.device)
     directory = on_main(lambda: choose_checkpoint(run / run_dir.CHECKPOINTS_DIR, checkpoint))
     content = on_main(lambda: read_json(directory / STATE_FILE))
     step, stage = from_json(content).step, content["identity"]["topology"]["zero_stage"]

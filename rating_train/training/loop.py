@@ -49,7 +49,7 @@ def train(config: Config, resume: str) -> str:
     started = time.monotonic()
     run = Path(config.runs_dir) / config.name
     world, device = setup.join_job(
-        lambda rank: run_dir.rank_log(run, rank), config.train.collective_timeout_minutes
+        lambda rank: run_dir.rank_log(run, rank), config.train.collective_timeout_minutes, config.train.device
     )
     with supervise(run, config.train, world, scheduled_job(), started) as supervisor:
         job = assemble_job(config, run, world, device)

@@ -80,20 +80,21 @@ def evaluation_row(
 
 
 def join_job(
-    log_file: Callable[[int], Path] | None = None, timeout_minutes: float = 10.0
+    log_file: Callable[[int], Path] | None = None, timeout_minutes: float = 10.0, wanted: str = "auto"
 ) -> tuple[worlds.World, torch.device]:
     """Join the process group and set up the log of this rank. A collective.
 
     Args:
         log_file: gives the log file of a rank; ``None`` logs to the terminal only.
         timeout_minutes: of every collective.
+        wanted: ``train.device``.
 
     Returns:
         This process's place, and its device.
     """
     world = worlds.detect()
     logs.set_up(world.rank, log_file(world.rank) if log_file else None)
-    device = worlds.connect(world, timeout_minutes)
+    device = worlds.connect(world, timeout_minutes, wanted)
     nodes = f", {world.nodes} nodes" if world.nodes > 1 else ""
     on_main(lambda: log.info("%d ranks%s on %s", world.size, nodes, device.type))
     return world, device

@@ -5,9 +5,8 @@ from __future__ import annotations
 import socket
 
 import pytest
-import torch
 
-from rating_train.distributed.world import ScheduledJob, World, detect, device_of, export, scheduled_job
+from rating_train.distributed.world import ScheduledJob, World, detect, export, scheduled_job
 from rating_train.errors import UserError
 
 
@@ -124,15 +123,6 @@ def test_a_single_process_gets_a_free_port_and_several_need_the_launchers_port()
         s.bind(("127.0.0.1", int(env["MASTER_PORT"])))
     with pytest.raises(UserError, match="MASTER_PORT"):
         export(World(0, 2, 0, 2), {})
-
-
-def test_a_host_without_gpus_runs_on_its_cpu() -> None:
-    if torch.cuda.is_available():
-        assert device_of(World()) == torch.device("cuda", 0)
-        with pytest.raises(UserError, match="has no GPU of its own"):
-            device_of(World(99, 100, 99, 100))
-    else:
-        assert device_of(World(3, 4, 3, 4)) == torch.device("cpu")
 
 
 def test_without_a_launcher_there_is_no_scheduled_job() -> None:
