@@ -208,7 +208,7 @@ def _read_csv(stream: BinaryIO, source: str, rated: bool) -> Iterator[Raw]:
         header = [name.strip() for name in next(reader, [])]
     except csv.Error as e:
         raise UserError(f"cannot read the CSV header ({e})", where=source) from e
-    columns = _columns(header, source, rated, "CSV header")
+    columns = _columns(header, source, rated, "CSV header lacks")
     while True:
         line = reader.line_num + 1
         try:
@@ -241,7 +241,7 @@ def _columns(header: list[str], source: str, rated: bool, what: str) -> dict[str
         missing.append("title, description or features")
     if missing:
         raise UserError(
-            f"{what} lacks {'; '.join(missing)}",
+            f"{what} {'; '.join(missing)}",
             where=source,
             expected="id|parent_asin, title, description, features, main_category, rating|average_rating, "
             "rating_count|rating_number, image|image_path or image_paths, and perhaps group_id"
@@ -270,7 +270,7 @@ def _parse_csv_row(
 
 def _read_parquet(source: str, rated: bool) -> Iterator[Raw]:
     header, rows = parquet_rows(source)
-    columns = _columns(header, source, rated, "Parquet schema")
+    columns = _columns(header, source, rated, "Parquet schema lacks")
     if "images" in header:  # nested, as Amazon's own files have them
         columns["images"] = header.index("images")
     for number, row in enumerate(rows, start=1):
