@@ -8,6 +8,7 @@ gives every group the weight decay of the first. Reading the shards directly avo
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rating_train.checkpoint.safe_load import SafeCheckpointEngine, load
 from rating_train.checkpoint.store import InvalidCheckpoint
 from rating_train.checkpoint.zero_shards import MASTER, MOMENTS, Shards, write_flat, write_per_parameter
 
@@ -38,17 +40,26 @@ def capture_shards(ds: Any) -> Shard:
         CPU and share no memory with the engine.
     """
     catcher = _Catcher()
-    own = ds.checkpoint_engine
-    ds.checkpoint_engine = catcher
     ds._copy_recovery_script = lambda _path: (
         None
     )  # a consolidation script; `consolidated_weights` replaces it
     try:
-        ds.save_checkpoint("unused", tag=ENGINE_DIR, save_latest=False)
+        with _checkpoint_engine(ds, catcher):
+            ds.save_checkpoint("unused", tag=ENGINE_DIR, save_latest=False)
     finally:
-        ds.checkpoint_engine = own
         del ds._copy_recovery_script
     return catcher.files
+
+
+@contextlib.contextmanager
+def _checkpoint_engine(ds: Any, other: Any) -> Iterator[None]:
+    """Have DeepSpeed read and write through another checkpoint engine for a while."""
+    own = ds.checkpoint_engine
+    ds.checkpoint_engine = other
+    try:
+        yield
+    finally:
+        ds.checkpoint_engine = own
 
 
 class _Catcher:
@@ -105,14 +116,15 @@ def read_shards(ds: Any, directory: Path, saved_stage: int, saved_ranks: int) ->
     """Load a checkpoint written from :func:`capture_shards` into the engine. A collective.
 
     The same stage and number of ranks use DeepSpeed's own loading; anything else is read through
-    :class:`~.zero_shards.Shards`. Pass verified directories only: these files are pickles.
+    :class:`~.zero_shards.Shards`. No code that a file may hold is run (see :mod:`.safe_load`).
     """
     settings = [{k: v for k, v in group.items() if k != "params"} for group in ds.optimizer.param_groups]
     stage = ds.zero_optimization_stage()
     if saved_stage == stage and (stage == 0 or saved_ranks == dist.get_world_size()):
-        loaded, _ = ds.load_checkpoint(
-            str(directory), tag=ENGINE_DIR, load_module_strict=True, load_lr_scheduler_states=False
-        )
+        with _checkpoint_engine(ds, SafeCheckpointEngine()):
+            loaded, _ = ds.load_checkpoint(
+                str(directory), tag=ENGINE_DIR, load_module_strict=True, load_lr_scheduler_states=False
+            )
         if loaded is None:
             raise InvalidCheckpoint(f"DeepSpeed found no shards in {directory / ENGINE_DIR}")
     else:
@@ -212,7 +224,7 @@ def consolidated_weights(directory: Path, stage: int) -> dict[str, torch.Tensor]
     """
     engine = directory / ENGINE_DIR
     if stage == 0:
-        module = torch.load(engine / MODEL_STATES, map_location="cpu", weights_only=False)["module"]
+        module = load(engine / MODEL_STATES)["module"]
         return {name: value.float() for name, value in module.items()}
     shards = Shards(engine, stage)
     weights = {name: value.float() for name, value in shards.frozen().items()}

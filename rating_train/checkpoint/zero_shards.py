@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rating_train.checkpoint.safe_load import load
 from rating_train.checkpoint.store import InvalidCheckpoint
 
 MASTER = "fp32"
@@ -50,11 +51,11 @@ class Shards:
 
     def __init__(self, engine: Path, stage: int) -> None:
         self.stage = stage
-        self._optimizers = [_load(path)["optimizer_state_dict"] for path in _by_rank(engine, _OPTIMIZER_RANK)]
+        self._optimizers = [load(path)["optimizer_state_dict"] for path in _by_rank(engine, _OPTIMIZER_RANK)]
         if stage == 3:
-            self._models = [_load(path) for path in _by_rank(engine, _MODEL_RANK)]
+            self._models = [load(path) for path in _by_rank(engine, _MODEL_RANK)]
         else:
-            self._models = [_load(engine / "mp_rank_00_model_states.pt")]
+            self._models = [load(engine / "mp_rank_00_model_states.pt")]
         if any(any(group) for group in self._optimizers[0].get("param_alignment_paddings", [])):
             raise InvalidCheckpoint(
                 "its parameters are padded individually, a layout that no known stage writes"
@@ -172,7 +173,3 @@ def _by_rank(engine: Path, pattern: re.Pattern[str]) -> list[Path]:
     if not found or sorted(found) != list(range(len(found))):
         raise InvalidCheckpoint(f"{engine} has files of ranks {sorted(found)}, not one file per rank")
     return [found[rank] for rank in sorted(found)]
-
-
-def _load(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
