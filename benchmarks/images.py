@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from rating_train.prepare.images.lookup import ImageStore
 from rating_train.prepare.images.square import square_jpeg
-from rating_train.prepare.images.stores import ImageStore, open_store
+from rating_train.prepare.images.stores import open_store
 
 WIDTH, HEIGHT = 1000, 1200
 

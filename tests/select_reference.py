@@ -1,13 +1,12 @@
-"""The rules of ``prepare/plan/select.py`` over a whole catalogue in memory: what ``scan.py`` must equal out of core."""
+"""The rules of ``prepare/plan/select.py`` over a catalogue in memory: the reference for ``scan.py`` out of core."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+from rating_train.prepare.plan.rules import PlanRules
 from rating_train.prepare.plan.select import (
-    Fractions,
-    Rules,
     cap_text,
     check_listing,
     hash64,
@@ -18,7 +17,7 @@ from rating_train.prepare.records.sources import Record
 from rating_train.shards.schema import Dropped, Listing
 
 
-def apply_rules(records: Iterable[Record], rules: Rules) -> Iterator[Record]:
+def apply_rules(records: Iterable[Record], rules: PlanRules) -> Iterator[Record]:
     """Turn listings that break a rule into ``Dropped``; cap the texts of the others."""
     for record in records:
         item = record.item
@@ -88,9 +87,9 @@ class Groups:
         return key
 
 
-def split_counts(groups: Groups, fractions: Fractions, seed: str) -> Counter[str]:
+def split_counts(groups: Groups, rules: PlanRules) -> Counter[str]:
     """Items per split, before any image is opened."""
     counts: Counter[str] = Counter()
     for root, items in groups.sizes().items():
-        counts[split_of(root, fractions, seed)] += items
+        counts[split_of(root, rules)] += items
     return counts

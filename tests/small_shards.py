@@ -8,7 +8,7 @@ from pathlib import Path
 from streaming import MDSWriter
 
 from rating_train.files import sha256_file, sha256_json
-from rating_train.shards.mds_read import INDEX_NAME, iter_samples, read_index
+from rating_train.shards.mds_read import INDEX_NAME, iter_sampled, read_index
 from rating_train.shards.schema import MANIFEST_NAME, MDS_COLUMNS
 
 
@@ -21,7 +21,7 @@ def reshard(source: Path, out: Path, shard_bytes: int, copies: int = 1) -> Path:
             columns=dict(MDS_COLUMNS), out=str(folder), hashes=["sha1", "xxh64"], size_limit=shard_bytes
         ) as writer:
             for copy in range(copies):
-                for sample in iter_samples(source / split):
+                for sample in iter_sampled([source / split]):
                     writer.write({**sample, "id": f"{sample['id']}-{copy}"})
         shards = read_index(folder)
         entry.update(

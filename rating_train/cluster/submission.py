@@ -27,7 +27,7 @@ from rating_train.config.resolve import plan_batch, total_steps
 from rating_train.config.schema import Config
 from rating_train.errors import UserError
 from rating_train.files import atomic_write_json, atomic_write_text
-from rating_train.shards.verify import read_manifest
+from rating_train.shards.manifest import read_manifest
 from rating_train.training.provenance import provenance
 
 #: The checkout: the job scripts are in its slurm/ folder.

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from rating_train.errors import EXIT_DONE, UserError
-from rating_train.log import on_terminal
+from rating_train.log import Progress
 from rating_train.shards.verify import VerifyReport, verify_dataset
 
-logger = logging.getLogger(__name__)
-
-LOG_EVERY_SECONDS = 10.0
 DECODE_DEFAULT = 200
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``rating-train verify``."""
+    """Add the options of the verb."""
     parser.add_argument("data", type=Path, metavar="DATA", help="dataset directory")
     parser.add_argument(
         "--decode",
@@ -34,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verify and print the result; problems are printed one per line, then raised as one error."""
-    report = verify_dataset(args.data, args.decode, args.workers, _progress())
+    report = _verified(args)
     for problem in report.problems:
         print(f"DAMAGED {problem}")
     if not report.ok:
@@ -48,10 +41,27 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _verified(args: argparse.Namespace) -> VerifyReport:
+    progress: Progress | None = None
+    before = 0
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal progress, before
+        progress = progress or Progress("verified", total / 1e6, "MB")
+        progress.add((done - before) / 1e6)
+        before = done
+
+    try:
+        return verify_dataset(args.data, args.decode, args.workers, on_progress)
+    finally:
+        if progress is not None:
+            progress.close(complete=False)
+
+
 def render(report: VerifyReport) -> str:
-    """One line for a dataset that is whole."""
+    """Return one line about a dataset without problems."""
     return (
-        f"{report.path} is whole: {report.items} items in {report.shards} shards, {report.bytes / 1e6:.1f} MB "
+        f"{report.path} is valid: {report.items} items in {report.shards} shards, {report.bytes / 1e6:.1f} MB "
         f"hashed, {report.decoded} samples decoded, in {report.seconds:.1f} s ({report.mb_per_second:.0f} MB/s)"
     )
 
@@ -62,22 +72,3 @@ def _samples(text: str) -> int | None:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of samples nor `all`")
     return int(text) or None
-
-
-def _progress() -> Callable[[int, int], None]:
-    """A bar on a terminal, or else a log line every ~10 s."""
-    started = said = time.monotonic()
-
-    def on_progress(done: int, total: int) -> None:
-        nonlocal said
-        now = time.monotonic()
-        rate = done / max(now - started, 1e-9)
-        left = (total - done) / max(rate, 1e-9)
-        line = f"verified {done / 1e6:.0f} of {total / 1e6:.0f} MB, {rate / 1e6:.0f} MB/s, {left:.0f} s left"
-        if on_terminal():
-            print(f"\r{line}  ", end="" if done < total else "\n", file=sys.stderr, flush=True)
-        elif now - said >= LOG_EVERY_SECONDS:
-            said = now
-            logger.info(line)
-
-    return on_progress

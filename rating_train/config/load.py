@@ -13,7 +13,7 @@ import yaml
 
 from rating_train.config.fields import Rule, broken_rules, read
 from rating_train.config.schema import PARTS, Config, to_dict
-from rating_train.config.yaml_reader import parse_yaml
+from rating_train.config.yaml_reader import parse_setting, parse_yaml
 from rating_train.errors import UserError, one_error
 
 BASE_KEY = "base"
@@ -118,17 +118,13 @@ def _apply_override(target: dict[str, Any], text: str, problems: dict[str, str])
     if not equals or not key.strip():
         problems[f"--set {text}"] = f"--set {text!r} is not of the form a.b=value"
         return
-    try:
-        value = parse_yaml(raw)
-    except ValueError:  # text that happens to mean something in YAML, such as a path with ": " in it
-        value = raw
     *parents, last = key.strip().split(".")
     for name in parents:
         child = target.get(name)
         if not isinstance(child, dict):
             child = target[name] = {}
         target = child
-    target[last] = value
+    target[last] = parse_setting(raw)
 
 
 _RULES = (

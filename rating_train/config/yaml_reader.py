@@ -35,6 +35,14 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(str(e)) from e
 
 
+def parse_setting(text: str) -> Any:
+    """Return the value of one setting from a command line; what is not YAML, such as a path with ": ", is text."""
+    try:
+        return parse_yaml(text)
+    except ValueError:
+        return text
+
+
 def _check_bounds(text: str) -> None:
     """Walk through the parser's events, which takes no recursion and builds nothing."""
     open_anchors: list[str | None] = []

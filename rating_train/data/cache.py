@@ -18,9 +18,9 @@ from typing import Any
 
 from rating_train.errors import UserError
 from rating_train.files import read_json, sha256_file
+from rating_train.shards.manifest import check_index, read_manifest
 from rating_train.shards.mds_read import INDEX_NAME
 from rating_train.shards.schema import MANIFEST_NAME
-from rating_train.shards.verify import check_index, read_manifest
 
 #: Copies one file: (its name in the remote, a local path). Errors: :class:`UserError`.
 Download = Callable[[str, Path], None]

@@ -40,8 +40,9 @@ from rating_train.distributed.collectives import all_gather
 from rating_train.distributed.world import World
 from rating_train.errors import UserError
 from rating_train.files import read_json
+from rating_train.shards.manifest import check_split, read_manifest
 from rating_train.shards.mds_read import INDEX_NAME
-from rating_train.shards.verify import check_split, fastest_hash, read_manifest, shard_problem
+from rating_train.shards.verify import fastest_hash, shard_problem
 
 __all__ = ["OrderedDataset", "check_split", "fetch_split", "open_split", "read_manifest", "shuffled_epoch"]
 

@@ -11,7 +11,8 @@ from rating_train.data.collate import Batch, Collator
 from rating_train.prediction.model import SquareRecipe
 from rating_train.prediction.rows import Row
 from rating_train.prepare.images.choice import ImageCounts, first_usable
-from rating_train.prepare.images.square import ImageProblem, ImageStore, square_jpeg
+from rating_train.prepare.images.lookup import ImageProblem, ImageStore
+from rating_train.prepare.images.square import square_jpeg
 from rating_train.prepare.images.stores import CacheStore, LayeredStore
 from rating_train.shards.schema import TEXT_FIELDS, Listing
 

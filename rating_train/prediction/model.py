@@ -19,7 +19,7 @@ from rating_train.data.collate import Collator
 from rating_train.errors import UserError
 from rating_train.files import read_json, sha256_file
 from rating_train.model.cost import count_forward, count_parameters
-from rating_train.shards.verify import read_manifest
+from rating_train.shards.manifest import read_manifest
 from rating_train.training import setup
 from rating_train.training.evaluate_run import choose_checkpoint
 from rating_train.training.predictor import Predictor, load_predictor

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rating_train.errors import UserError, one_error
-from rating_train.prepare.images.fetch_options import parse_fetch_options
+from rating_train.prepare.images.fetch_options import read_fetch_options
 from rating_train.prepare.options import stamps
 from rating_train.prepare.records.sources import source_kind
 from rating_train.scoring.ces import CONVENTIONS, PAPER_CONVENTION
@@ -95,11 +93,10 @@ def check_options(options: PredictOptions) -> None:
         ),
     ]  # fmt: skip
     problems = [problem for good, problem in checks if not good]
-    inputs: list[Callable[[], object]] = [partial(parse_fetch_options, o.fetch_set)]
-    inputs += [partial(source_kind, path) for path in o.source]
-    for check in inputs:
+    problems += read_fetch_options(o.fetch_set)[1]
+    for path in o.source:
         try:
-            check()
+            source_kind(path)
         except UserError as e:
             problems.append(f"{e.what} ({e.where})" if e.where else e.what)
     if problems:

@@ -14,7 +14,7 @@ from rating_train.prediction.decode import Decoded, Decoder, Unit, units
 from rating_train.prediction.rows import Row, Rows
 from rating_train.prediction.work_dir import WorkDir
 from rating_train.prepare.images.fetch_options import FetchOptions
-from rating_train.prepare.images.square import is_url
+from rating_train.prepare.images.lookup import is_url
 
 _PREFETCH = 4  # units that each worker holds ready
 

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple, Protocol
 
 from rating_train.errors import UserError
 from rating_train.prepare.records.sources import Raw, read_raw
+from rating_train.shards.manifest import check_split
 from rating_train.shards.mds_read import BadShard, read_index, read_shard
 from rating_train.shards.schema import Dropped, Listing
-from rating_train.shards.verify import check_split, shard_problem
+from rating_train.shards.verify import shard_problem
 
 
 class Row(NamedTuple):

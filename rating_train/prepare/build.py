@@ -1,4 +1,4 @@
-"""One ``prepare`` from its options to the dataset: plan, parts, merge, and what is refused between them."""
+"""One build from its options to the dataset: plan, parts, merge, and the checks between them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from typing import Any
 import rating_train
 from rating_train.errors import UserError
 from rating_train.files import read_json, read_json_lines, sha256_json
+from rating_train.log import Progress
 from rating_train.prepare.build_dir import BUILD_NAME, BuildDir
+from rating_train.prepare.counts import BuildCounts
 from rating_train.prepare.images.fetch_options import parse_fetch_options
-from rating_train.prepare.images.square import is_url
+from rating_train.prepare.images.lookup import is_url
 from rating_train.prepare.images.stores import open_store
 from rating_train.prepare.options import PrepareOptions, stamps
 from rating_train.prepare.parts.merge import merge_parts
-from rating_train.prepare.parts.part import PartSpec, finished_parts, part_name, read_done
+from rating_train.prepare.parts.part import PartSpec, finished_parts, read_done
 from rating_train.prepare.parts.pool import Event, build_parts
 from rating_train.prepare.plan import scan
-from rating_train.prepare.plan.rules import PLAN_NAME
-from rating_train.prepare.progress import BuildCounts, Progress
+from rating_train.prepare.plan.plan_dir import PLAN_NAME, part_name
 from rating_train.shards.schema import (
     MANIFEST_NAME,
     MANIFEST_VERSION,
@@ -39,22 +40,21 @@ _FETCH_PARTS = 16  # parts whose URLs are fetched at once: bounds the memory
 
 
 class GivenUp(UserError):
-    """The data is not what was asked for: continuing would end the same way."""
+    """The data is not what was asked for: resuming the build would end the same way."""
 
 
 class Build:
-    """One command's work on one ``OUT.build``."""
+    """The work of one command on one ``OUT.build``."""
 
     def __init__(self, options: PrepareOptions) -> None:
         self.options = options
         self.dir = BuildDir(options.out)
         self.counts = BuildCounts()
-        self._fresh: dict[
-            int, list[Dropped]
-        ] = {}  # of the parts under way: rows that are in no finished part
+        # Of the parts in progress: dropped records that no finished part's quarantine has yet.
+        self._fresh: dict[int, list[Dropped]] = {}
 
     def run(self) -> dict[str, Any]:
-        """The stages that were asked for."""
+        """Run the stages that were asked for; see :func:`rating_train.prepare.pipeline.prepare`."""
         merged = self._merged_before()
         if merged is not None:
             return merged
@@ -63,14 +63,14 @@ class Build:
             try:
                 return self._run()
             except GivenUp:
-                # The stages of a job array and what was fetched are a day's work: the user removes them.
+                # The stages of a job array and fetched images took long: the user decides when to remove them.
                 if self.options.stage == "all" and not self.options.fetch:
                     self.dir.remove()
                 raise
 
     def _run(self) -> dict[str, Any]:
         stage = self.options.stage
-        refuse_existing(self.dir.out)  # another command may have ended between
+        refuse_existing(self.dir.out)  # another command may have finished meanwhile
         self.build = self.dir.belongs_to(self.options.identity())
         plan = self._planned()
         if stage == "plan":
@@ -82,7 +82,7 @@ class Build:
         return self._merge(plan)
 
     def _merged_before(self) -> dict[str, Any] | None:
-        """The manifest, if this very build was stopped after its merge: what is left is to clear up."""
+        """Return the manifest if this same build was stopped after its merge, when only the removal was left."""
         file = self.dir.out / MANIFEST_NAME
         if self.options.keep_build or not (file.is_file() and self.dir.path.is_dir()):
             return None
@@ -99,7 +99,7 @@ class Build:
                 raise UserError(
                     "there is no finished plan",
                     where=self.dir.plan,
-                    fix="the same command with --stage plan first",
+                    fix="first run the same command with --stage plan",
                 )
             plan = read_json(self.dir.plan / PLAN_NAME)
         else:
@@ -107,7 +107,7 @@ class Build:
                 plan = make_plan(self.options, self.dir.plan)
             except UserError:
                 if not (self.dir.plan / PLAN_NAME).exists():
-                    self.dir.remove()  # an unfinished plan is not continued
+                    self.dir.remove()  # an unfinished plan is not resumed
                 raise
         self.counts = BuildCounts(plan["read"], Counter(plan["dropped"]))
         self._stop_if_too_many()
@@ -129,13 +129,13 @@ class Build:
         if options.fetch:
             self._fetch(wanted)
         store = open_store(options.images, self.dir.cache if options.fetch else None)
-        progress = Progress("images", self.counts, todo, before)
+        progress = Progress("images", todo, done=before, details=self.counts.line)
 
         def on_event(event: Event) -> None:
             self._take(event)
             progress.add(event.kept + len(event.dropped))
 
-        whole = False
+        complete = False
         try:
             build_parts(
                 self.dir.plan,
@@ -147,39 +147,37 @@ class Build:
                 on_event,
                 self.dir.workers_lock,
             )
-            whole = True
+            complete = True
         finally:
-            progress.close(whole)
+            progress.close(complete)
 
     def _fetch(self, wanted: range) -> None:
         """Fetch the URLs of the parts that are still to be made, some parts at a time to bound the memory."""
-        from rating_train.prepare.images.fetch import (
-            fetch_all,  # late: a build of local images needs no client
-        )
-
         there = set(finished_parts(self.dir.parts))
         missing = [part for part in wanted if part not in there]
-        for i in range(0, len(missing), _FETCH_PARTS):
-            # All images of a listing: whether its first one decodes is known only when its part is made.
-            requests = [
-                (row["id"], image)
-                for part in missing[i : i + _FETCH_PARTS]
-                for row in read_json_lines(self.dir.plan / f"{part_name(part)}.jsonl")
-                for image in (row["image"], *row.get("more_images", ()))
-                if is_url(image)
-            ]
-            counts = BuildCounts()
-            progress = Progress(f"fetch, parts {missing[i]}...", counts, len(requests))
-            done = 0
+        for first in range(0, len(missing), _FETCH_PARTS):
+            self._fetch_parts(missing[first : first + _FETCH_PARTS])
 
-            def on_progress(news: Any, counts: BuildCounts = counts, progress: Progress = progress) -> None:
-                nonlocal done
-                counts.kept, counts.dropped["fetch"] = news.kept, news.problems
-                progress.add(news.kept + news.problems - done)
-                done = news.kept + news.problems
+    def _fetch_parts(self, parts: list[int]) -> None:
+        from rating_train.prepare.images.fetch import fetch_all  # late: local images need no HTTP client
 
-            fetch_all(requests, self.dir.cache, parse_fetch_options(self.options.fetch_set), on_progress)
-            progress.close()
+        # All images of a listing: whether its first one decodes is known only when its part is made.
+        requests = [
+            (row["id"], image)
+            for part in parts
+            for row in read_json_lines(self.dir.plan / f"{part_name(part)}.jsonl")
+            for image in (row["image"], *row.get("more_images", ()))
+            if is_url(image)
+        ]
+        counts = BuildCounts()
+        progress = Progress(f"fetch, parts {parts[0]} to {parts[-1]}", len(requests), details=counts.line)
+
+        def on_progress(news: Any) -> None:
+            counts.kept, counts.dropped["fetch"] = news.kept, news.problems
+            progress.add(1)
+
+        fetch_all(requests, self.dir.cache, parse_fetch_options(self.options.fetch_set), on_progress)
+        progress.close()
 
     def _take(self, event: Event) -> None:
         self.counts.kept += event.kept
@@ -196,7 +194,7 @@ class Build:
                 raise UserError(
                     "a source changed while it was read",
                     where=", ".join(self.options.source),
-                    fix=f"remove {self.dir.path} and run again",
+                    fix=f"remove {self.dir.path}, then run again",
                 )
 
         self.options_stamps = read_json(self.dir.path / BUILD_NAME)["sources"]
@@ -211,13 +209,13 @@ class Build:
             verify_hashes=self.options.verify_parts,
         )
         if self.options.wants_val and "val" not in manifest["splits"]:
-            logger.warning("the validation split is empty: too few product groups for what was asked")
+            logger.warning("the validation split is empty: there are too few product groups for its size")
         if not self.options.keep_build:
             self.dir.remove()
         return manifest
 
     def _judge_parts(self, plan: dict[str, Any]) -> None:
-        """Refuse what all parts together make of the catalogue, if it is too little."""
+        """Refuse a dataset of which too little is left, now that all images were opened."""
         self.counts = BuildCounts(plan["read"], Counter(plan["dropped"]))
         items: Counter[str] = Counter()
         for part in finished_parts(self.dir.parts):
@@ -232,22 +230,22 @@ class Build:
         if not splits.get("train"):
             raise GivenUp(
                 f"no item is left to train on: {self.counts.read} records read, dropped: {self.counts.reasons()}",
-                fix="give more data, or lower --min-rating-count or the sizes of the splits",
+                fix="add data, or lower --min-rating-count or the sizes of the splits",
             )
 
     def _stop_if_too_many(self) -> None:
         if not self.counts.over_limit(self.options.max_dropped_fraction):
             return
         raise GivenUp(
-            f"too many records dropped: already {sum(self.counts.dropped.values())} of {self.counts.read}"
+            f"too many records dropped: {sum(self.counts.dropped.values())} of {self.counts.read}"
             f" ({self.counts.reasons()})",
             where=self._keep_quarantine(),
             expected=f"at most {self.options.max_dropped_fraction:.0%} unusable records",
-            fix="see the quarantine file; mend the sources or --images, or raise --max-dropped-fraction",
+            fix="read the quarantine file; fix the sources or --images, or raise --max-dropped-fraction",
         )
 
     def _keep_quarantine(self) -> Path:
-        """All rows so far, beside ``out``, where they outlive a build that is given up; the file's path."""
+        """Write all rows so far beside ``out``, where they survive the removal of the build; return the path."""
         path = self.dir.out.with_name(f"{self.dir.out.name}.{QUARANTINE_NAME}")
         made = [self.dir.parts / part_name(part) for part in finished_parts(self.dir.parts)]
         with open(path, "wb") as f:
@@ -271,13 +269,13 @@ class Build:
 
 
 def make_plan(options: PrepareOptions, folder: Path) -> dict[str, Any]:
-    """The plan of these options in a folder, with progress; see :func:`rating_train.prepare.plan.scan.make_plan`."""
+    """Make the plan in a folder and show progress; see :func:`rating_train.prepare.plan.scan.make_plan`."""
     bars: dict[str, Progress] = {}
     done = Counter[str]()
 
     def on_progress(phase: str, records: int, total: int | None) -> None:
         if phase not in bars:
-            bars[phase] = Progress(phase, BuildCounts(), total)
+            bars[phase] = Progress(phase, total, "records")
         bars[phase].add(records - done[phase])
         done[phase] = records
 
@@ -285,16 +283,16 @@ def make_plan(options: PrepareOptions, folder: Path) -> dict[str, Any]:
         return scan.make_plan(options.source, folder, options.rules, on_progress, options.workers)
     finally:
         for bar in bars.values():
-            bar.close(whole=False)
+            bar.close(complete=False)
 
 
 def split_items(items: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """Items per split as a manifest names them, empty splits left out."""
+    """Return the items per split as a manifest has them, without empty splits."""
     return {name: {"items": items[name]} for name in SPLITS if items.get(name)}
 
 
 def manifest_head(options: PrepareOptions, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest says of the options and the sources."""
+    """Return what a manifest says about the options and the sources."""
     return {
         "version": MANIFEST_VERSION,
         "created_by": f"rating_train {rating_train.__version__}",

@@ -2,8 +2,8 @@
 
 ::
 
-    OUT.build/build.json    what the items depend on; another command does not continue this build
-    OUT.build/lock          held by the command: alone, or shared by several that make parts
+    OUT.build/build.json    what the items depend on; a command with other options does not resume this build
+    OUT.build/lock          held by the command: exclusively, or shared by several that make parts
     OUT.build/workers.lock  held (shared) by every worker process while it lives
     OUT.build/plan/  OUT.build/parts/  OUT.build/fetch/
 """
@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rating_train.errors import UserError
-from rating_train.files import atomic_write_json, read_json, sha256_json
+from rating_train.files import atomic_write_json, hold_lock, read_json, sha256_json
 from rating_train.prepare.full_disk import disk_full, is_full
 
 BUILD_NAME = "build.json"
@@ -40,52 +39,55 @@ class BuildDir:
 
     @contextlib.contextmanager
     def locked(self, *, shared: bool = False) -> Iterator[None]:
-        """Hold the build while the block runs; ``shared``: with others that only make parts.
+        """Hold the build while the block runs, after the worker processes of a killed command have ended.
 
-        Waits for worker processes of a command that was killed. Errors: :class:`UserError` if another command
-        has the build, or the directory cannot be written.
+        Args:
+            shared: hold it together with other commands that only make parts.
+
+        Raises:
+            UserError: another command holds the build, or the directory cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = self._lock_file(self.path / "lock", fcntl.LOCK_SH if shared else fcntl.LOCK_EX, 0.0)
+            lock = self._lock_file(self.path / "lock", shared, 0.0)
         except OSError as e:
             if is_full(e):
                 raise disk_full(self.path) from e
             raise UserError(f"cannot write here ({e})", where=self.path, fix="choose another --out") from e
         try:
             if not shared:
-                os.close(self._lock_file(self.workers_lock, fcntl.LOCK_EX, ORPHAN_SECONDS))
+                os.close(self._lock_file(self.workers_lock, False, ORPHAN_SECONDS))
             yield
         finally:
             os.close(lock)
 
-    def _lock_file(self, path: Path, kind: int, wait_seconds: float) -> int:
+    def _lock_file(self, path: Path, shared: bool, wait_seconds: float) -> int:
         deadline = time.monotonic() + wait_seconds
         while True:
             lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(lock, kind | fcntl.LOCK_NB)
-                # Removed by a build that ended between open and flock: then this is the lock of nothing.
-                if path.exists() and os.path.samestat(path.stat(), os.fstat(lock)):
-                    return lock
-                self.path.mkdir(parents=True, exist_ok=True)
-            except BlockingIOError as e:
-                if time.monotonic() >= deadline:
-                    os.close(lock)
-                    raise UserError(
-                        "another command works on this build",
-                        where=path,
-                        fix="wait for its end, or stop it; it need not be removed by hand",
-                    ) from e
-                time.sleep(0.05)
-            except OSError:  # no locks on this file system: the user's care is what remains
+            held = hold_lock(lock, shared=shared)
+            if held is None:  # no locks on this file system: the user's care is what remains
+                return lock
+            # A build that ended between open and flock has removed the file: then the lock protects nothing.
+            if held and path.exists() and os.path.samestat(path.stat(), os.fstat(lock)):
                 return lock
             os.close(lock)
+            if held:
+                self.path.mkdir(parents=True, exist_ok=True)
+            elif time.monotonic() >= deadline:
+                raise UserError(
+                    "another command is working on this build",
+                    where=path,
+                    fix="wait until it ends, or stop it; the lock ends with it and needs no removal",
+                )
+            else:
+                time.sleep(0.05)
 
     def belongs_to(self, identity: Mapping[str, Any]) -> str:
-        """Note what the build is made of, or compare with what was noted; the fingerprint of it.
+        """Record what the build is made of, or compare with what was recorded; return its fingerprint.
 
-        Errors: :class:`UserError` that names each difference.
+        Raises:
+            UserError: the build was started with other options or sources; the message has each difference.
         """
         file = self.path / BUILD_NAME
         if not file.exists():
@@ -99,14 +101,14 @@ class BuildDir:
         ]
         if changes:
             raise UserError(
-                "an unfinished build with other options (or changed sources) is there: " + "; ".join(changes),
+                "an unfinished build with other options or changed sources exists: " + "; ".join(changes),
                 where=self.path,
-                fix=f"give the options of that build to continue it, or remove {self.path} to begin anew",
+                fix=f"run with that build's options to resume it, or remove {self.path} to start over",
             )
         return sha256_json(dict(identity))
 
     def remove(self) -> None:
-        """Remove the build; what says whose it is goes last, so that a killed removal can be finished."""
+        """Remove the build; the file that says whose it is goes last, so that a killed removal can be finished."""
         for folder in (self.parts, self.plan, self.cache):
             if folder.exists():
                 shutil.rmtree(folder)

@@ -1,8 +1,8 @@
 """``rating-train prepare``: from catalogue files and images to a dataset directory.
 
-Three stages, each resumable, under ``OUT.build``: the plan (which listings, on which side, in which order), the
+Three stages, each resumable, under ``OUT.build``: the plan (which listings, in which split, in which order), the
 parts (images and shards of fixed ranges of the plan, by several processes), and the merge (counts checked, shards
-linked, manifest last, one rename). Given again, the same command goes on where it was stopped.
+linked, manifest last, one rename). Run again after an interruption, the same command resumes.
 """
 
 from __future__ import annotations
@@ -20,19 +20,23 @@ from rating_train.prepare.parts.pool import stoppable
 
 
 def prepare(options: PrepareOptions) -> dict[str, Any]:
-    """Build a dataset directory; its manifest, or counts with ``dry_run`` and the stages ``plan`` and ``parts``.
+    """Build a dataset directory.
 
-    The manifest's ``kept`` and the sum of ``dropped`` add up to ``read``. Nothing is at ``out`` unless all went
-    well. ``OUT.build`` remains of a build that was stopped; the same options continue it.
-    ``OUT.quarantine.jsonl`` remains when too many records were dropped.
+    Nothing is at ``out`` unless the build succeeded. ``OUT.build`` remains after an interruption, and the same options
+    resume it. ``OUT.quarantine.jsonl`` remains when too many records were dropped.
 
-    Errors: :class:`UserError` for impossible options, unreadable sources, an existing ``out``, an unfinished build
-    with other options, too many dropped records, no item to train on, SIGINT or SIGTERM, a full disk.
+    Returns:
+        The manifest, or counts with ``dry_run`` and the stages ``plan`` and ``parts``. Its ``kept`` and the sum of
+        ``dropped`` add up to ``read``.
+
+    Raises:
+        UserError: impossible options, unreadable sources, an existing ``out``, an unfinished build with other
+            options, too many dropped records, no item to train on, SIGINT or SIGTERM, a full disk.
     """
     check_options(options)
     if options.dry_run:
         return _dry_run(options)
-    with stoppable(), _full_disk_said(options.out):
+    with stoppable(), _full_disk_reported(options.out):
         return Build(options).run()
 
 
@@ -44,7 +48,7 @@ def _dry_run(options: PrepareOptions) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _full_disk_said(out: str) -> Iterator[None]:
+def _full_disk_reported(out: str) -> Iterator[None]:
     try:
         yield
     except OSError as e:

@@ -21,9 +21,9 @@ import numpy as np
 
 from rating_train.files import atomic_write_text
 from rating_train.reports import plots
+from rating_train.shards.manifest import read_manifest
 from rating_train.shards.mds_read import iter_sampled
 from rating_train.shards.schema import TEXT_FIELDS
-from rating_train.shards.verify import read_manifest
 
 PAGE_FILE = "index.html"
 MAX_ITEMS = 20_000

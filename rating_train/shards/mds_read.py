@@ -1,7 +1,7 @@
-"""A reader of MDS shards in plain Python: for looking at a dataset and checking it without torch.
+"""Read MDS shards in plain Python, to inspect and check a dataset without torch.
 
-Training reads through streaming (:mod:`.streams`). This reader is a second, independent one: ``verify`` and the
-report see what is in the files and not what a library made of them.
+Training reads through streaming (``data/streaming_dataset.py``). This is a second, independent reader: ``verify`` and
+the report see what is in the files, not what a library makes of them.
 
 A shard is ``uint32 count``, then ``uint32 offset`` for each sample and one for the end, then the index entry as
 JSON, then the samples. A sample is a ``uint32 size`` for each column without a fixed one, then all values. Everything
@@ -25,36 +25,52 @@ INDEX_NAME = "index.json"
 
 
 class BadShard(ValueError):
-    """The bytes are not those of a shard; the message says which part is wrong."""
+    """The bytes are not those of a shard; the message says which part of it is wrong."""
 
 
 def read_index(folder: Path) -> list[dict[str, Any]]:
-    """The entries of all shards of a split, in order.
+    """Return the index entries of all shards of a split, in order.
 
     Raises:
-        UserError: no index, or one that is not an MDS index.
+        UserError: there is no index, or it is not an MDS index.
     """
     content = read_json(folder / INDEX_NAME)
     shards = content.get("shards") if isinstance(content, dict) else None
-    if not isinstance(shards, list) or any(s.get("format") != "mds" or s.get("compression") for s in shards):
+    if not isinstance(shards, list) or not all(map(_is_entry, shards)):
         raise UserError(
             "not an index of uncompressed MDS shards",
             where=folder / INDEX_NAME,
-            fix="prepare the dataset again",
+            fix="copy the dataset again from where it was made, or prepare it again",
         )
     return shards
 
 
-def iter_samples(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every sample of a split in stored order, one in memory at a time. Errors: as :func:`iter_sampled`."""
-    return iter_sampled([folder])
+def _is_entry(shard: Any) -> bool:
+    """Whether an entry has what is read here; its file must lie in the folder of the index."""
+    try:
+        raw, columns = shard["raw_data"], (shard["column_names"], shard["column_encodings"])
+        lengths = {len(column) for column in (*columns, shard["column_sizes"])}
+        return (
+            (shard["format"], shard["compression"]) == ("mds", None)
+            and all(isinstance(n, int) and n >= 0 for n in (shard["samples"], raw["bytes"]))
+            and all(isinstance(text, str) for text in (*columns[0], *columns[1], *raw["hashes"].values()))
+            and len(lengths) == 1
+            and raw["basename"] not in (".", "..")
+            and not {"/", "\0"}.intersection(raw["basename"])
+        )
+    except (TypeError, KeyError, AttributeError):
+        return False
 
 
 def iter_sampled(folders: Sequence[Path], most: int | None = None) -> Iterator[dict[str, Any]]:
-    """At most ``most`` samples of some splits in stored order, at random with a fixed seed; all if there are fewer.
+    """Yield samples of some splits in stored order, one in memory at a time.
+
+    Args:
+        folders: the folders of the splits.
+        most: yield this many, chosen at random with a fixed seed; ``None``, or more than there are, yields all.
 
     Raises:
-        UserError: a shard that is missing or damaged, by its path.
+        UserError: a shard is missing or damaged; the message names it.
     """
     shards = [(folder / s["raw_data"]["basename"], s) for folder in folders for s in read_index(folder)]
     total = sum(shard["samples"] for _, shard in shards)
@@ -80,11 +96,16 @@ def iter_sampled(folders: Sequence[Path], most: int | None = None) -> Iterator[d
 def read_shard(
     path: Path, shard: Mapping[str, Any], wanted: set[int] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The samples of a shard in order, or those whose place in the shard is ``wanted``.
+    """Yield the samples of a shard in order.
+
+    Args:
+        path: the shard.
+        shard: its entry in the index.
+        wanted: places of the samples to read; ``None`` reads all.
 
     Raises:
         OSError: the file cannot be read.
-        BadShard: its table of offsets, or a sample, does not fit the file or the columns.
+        BadShard: its table of offsets, or a sample, does not match the file or the columns.
     """
     with open(path, "rb") as f:
         head = f.read(4)
@@ -115,7 +136,7 @@ _NUMBERS = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i", "int
 
 
 def decode(data: bytes, shard: Mapping[str, Any]) -> dict[str, Any]:
-    """One sample of its bytes, by the columns of its shard's entry in the index."""
+    """Decode one sample by the columns of its shard's entry in the index."""
     sizes: list[int] = []
     at = 0
     for size in shard["column_sizes"]:

@@ -1,7 +1,7 @@
-"""MDS shards (version 2, what MosaicML Streaming reads), byte for byte as its ``MDSWriter`` writes them.
+"""Write MDS shards (version 2, which MosaicML Streaming reads), byte for byte as its ``MDSWriter`` does.
 
-Written here and not by ``MDSWriter`` because a process that imports streaming also imports torch: seconds and
-hundreds of megabytes for every worker of a build, for a format of forty lines. A test holds the bytes equal.
+``MDSWriter`` itself is not used because importing streaming imports torch: seconds and hundreds of megabytes for every
+worker of a build, for a format of forty lines. A test holds the bytes equal.
 
 A shard: uint32 number of samples n, uint32 offsets (n + 1), the configuration as JSON, the samples. A sample:
 uint32 sizes of its variable-length columns, then all columns in the order of their names.
@@ -29,7 +29,7 @@ _SIZES: dict[str, int | None] = {"str": None, "bytes": None, "float32": 4, "int6
 
 
 def encode_sample(listing: Listing, image: bytes) -> bytes:
-    """One sample: ``image`` is a JPEG; ``rating`` is stored as float32, the count as int64."""
+    """Encode one sample: ``image`` is a JPEG; ``rating`` is stored as float32, the count as int64."""
     values: list[bytes] = []
     sizes: list[int] = []
     for name in _COLUMNS:
@@ -46,19 +46,19 @@ def encode_sample(listing: Listing, image: bytes) -> bytes:
 
 
 def shard_name(number: int) -> str:
-    """``shard.00000.mds``."""
+    """Return, for example, ``shard.00000.mds``."""
     return f"shard.{number:05}.mds"
 
 
 def write_index(folder: Path, shards: list[dict[str, Any]]) -> Path:
-    """Write ``index.json`` of a folder of shards, flushed to the disk; its path."""
+    """Write ``index.json`` of a folder of shards, flushed to the disk; return its path."""
     path = folder / INDEX_NAME
     write_synced(path, json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode("utf-8"))
     return path
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a new file and flush it to the disk. Not atomic: its folder is a temporary one."""
+    """Write a new file and flush it to the disk. Not atomic: its folder is temporary."""
     with open(path, "wb") as f:
         f.write(content)
         f.flush()
@@ -66,7 +66,7 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 class ShardWriter:
-    """Shards of at most ``shard_bytes`` in a new ``folder``; holds one shard in memory.
+    """Writes shards of at most ``shard_bytes`` to a new ``folder``; holds one shard in memory.
 
     Attributes:
         shards: entries of the index, one per shard written.
@@ -94,7 +94,7 @@ class ShardWriter:
         self._bytes = self._empty_bytes()
 
     def write(self, sample: bytes) -> None:
-        """Append an encoded sample; a sample that does not fit begins the next shard."""
+        """Append an encoded sample; a sample that does not fit starts the next shard."""
         size = len(sample) + 4
         if self._samples and self._bytes + size > self._limit:
             self._flush()
@@ -102,7 +102,7 @@ class ShardWriter:
         self._bytes += size
 
     def finish(self) -> Path:
-        """Write the last shard and the index; the index's path."""
+        """Write the last shard and the index; return the path of the index."""
         if self._samples:
             self._flush()
         index = write_index(self.folder, self.shards)

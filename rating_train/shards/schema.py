@@ -1,4 +1,4 @@
-"""What a listing is, and what a dataset directory holds. Imports no torch and no streaming.
+"""What a listing is, and what a dataset directory contains. Imports no torch and no streaming.
 
 A dataset directory (made by ``rating-train prepare``)::
 
@@ -19,8 +19,8 @@ SPLITS = ("train", "val", "test")
 RATING_MIN = 1.0
 RATING_MAX = 5.0
 
-# Columns of every MDS sample and their encodings. Text is stored raw (capped by `prepare`), so that
-# the number of characters a model reads stays a training option.
+# Columns of every MDS sample and their encodings. Text is stored up to the cap of `prepare`, so that the number of
+# characters that a model reads remains a training option.
 MDS_COLUMNS: dict[str, str] = {
     "id": "str",
     "image": "bytes",
@@ -37,12 +37,14 @@ TEXT_FIELDS = ("title", "description", "features", "main_category")
 
 @dataclass(frozen=True)
 class Listing:
-    """One product as a source gives it, before its image is opened.
+    """One product as a source describes it, before its image is opened.
 
-    ``rating`` is the average star rating in [1, 5]; ``rating_count`` the number of ratings behind it;
-    ``image`` a path relative to the images folder (or a URL); ``group`` names the variants of one
-    product, which must stay on one side of a split (the id where the source has no groups).
-    ``more_images`` are further ones, in the order in which they are tried if ``image`` cannot be used.
+    Attributes:
+        rating: the average star rating, in [1, 5].
+        rating_count: the number of ratings behind it.
+        image: a path relative to the images folder, a URL, or "".
+        group: the same for all variants of one product, which belong to one split (the id where a source has none).
+        more_images: further images, in the order in which they are tried if ``image`` cannot be used.
     """
 
     id: str
@@ -59,7 +61,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A record that did not become a sample: where it stood, and why (``reason`` is a fixed word)."""
+    """A record that did not become a sample: where it was, and why (``reason`` is a fixed word)."""
 
     source: str
     line: int

@@ -1,8 +1,8 @@
-"""Whether a dataset directory holds what its manifest says. Imports no torch and no streaming.
+"""Verify every byte of a dataset directory against its manifest. Imports no torch and no streaming.
 
-The chain of trust: the manifest holds the hash of each split's index, the index the size and the hashes of each
-shard, the shard the samples. :func:`check_split` checks the first two links and all sizes, in milliseconds, whenever a
-split is opened; :func:`shard_problem` checks one shard; :func:`verify_dataset` checks everything and lists it all.
+The chain of trust: the manifest holds the hash of each split's index, the index the size and the hashes of each shard,
+the shard the samples. :func:`shard_problem` checks one shard; :func:`verify_dataset` checks everything and lists all
+problems. What is checked whenever a split is opened: ``shards/manifest.py``.
 """
 
 from __future__ import annotations
@@ -19,91 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from rating_train.errors import UserError
-from rating_train.files import read_json, sha256_file, sha256_json
+from rating_train.files import sha256_json
+from rating_train.shards.manifest import check_index, read_manifest
 from rating_train.shards.mds_read import INDEX_NAME, BadShard, read_index, read_shard
-from rating_train.shards.schema import MANIFEST_NAME, MANIFEST_VERSION, RATING_MAX, RATING_MIN, SPLITS
+from rating_train.shards.schema import MANIFEST_NAME, RATING_MAX, RATING_MIN
 
 _CHUNK_BYTES = 1 << 22
 #: Hash names by speed, the fastest first: about 11,000, 1,400 and 1,300 MB/s on one core.
 _BY_SPEED = ("xxh64", "sha1", "sha256")
 
 
-def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of a dataset directory.
-
-    Raises:
-        UserError: the directory or its manifest is missing (an unfinished build), or of another version.
-    """
-    root = Path(path)
-    if not root.is_dir():
-        raise UserError(
-            "dataset directory not found", where=root, fix="make it with `rating-train prepare --out`"
-        )
-    if not (root / MANIFEST_NAME).is_file():
-        raise UserError(
-            f"not a dataset: it has no {MANIFEST_NAME} (written last, so the build did not finish)",
-            where=root,
-            fix="run `rating-train prepare` again",
-        )
-    manifest = read_json(root / MANIFEST_NAME)
-    if manifest.get("version") != MANIFEST_VERSION:
-        raise UserError(
-            f"the dataset has version {manifest.get('version')}",
-            where=root,
-            expected=f"version {MANIFEST_VERSION}",
-        )
-    return manifest
-
-
-def check_index(path: str | Path, split: str) -> dict[str, Any]:
-    """Check a split's index by its hash in the manifest; returns the manifest.
-
-    Raises:
-        UserError: no such split, no index, or another index than the one that the build wrote.
-    """
-    root = Path(path)
-    manifest = read_manifest(root)
-    if split not in manifest["splits"]:
-        raise UserError(
-            f"the dataset has no split {split!r}",
-            where=root / MANIFEST_NAME,
-            expected=f"one of {', '.join(manifest['splits'])}" if manifest["splits"] else f"any of {SPLITS}",
-            fix="set data.train_split / data.eval_split, or prepare with another --val-fraction",
-        )
-    index = root / split / INDEX_NAME
-    if not index.is_file():
-        raise UserError("the split's index is missing", where=index, fix="run `rating-train prepare` again")
-    if sha256_file(index) != manifest["splits"][split]["index_sha256"]:
-        raise UserError(
-            "the index is not the one in the manifest", where=index, fix="prepare the dataset again"
-        )
-    return manifest
-
-
-def check_split(path: str | Path, split: str) -> dict[str, Any]:
-    """Verify a split against the manifest before anything trains on it; returns the manifest.
-
-    Checks the index by its hash and every shard by its size in bytes, not by its hash: that is done when a shard
-    is first read. (Streaming checks hashes only when it downloads, never for local shards.)
-    """
-    manifest = check_index(path, split)
-    folder = Path(path) / split
-    problems = []
-    for shard in read_json(folder / INDEX_NAME)["shards"]:
-        name, size = shard["raw_data"]["basename"], shard["raw_data"]["bytes"]
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if found != size:
-            problems.append(
-                f"{name} {'is missing' if found is None else f'has {found} bytes instead of {size}'}"
-            )
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise UserError(f"damaged shards: {shown}", where=folder, fix="copy or prepare the dataset again")
-    return manifest
-
-
 def hash_function(name: str) -> Callable[[], Any] | None:
-    """The constructor of a hash by MDS's name for it; ``None`` where this machine has none of that name."""
+    """Return the constructor of a hash by its name in an MDS index; ``None`` if this machine has no such hash."""
     if name in hashlib.algorithms_available:
         return lambda: hashlib.new(name)
     try:
@@ -113,13 +40,17 @@ def hash_function(name: str) -> Callable[[], Any] | None:
 
 
 def fastest_hash(hashes: Mapping[str, str]) -> str | None:
-    """Of the recorded hashes, the one that is quickest to check here; ``None`` if none can be."""
+    """Return the recorded hash that is fastest to check here; ``None`` if none can be checked."""
     known = [name for name in (*_BY_SPEED, *sorted(hashes)) if name in hashes and hash_function(name)]
     return known[0] if known else None
 
 
 def hash_file(path: Path, names: Iterable[str]) -> dict[str, str]:
-    """Hex digests of a file by name, in one reading of 4 MiB pieces. Errors: ``OSError``."""
+    """Return a file's hex digests by name, from one pass in pieces of 4 MiB.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     digests = {name: make() for name in names if (make := hash_function(name))}
     with open(path, "rb") as f:
         while chunk := f.read(_CHUNK_BYTES):
@@ -129,12 +60,13 @@ def hash_file(path: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def shard_problem(path: Path, size: int, hashes: Mapping[str, str], all_hashes: bool = False) -> str:
-    """What is wrong with a shard file's bytes, in one sentence; "" if its size and hash are as recorded.
+    """Return what is wrong with a shard file's bytes, in one sentence; "" if its size and hash are as recorded.
 
     Args:
+        path: the shard.
         size: in bytes, as the index records it.
         hashes: name -> hex digest, as the index records them.
-        all_hashes: check every one of them and not only the fastest.
+        all_hashes: check all of them and not only the fastest.
 
     Raises:
         OSError: the file cannot be read (``FileNotFoundError``: it is not there).
@@ -153,7 +85,7 @@ def shard_problem(path: Path, size: int, hashes: Mapping[str, str], all_hashes: 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong. ``shard`` is SPLIT/NAME, or "" where it concerns no shard."""
+    """One problem. ``shard`` is SPLIT/NAME, or "" if it concerns no shard."""
 
     shard: str
     path: str
@@ -165,7 +97,7 @@ class Problem:
 
 @dataclass
 class VerifyReport:
-    """What was checked, and all that was wrong. ``bytes`` were hashed; ``seconds`` is the wall time."""
+    """What was checked, and every problem. ``bytes`` were hashed; ``seconds`` is the wall time."""
 
     path: str
     shards: int = 0
@@ -190,7 +122,7 @@ class _Task:
     split: str
     path: Path
     entry: Mapping[str, Any]
-    wanted: set[int] | None  # places of the samples to decode; None takes all
+    wanted: set[int] | None  # places of the samples to decode; None decodes all
 
 
 def verify_dataset(
@@ -199,20 +131,20 @@ def verify_dataset(
     workers: int = 4,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
-    """Check every shard's size and every recorded hash, the indices, the counts, and that nothing foreign is there.
+    """Check every shard's size and every recorded hash, the indices, the counts, and that there are no other files.
 
     Args:
         path: dataset directory.
-        decode: samples to decode (text, numbers and the image's pixels): ``None`` none, -1 all, n spread evenly
-            at random over the splits, the same ones each time.
+        decode: number of samples to decode (text, numbers and the image's pixels): ``None`` none, -1 all, else this
+            many chosen at random over the splits, the same ones each time.
         workers: threads; hashing and JPEG decoding run outside the interpreter's lock.
-        on_progress: called with (bytes done, bytes in all) after each shard.
+        on_progress: called with (bytes done, total bytes) after each shard.
 
     Returns:
-        The report, with every problem: one damaged shard does not hide the next.
+        The report, with every problem: a damaged shard does not hide the next one.
 
     Raises:
-        UserError: no directory, or no manifest that can be read: then there is nothing to compare with.
+        UserError: there is no directory or no readable manifest, and so nothing to compare with.
     """
     started = time.monotonic()
     root = Path(path)
@@ -243,10 +175,10 @@ def verify_dataset(
 def _check_split_files(
     root: Path, split: str, manifest: Mapping[str, Any], report: VerifyReport
 ) -> Iterator[_Task]:
-    """Check a split's index, counts and directory; yields its shards for checking.
+    """Check a split's index, counts and directory; yield its shards for checking.
 
-    A wrong index is reported, and its shards are checked against it nevertheless: so one sees whether only the
-    index was swapped.
+    A wrong index is reported, and the shards are checked against it all the same, which shows whether only the index
+    was replaced.
     """
     folder, wrong = root / split, report.problems
     try:
@@ -280,7 +212,7 @@ def _check_split_files(
 
 
 def _choose_samples(tasks: list[_Task], decode: int | None) -> list[_Task]:
-    """The same tasks with the samples to decode."""
+    """Return the same tasks with the samples to decode."""
     if not decode:
         return tasks
     if decode < 0:
@@ -296,7 +228,7 @@ def _choose_samples(tasks: list[_Task], decode: int | None) -> list[_Task]:
 
 
 def _check_shard(task: _Task) -> tuple[int, list[Problem]]:
-    """Hash one shard and decode its samples: (samples decoded, problems)."""
+    """Hash one shard and decode its samples; return (samples decoded, problems)."""
     name = f"{task.split}/{task.path.name}"
     raw = task.entry["raw_data"]
     try:
@@ -305,7 +237,7 @@ def _check_shard(task: _Task) -> tuple[int, list[Problem]]:
         what = "is missing"
     except OSError as e:
         what = f"cannot be read: {e.strerror or e}"
-    if what:  # its samples are not worth decoding
+    if what:  # then its samples are not decoded
         return 0, [Problem(name, str(task.path), what)]
     decoded, problems = 0, []
     try:
@@ -314,7 +246,7 @@ def _check_shard(task: _Task) -> tuple[int, list[Problem]]:
                 decoded += 1
                 if reason := sample_problem(sample):
                     problems.append(
-                        Problem(name, str(task.path), f"holds item {sample.get('id')!r}, whose {reason}")
+                        Problem(name, str(task.path), f"contains item {sample.get('id')!r}, whose {reason}")
                     )
     except (OSError, BadShard) as e:
         problems.append(Problem(name, str(task.path), f"cannot be decoded: {e}"))
@@ -322,7 +254,7 @@ def _check_shard(task: _Task) -> tuple[int, list[Problem]]:
 
 
 def sample_problem(sample: Mapping[str, Any]) -> str:
-    """Why a decoded sample cannot be trained on; "" if it can."""
+    """Return why a decoded sample cannot be trained on; "" if it can."""
     from PIL import Image
 
     if not RATING_MIN <= sample.get("rating", float("nan")) <= RATING_MAX:

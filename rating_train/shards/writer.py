@@ -1,14 +1,12 @@
-"""Write a dataset directory so that it is whole or absent.
+"""Write a dataset directory so that it is complete or absent.
 
-Everything goes into ``DATA.tmp-HOST-PID-NONCE`` beside ``DATA``; the shards first, the manifest last, then
-one rename. A build killed at any moment leaves at most that temporary folder, which the next one sweeps.
+Everything goes into ``DATA.tmp-HOST-PID-NONCE`` beside ``DATA``: the shards first, the manifest last, then one rename.
+A build killed at any moment leaves at most that temporary folder, which the next build sweeps.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import json
 import logging
 import math
 import os
@@ -24,13 +22,20 @@ from typing import Any
 import numpy as np
 
 from rating_train.errors import UserError
-from rating_train.files import atomic_write_json, fsync_path, read_json, sha256_file, sha256_json
+from rating_train.files import (
+    atomic_write_json,
+    fsync_path,
+    hold_lock,
+    read_json,
+    sha256_file,
+    sha256_json,
+)
 from rating_train.shards.mds_write import INDEX_NAME, ShardWriter, encode_sample, shard_name, write_index
-from rating_train.shards.schema import MANIFEST_NAME, QUARANTINE_NAME, SPLITS, Dropped, Listing
+from rating_train.shards.schema import MANIFEST_NAME, QUARANTINE_NAME, SPLITS, Listing
 
 logger = logging.getLogger(__name__)
 
-# A hard link is not to be had: another file system, none at all, or too many of one file.
+# A hard link cannot be made: another file system, one without links, or too many links to one file.
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -43,14 +48,14 @@ class RatingStats:
         self.squares = squares  # sum of (rating - mean) ** 2
 
     def add(self, value: float) -> None:
-        """Take one more rating in."""
+        """Add one rating."""
         self.count += 1
         delta = value - self.mean
         self.mean += delta / self.count
         self.squares += delta * (value - self.mean)
 
     def merge(self, other: RatingStats) -> None:
-        """Take in all of another (Chan et al., 1979); the order of merges counts in the last bits."""
+        """Add all ratings of another (Chan et al., 1979); the order of merges decides the last bits."""
         if other.count:
             count = self.count + other.count
             delta = other.mean - self.mean
@@ -73,19 +78,19 @@ class SplitWriter:
         self.shards = ShardWriter(folder, shard_bytes)
 
     def write(self, listing: Listing, image: bytes) -> None:
-        """Append a sample: ``image`` is a JPEG; ``rating`` is stored as float32, the count as int64."""
+        """Append a sample; ``image`` is a JPEG."""
         self.shards.write(encode_sample(listing, image))
         self.stats.add(float(np.float32(listing.rating)))
 
     def finish(self) -> dict[str, Any]:
-        """Write the last shard and the index; give the split's entry in the manifest."""
+        """Write the last shard and the index; return the split's entry in the manifest."""
         index = self.shards.finish()
         fsync_path(self.folder)
         return split_entry(index, self.shards.shards, self.stats)
 
 
 class MergedSplit:
-    """The shards of one split as other folders hold them: linked in the order given, never rewritten."""
+    """The shards of one split, taken from other folders: linked in the order given, never rewritten."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -94,7 +99,7 @@ class MergedSplit:
         folder.mkdir()
 
     def adopt(self, source: Path, stats: RatingStats) -> None:
-        """Take over all shards of a finished folder, under the next numbers."""
+        """Link all shards of a finished folder under the next numbers; ``stats`` are those of its ratings."""
         for shard in read_json(source / INDEX_NAME)["shards"]:
             name = shard_name(len(self._shards))
             _link_or_copy(source / shard["raw_data"]["basename"], self.folder / name)
@@ -102,14 +107,14 @@ class MergedSplit:
         self.stats.merge(stats)
 
     def finish(self) -> dict[str, Any]:
-        """Write the index; give the split's entry in the manifest."""
+        """Write the index; return the split's entry in the manifest."""
         index = write_index(self.folder, self._shards)
         fsync_path(self.folder)
         return split_entry(index, self._shards, self.stats)
 
 
 def split_entry(index: Path, shards: list[dict[str, Any]], stats: RatingStats) -> dict[str, Any]:
-    """A split's entry in the manifest; refuses shards whose samples are not those that were counted."""
+    """Return a split's entry in the manifest; refuse shards that hold another number of samples than was counted."""
     items = sum(shard["samples"] for shard in shards)
     if items != stats.count:
         raise RuntimeError(f"{index}: {stats.count} samples written, the index has {items}")
@@ -134,24 +139,23 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 class DatasetWriter:
-    """A dataset in the making; a context manager that leaves ``out`` whole, or nothing.
+    """A dataset that is being made; a context manager that leaves a complete ``out``, or nothing.
 
     Args:
         out: the dataset directory, which must not exist.
-        shard_bytes: upper bound of one shard file.
 
-    Errors: :class:`UserError` if ``out`` exists or its parent cannot be written to.
+    Raises:
+        UserError: ``out`` exists or its parent cannot be written to.
     """
 
-    def __init__(self, out: str | Path, shard_bytes: int) -> None:
+    def __init__(self, out: str | Path) -> None:
         self.out = Path(out)
         refuse_existing(self.out)
-        self._shard_bytes = shard_bytes
-        self._splits: dict[str, SplitWriter | MergedSplit] = {}
+        self._splits: dict[str, MergedSplit] = {}
         self._committed = False
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            remove_stale(self.out)
+            sweep(self.out.parent, re.escape(self.out.name))
             self.folder, self._lock = make_temporary(self.out)
         except OSError as e:
             raise UserError(
@@ -173,30 +177,19 @@ class DatasetWriter:
             shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
 
-    def write(self, split: str, listing: Listing, image: bytes) -> None:
-        """Append a sample to a split (one of ``SPLITS``), which exists from its first sample on."""
-        if split not in self._splits:
-            self._splits[split] = SplitWriter(self._folder_of(split), self._shard_bytes)
-        writer = self._splits[split]
-        assert isinstance(writer, SplitWriter), "a split is either written or adopted"
-        writer.write(listing, image)
-
     def adopt(self, split: str, source: Path, stats: RatingStats) -> None:
-        """Append all shards of the folder ``source`` to a split: linked, or copied from another file system."""
-        if split not in self._splits:
-            self._splits[split] = MergedSplit(self._folder_of(split))
-        merged = self._splits[split]
-        assert isinstance(merged, MergedSplit), "a split is either written or adopted"
-        merged.adopt(source, stats)
+        """Append all shards of the folder ``source`` to a split: linked, or copied from another file system.
 
-    def _folder_of(self, split: str) -> Path:
+        Args:
+            split: one of ``SPLITS``.
+            source: a folder of shards with its index.
+            stats: of the ratings in the shards.
+        """
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is not one of {SPLITS}")
-        return self.folder / split
-
-    def quarantine(self, dropped: Dropped) -> None:
-        """Append one row to ``quarantine.jsonl``: source, line, id, reason, detail."""
-        self._quarantine.write(json.dumps(vars(dropped), ensure_ascii=False) + "\n")
+        if split not in self._splits:
+            self._splits[split] = MergedSplit(self.folder / split)
+        self._splits[split].adopt(source, stats)
 
     def append_quarantine(self, path: Path) -> None:
         """Append all rows of another quarantine file."""
@@ -204,64 +197,70 @@ class DatasetWriter:
             shutil.copyfileobj(f, self._quarantine, 1 << 20)
 
     def commit(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
-        """Finish all shards, write the manifest last, rename. The manifest as written.
+        """Write the indices, then the manifest, and rename the folder to ``out``.
 
-        ``splits`` and ``fingerprint`` are added here; the fingerprint covers the splits' indices, which
-        hold the hashes of all shards.
+        Args:
+            manifest: its fields but ``splits`` and ``fingerprint``, which are added here. The fingerprint covers the
+                indices of the splits, which hold the hashes of all shards.
+
+        Returns:
+            The manifest as written.
         """
         splits = {name: self._splits[name].finish() for name in SPLITS if name in self._splits}
-        whole = {
+        complete = {
             **manifest,
             "splits": splits,
             "fingerprint": sha256_json({name: entry["index_sha256"] for name, entry in splits.items()}),
         }
         self._quarantine.flush()
         os.fsync(self._quarantine.fileno())
-        atomic_write_json(self.folder / MANIFEST_NAME, whole)
-        refuse_existing(self.out)  # made by another build meanwhile: rename would replace an empty folder
+        atomic_write_json(self.folder / MANIFEST_NAME, complete)
+        refuse_existing(self.out)  # made meanwhile by another build: a rename would replace an empty folder
         os.rename(self.folder, self.out)
         self._committed = True
         fsync_path(self.out.parent)
-        return whole
+        return complete
 
 
 def refuse_existing(out: Path) -> None:
-    """Errors: :class:`UserError` if something is at ``out``: a build never overwrites."""
+    """Check that nothing is at ``out``: a build never overwrites.
+
+    Raises:
+        UserError: something is there.
+    """
     if out.exists() or out.is_symlink():
         raise UserError(
-            "the dataset directory exists",
+            "the dataset directory exists already",
             where=out,
-            fix="choose another --out, or remove it if it is of no use",
+            fix="choose another --out, or remove it if it is not needed",
         )
 
 
 def make_temporary(out: Path) -> tuple[Path, int]:
-    """A fresh temporary folder for ``out`` and a descriptor that holds its lock while its maker lives."""
+    """Make a temporary folder for ``out``; return it and a descriptor that holds its lock while this process lives."""
     while True:
         folder = out.with_name(f"{out.name}{_infix()}{os.getpid()}-{secrets.token_hex(4)}")
         folder.mkdir()
         lock = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # no locks on this file system: then nobody takes the folder for stale either
-            return folder, lock
-        if folder.exists():  # not swept between mkdir and flock
+        held = hold_lock(lock)
+        # Without locks on this file system (None) nobody takes the folder for stale either. Another process that holds
+        # the lock is sweeping it, or has swept it: then a new one is made.
+        if held is None or (held and folder.exists()):
             return folder, lock
         os.close(lock)
 
 
-def remove_stale(out: Path) -> None:
-    """:func:`sweep` what killed builds of ``out`` left beside it."""
-    sweep(out.parent, re.escape(out.name))
-
-
 def sweep(parent: Path, names: str) -> None:
-    """Remove the temporary folders for ``names`` (a pattern) that dead processes of this machine left.
+    """Remove the temporary folders that dead processes of this machine left.
 
-    A folder is stale when nobody holds its lock. Folders of other hosts stay: not every shared file
-    system carries locks from host to host.
+    A folder is stale when nobody holds its lock. Folders of other hosts are kept: not every shared file system
+    propagates locks between hosts.
+
+    Args:
+        parent: the folder to look in.
+        names: a pattern of what the temporary folders were made for.
     """
-    # The whole name is matched: the infix of host "a" also begins the folders of host "a-1".
+    # The complete name is matched: the infix of host "a" is also a prefix of the folders of host "a-1".
     ours = re.compile(f"{names}{re.escape(_infix())}[0-9]+-[0-9a-f]{{8}}")
     for folder in sorted(f for f in parent.iterdir() if ours.fullmatch(f.name)):
         try:
@@ -269,12 +268,11 @@ def sweep(parent: Path, names: str) -> None:
         except OSError:
             continue
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            logger.warning("left %s alone: another build may be writing it", folder)
-        else:
-            logger.warning("removing %s, left by a build that did not end", folder)
-            shutil.rmtree(folder)
+            if hold_lock(lock):
+                logger.warning("removing %s, which a killed build left", folder)
+                shutil.rmtree(folder)
+            else:
+                logger.warning("keeping %s: another build may be writing it", folder)
         finally:
             os.close(lock)
 

@@ -1,4 +1,4 @@
-"""`prepare` from files to shards: counts add up, what comes out is whole or absent, and reads back."""
+"""`prepare` from files to shards: counts add up, a dataset is complete or absent, and it reads back."""
 
 from __future__ import annotations
 
@@ -24,14 +24,17 @@ import pytest
 from PIL import Image
 from streaming import MDSWriter, StreamingDataset
 
+from rating_train.commands import prepare as prepare_verb
 from rating_train.demo.catalogue import make_catalogue
 from rating_train.errors import UserError
 from rating_train.files import read_json, read_json_lines, sha256_file
+from rating_train.prepare import build
 from rating_train.prepare.images import fetch, square
+from rating_train.prepare.images.lookup import ImageProblem
 from rating_train.prepare.images.stores import CacheStore
+from rating_train.prepare.options import PrepareOptions
 from rating_train.prepare.parts.part import DONE_NAME
-from rating_train.prepare.pipeline import PrepareOptions, build, prepare
-from rating_train.prepare.pipeline import pipeline as prepare_verb
+from rating_train.prepare.pipeline import prepare
 from rating_train.prepare.plan.rules import PlanRules
 from rating_train.shards import writer
 from rating_train.shards.schema import MANIFEST_NAME, MDS_COLUMNS, QUARANTINE_NAME, Listing
@@ -196,8 +199,8 @@ def packed_images(catalogue: Path, folder: Path, kind: str) -> str:
     (root / "images").mkdir(parents=True)
     for path in (catalogue / "images").iterdir():  # not <id>.jpg, which is found without a name
         shutil.copy(path, root / "images" / path.name.replace("B0DEMO", "p"))
-    whole = (root / "images" / "p00010.jpg").read_bytes()
-    for name, data in {"empty.jpg": b"", "torn.jpg": whole[:500], "page.jpg": b"<html>"}.items():
+    good = (root / "images" / "p00010.jpg").read_bytes()
+    for name, data in {"empty.jpg": b"", "torn.jpg": good[:500], "page.jpg": b"<html>"}.items():
         (root / "images" / name).write_bytes(data)
     return str(root) if kind == "folder" else shutil.make_archive(str(folder / "images"), kind, root)
 
@@ -342,7 +345,10 @@ def test_refusals(catalogue: Path, tmp_path: Path) -> None:
         prepare(options(catalogue, out, source=(str(tmp_path / "absent.jsonl"),)))
     with pytest.raises(UserError, match="images folder not found"):
         prepare(options(catalogue, out, images=str(tmp_path / "absent")))
-    with pytest.raises(UserError, match=r"4 problems: .*jpeg_quality.*fractions.*shard_size_mb.*workers"):
+    with pytest.raises(
+        UserError,
+        match=r"4 problems: .*leave nothing.*jpeg_quality.*shard_size_mb.*workers",
+    ):
         prepare(options(catalogue, out, jpeg_quality=0, val_fraction=1.0, shard_size_mb=0, workers=0))
     with pytest.raises(UserError, match="no item is left"):
         prepare(options(catalogue, out, min_rating_count=10**9))
@@ -375,9 +381,9 @@ def test_a_failure_midway_is_no_dataset_and_the_same_command_continues(
         calls += 1
         if calls == 40:
             raise KeyboardInterrupt
-        return whole(data, *args)
+        return real(data, *args)
 
-    out, whole = tmp_path / "data", square.square_jpeg
+    out, real = tmp_path / "data", square.square_jpeg
     monkeypatch.setattr(square, "square_jpeg", break_at_40)
     with pytest.raises(UserError, match=r"stopped by SIGINT.*same command again"):
         prepare(options(catalogue, out, part_items=16))
@@ -403,7 +409,7 @@ def test_a_failure_at_the_end_is_no_dataset_and_the_same_command_continues(
     with monkeypatch.context() as patch:
         patch.setattr(writer, "atomic_write_json", full)
         expected = (
-            pytest.raises(UserError, match=r"disk is full.*make room.*same command")
+            pytest.raises(UserError, match=r"disk is full.*free disk space.*same command")
             if number == errno.ENOSPC
             else pytest.raises(OSError, match="no space")
         )
@@ -420,10 +426,10 @@ def test_a_source_that_changes_is_noticed(
 ) -> None:
     source = Path(edited_catalogue(catalogue, tmp_path, lambda lines: lines))
     where, name = {"scan": (build.scan, "make_plan"), "parts": (build, "build_parts")}[module]
-    whole = getattr(where, name)
+    real = getattr(where, name)
 
     def then_change(*args: Any) -> Any:
-        result = whole(*args)
+        result = real(*args)
         lines = source.read_text().splitlines()
         source.write_text("\n".join(lines[:-1]) + "\n")
         return result
@@ -433,7 +439,7 @@ def test_a_source_that_changes_is_noticed(
     with pytest.raises(UserError, match="changed while it was read"):
         prepare(given)
     assert not (tmp_path / "data").exists()
-    monkeypatch.setattr(where, name, whole)
+    monkeypatch.setattr(where, name, real)
     with pytest.raises(UserError, match=r"changed sources.*sources was.*remove"):
         prepare(given)
 
@@ -491,7 +497,7 @@ def test_a_damaged_part_is_named_and_not_merged(catalogue: Path, tmp_path: Path,
 def test_shards_are_what_streaming_writes(catalogue: Path, tmp_path: Path) -> None:
     prepare(options(catalogue, tmp_path / "data"))
     rows = samples(tmp_path / "data" / "train")
-    whole = sorted((tmp_path / "data" / "train").iterdir())
+    written = sorted((tmp_path / "data" / "train").iterdir())
     limit = 20_000
     with MDSWriter(
         columns=MDS_COLUMNS, out=str(tmp_path / "theirs"), hashes=["sha1", "xxh64"], size_limit=limit
@@ -503,18 +509,18 @@ def test_shards_are_what_streaming_writes(catalogue: Path, tmp_path: Path) -> No
             image = row.pop("image")
             ours.write(Listing(**row, image="", group=""), image)
         ours.finish()
-    assert len(whole) == 2 and len(list((tmp_path / "ours").iterdir())) > 3
+    assert len(written) == 2 and len(list((tmp_path / "ours").iterdir())) > 3
     assert content(tmp_path / "ours") == content(tmp_path / "theirs")
 
 
 SLOW_BUILD = """
 import sys, time
-from rating_train.catalogue import images
+from rating_train.prepare.images import square
 from rating_train.prepare.pipeline import PrepareOptions, prepare
-whole = square.square_jpeg
+real = square.square_jpeg
 def slow(*args):
     time.sleep(0.05)
-    return whole(*args)
+    return real(*args)
 square.square_jpeg = slow
 prepare(PrepareOptions(source=(sys.argv[1],), images=sys.argv[2], out=sys.argv[3], image_size_px=32, val_fraction=0.25))
 """
@@ -532,7 +538,7 @@ def test_a_killed_build_is_no_dataset_and_the_next_one_sweeps_it(catalogue: Path
             time.sleep(0.02)
         prepare(options(catalogue, tmp_path / "other"))
         (living,) = tmp_path.glob("data.build/parts/part_00000.tmp-*")
-        with pytest.raises(UserError, match="another command works on this build"):
+        with pytest.raises(UserError, match="another command is working on this build"):
             prepare(same)
         writer.sweep(living.parent, r"part_\d+")
         assert living.exists(), "a living build keeps its folder"
@@ -564,7 +570,7 @@ def test_fetched_images_come_from_the_cache(
         for _, url in requests:
             asked.append(url)
             if url.endswith("gone.jpg"):
-                store.put_problem(url, square.ImageProblem("fetch_gone", "404"))
+                store.put_problem(url, ImageProblem("fetch_gone", "404"))
             else:
                 store.put(url, (catalogue / url.removeprefix("https://images.example/")).read_bytes())
 

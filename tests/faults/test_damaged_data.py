@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rating_train.shards.mds_read import iter_samples, read_index, read_shard
+from rating_train.shards.mds_read import iter_sampled, read_index, read_shard
 from rating_train.shards.verify import verify_dataset
 from tests.conftest import Ranks
 from tests.small_shards import flip_a_byte, reshard
@@ -40,7 +40,7 @@ def test_a_flipped_byte_ends_training_before_its_shard_is_used(
     bad = shard(data)
     (entry,) = [s for s in read_index(data / "train") if s["raw_data"]["basename"] == bad.name]
     damaged_ids = {s["id"] for s in read_shard(bad, entry)}
-    other_ids = {s["id"] for s in iter_samples(data / "train")} - damaged_ids
+    other_ids = {s["id"] for s in iter_sampled([data / "train"])} - damaged_ids
     flip_a_byte(bad, bad.stat().st_size // 2)
     assert [p.path for p in verify_dataset(data).problems] == [str(bad)]
 

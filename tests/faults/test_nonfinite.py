@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rating_train.shards.schema import Listing
-from rating_train.shards.writer import DatasetWriter
+from rating_train.shards.writer import DatasetWriter, SplitWriter
 from tests.conftest import Ranks
 
 
@@ -19,9 +19,10 @@ def poisoned_copy(demo: Path, out: Path, poisoned: Iterable[int]) -> None:
 
     where = set(poisoned)
     manifest = json.loads((demo / "data" / "manifest.json").read_text())
-    with DatasetWriter(out, 1 << 26) as writer:
+    with DatasetWriter(out) as writer:
         for split in ("train", "val"):
             dataset = StreamingDataset(local=str(demo / "data"), split=split, batch_size=1)
+            shards = SplitWriter(out.with_name(f"{out.name}-{split}"), 1 << 26)
             for i in range(dataset.num_samples):
                 row = dict(dataset[i])
                 image = row.pop("image")
@@ -29,9 +30,11 @@ def poisoned_copy(demo: Path, out: Path, poisoned: Iterable[int]) -> None:
                 if split == "train" and i in where:
                     rating = 3e38
                 count = int(row.pop("rating_count"))
-                writer.write(
-                    split, Listing(**row, image="", rating=rating, rating_count=count, group=row["id"]), image
+                shards.write(
+                    Listing(**row, image="", rating=rating, rating_count=count, group=row["id"]), image
                 )
+            shards.finish()
+            writer.adopt(split, shards.folder, shards.stats)
         writer.commit({"version": manifest["version"]})
 
 

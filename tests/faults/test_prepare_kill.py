@@ -23,8 +23,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from rating_train.data.streaming_dataset import check_split
 from rating_train.prepare.parts.part import DONE_NAME, finished_parts
+from rating_train.shards.manifest import check_split
 from rating_train.shards.schema import MANIFEST_NAME
 from tests.conftest import REPO, small_file_system
 
@@ -155,10 +155,10 @@ def same(out: Path, reference: Path) -> bool:
 @pytest.mark.timeout(120 + 15 * KILLS)
 def test_kill_9_at_random_moments(command: Prepare, reference: Path) -> None:
     dice = random.Random(20)
-    out, kills, builds, whole_seconds = command.out, 0, 0, 0.0
+    out, kills, builds, full_seconds = command.out, 0, 0, 0.0
     began = time.monotonic()
     command.finish()
-    whole_seconds = time.monotonic() - began
+    full_seconds = time.monotonic() - began
     where: list[str] = []
     while True:
         if out.exists() and not command.build.exists():
@@ -174,7 +174,7 @@ def test_kill_9_at_random_moments(command: Prepare, reference: Path) -> None:
             continue
         with contextlib.suppress(subprocess.TimeoutExpired):
             left = max(0.2, 1 - len(finished_parts(command.build / "parts")) * PART_ITEMS / ITEMS)
-            process.wait(dice.uniform(0, left * whole_seconds))
+            process.wait(dice.uniform(0, left * full_seconds))
         family = command.family(process)
         victims = dice.choice((family, family[:1], family[-1:]))  # all, the command, or a worker
         for victim in victims:
@@ -201,7 +201,7 @@ def test_kill_9_at_random_moments(command: Prepare, reference: Path) -> None:
     assert [p.name for p in out.parent.iterdir()] == [out.name], "nothing is left beside the dataset"
     seconds = time.monotonic() - began
     print(
-        f"{kills} kills at {where}; {builds} builds, {ITEMS} items, {whole_seconds:.1f} s each, {seconds:.0f} s"
+        f"{kills} kills at {where}; {builds} builds, {ITEMS} items, {full_seconds:.1f} s each, {seconds:.0f} s"
     )
 
 
@@ -250,7 +250,7 @@ def test_a_full_disk_stops_clearly_and_the_same_command_continues(
     used = shutil.disk_usage(small_disk).used
     needed = sum(len(data) for data in content(reference).values())
     resize(used + needed // 2)
-    for _ in range(2):  # giving the command again without making room says the same
+    for _ in range(2):  # running the command again on the full disk says the same
         said = command.finish(code=2)
         assert "disk is full" in said and "MiB more" in said and "same command" in said, said
         assert str(command.build / "parts") in said and "Traceback" not in said
@@ -278,10 +278,10 @@ def test_a_disk_that_fills_while_planning_stops_clearly_and_the_same_command_pla
     for size in (64 << 10, 512 << 10, 1536 << 10, kept, kept + (512 << 10)):
         resize(size)
         said = command.finish(*stage, code=2)
-        assert "disk is full" in said and "make room" in said and "same command again" in said, said
+        assert "disk is full" in said and "free disk space" in said and "same command again" in said, said
         assert f"where: {command.build / 'plan'}" in said and "Traceback" not in said
         assert re.search(r"more than the [\d.]+ MiB that were free", said), said
-        assert not list(small_disk.iterdir()), "an unfinished plan leaves its room to the next attempt"
+        assert not list(small_disk.iterdir()), "an unfinished plan leaves its space to the next attempt"
     resize(256 << 20)
     command.finish(*stage)
     assert content(command.build / "plan") == plan

@@ -1,6 +1,6 @@
 """Which of a listing's images is stored: the first that is there, decodes, and is within the limits.
 
-Reason given here: ``image_none_usable``, of a listing with several images, none of which could be used; its detail has
+Reason given here: ``image_none_usable``, for a listing with several images none of which can be used; its detail has
 the reason of each.
 """
 
@@ -11,21 +11,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rating_train.prepare.images.square import ImageProblem, ImageStore
+from rating_train.prepare.images.lookup import ImageProblem, ImageStore
 from rating_train.shards.schema import Listing
 
 
 @dataclass
 class ImageCounts:
-    """What became of the images of listings that name several; those with one image are not in it.
+    """What became of the images of listings that name several; listings with one image are not counted.
 
-    All images that they name are ``listings_with_several`` - listings dropped + ``extra_unused`` + those ``refused``.
+    The images that they name are ``listings_with_several`` - dropped listings + ``extra_unused`` + all ``refused``.
 
     Attributes:
         listings_with_several: listings that name more than one image, kept or not.
-        fell_back_to_a_later_one: kept ones whose first image could not be used.
-        extra_unused: images that were not looked at, because an earlier one was used.
-        refused: images that were looked at and could not be used, by reason.
+        fell_back_to_a_later_one: kept listings whose first image could not be used.
+        extra_unused: images that were not opened, because an earlier one was used.
+        refused: images that were opened and could not be used, by reason.
     """
 
     listings_with_several: int = 0
@@ -34,21 +34,31 @@ class ImageCounts:
     refused: Counter[str] = field(default_factory=Counter)
 
     def add(self, recorded: Mapping[str, Any]) -> None:
-        """Add what :meth:`recorded` gave elsewhere."""
+        """Add the counts that :meth:`recorded` returned elsewhere."""
         self.listings_with_several += recorded["listings_with_several"]
         self.fell_back_to_a_later_one += recorded["fell_back_to_a_later_one"]
         self.extra_unused += recorded["extra_unused"]
         self.refused.update(recorded["refused"])
 
     def recorded(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the counts as JSON values."""
         return {**vars(self), "refused": dict(sorted(self.refused.items()))}
 
 
 def first_usable(
     listing: Listing, store: ImageStore, convert: Callable[[bytes], bytes], counts: ImageCounts
 ) -> bytes:
-    """What ``convert`` makes of the listing's first usable image. Errors: :class:`ImageProblem` if there is none."""
+    """Return what ``convert`` makes of the listing's first usable image.
+
+    Args:
+        listing: names the images.
+        store: reads them.
+        convert: turns the bytes of a file into those of the stored image, or raises :class:`ImageProblem`.
+        counts: is added to if the listing names several images.
+
+    Raises:
+        ImageProblem: no image can be used.
+    """
     names = (listing.image, *listing.more_images)
     if len(names) == 1:
         return convert(store.read(listing.image, listing.id))
@@ -56,7 +66,7 @@ def first_usable(
     problems: list[str] = []
     for place, name in enumerate(names, start=1):
         try:
-            # The file of last resort, <id>.jpg, comes after all images that the listing names.
+            # The name of last resort, <id>.jpg, comes after all images that the listing names.
             square = convert(store.read(name, listing.id if place == len(names) else ""))
         except ImageProblem as e:
             counts.refused[e.reason] += 1

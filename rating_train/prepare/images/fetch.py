@@ -1,12 +1,12 @@
-"""Images from URLs into a cache: many at once, politely, each at most once, and each with an outcome.
+"""Fetch images from URLs into a cache: many at once, politely, each at most once, and each with an outcome.
 
-Every URL ends as bytes in the :class:`~rating_train.prepare.images.stores.CacheStore` or as a named problem
-recorded beside them, so that a restart asks only for what was under way. How one request is made, and
-which ones are refused, is in ``catalogue.http_image``.
+Every URL ends as bytes in the :class:`~rating_train.prepare.images.stores.CacheStore` or as a named problem recorded
+beside them, so that a restart requests only what was in flight. How one request is made, and which ones are refused,
+is in ``prepare/images/http_client.py``.
 
-Reasons given here. Final at once: ``fetch_bad_url``, ``fetch_address_refused``, ``fetch_redirect``,
-``fetch_gone`` (404, 410), ``fetch_refused`` (other statuses), ``fetch_not_an_image``, ``image_too_large``,
-``image_empty``. After all retries: ``fetch_failed`` (408, 425, 429, 5xx, time-outs, resets, truncation).
+Reasons given here. Final at once: ``fetch_bad_url``, ``fetch_address_refused``, ``fetch_redirect``, ``fetch_gone``
+(404, 410), ``fetch_refused`` (other statuses), ``fetch_not_an_image``, ``image_too_large``, ``image_empty``. After all
+retries: ``fetch_failed`` (408, 425, 429, 5xx, time-outs, resets, truncation).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from rating_train.errors import UserError
 from rating_train.prepare.images.fetch_options import FetchOptions
 from rating_train.prepare.images.http_client import ImageClient, Transient
-from rating_train.prepare.images.square import ImageProblem
+from rating_train.prepare.images.lookup import ImageProblem
 from rating_train.prepare.images.stores import CacheStore
 
 __all__ = ["FetchOptions", "FetchProgress", "fetch_all"]
@@ -34,7 +34,7 @@ _WRITERS = 8  # threads that write the cache: each write waits for the disk
 
 
 class FetchProgress(NamedTuple):
-    """Of ``total`` requests, ``kept`` are in the cache and ``problems`` failed so far; both may be old ones."""
+    """Of ``total`` requests, ``kept`` are in the cache and ``problems`` failed so far, also in earlier calls."""
 
     total: int
     kept: int
@@ -49,16 +49,19 @@ def fetch_all(
     options: FetchOptions | None = None,
     on_progress: Callable[[FetchProgress], None] | None = None,
 ) -> dict[str, ImageProblem]:
-    """Bring every URL into the cache; the problems of those that cannot be had, by URL.
+    """Bring every URL into the cache. Interrupted at any moment (Ctrl-C, kill -9), it holds complete files only.
 
     Args:
         requests: pairs of item id (for the log) and URL; a URL may come more than once.
-        cache: its folder, made if needed. What is settled there is not asked for again.
+        cache: its folder, made if needed. What is settled there is not requested again.
         options: see :class:`FetchOptions`.
         on_progress: called after every request, in this thread.
 
-    Interrupted at any moment (Ctrl-C, kill -9), the cache holds whole files only. Errors:
-    :class:`UserError` if the cache cannot be written.
+    Returns:
+        The problems of the URLs that cannot be fetched, by URL.
+
+    Raises:
+        UserError: the cache cannot be written.
     """
     fetch = _Fetch(requests, CacheStore(cache), options or FetchOptions(), on_progress)
     try:
@@ -66,25 +69,27 @@ def fetch_all(
         asyncio.run(fetch.run())
     except OSError as e:  # those of the network are caught where they arise
         raise UserError(
-            f"the image cache cannot be written ({e})", where=cache, fix="free space, then run again"
+            f"the image cache cannot be written ({e})",
+            where=cache,
+            fix="free disk space or fix the permissions, then run again",
         ) from e
     return fetch.problems
 
 
 class _Turns:
-    """Hands out URLs: hosts take turns, at most ``per_host`` URLs of one are out at a time."""
+    """Hands out URLs: hosts take turns, and at most ``per_host`` URLs of one host are in flight at a time."""
 
     def __init__(self, requests: Sequence[tuple[str, str]], per_host: int) -> None:
         self._per_host = per_host
         self._waiting: dict[str, deque[tuple[str, str]]] = {}
         for request in requests:
             self._waiting.setdefault(_host_of(request[1]), deque()).append(request)
-        self._ready = deque(self._waiting)  # hosts with something waiting and fewer than per_host out
+        self._ready = deque(self._waiting)  # hosts with URLs waiting and fewer than per_host in flight
         self._out: Counter[str] = Counter()
         self._changed = asyncio.Event()
 
     async def take(self) -> tuple[str, str, str] | None:
-        """(host, item id, URL), once one may go; ``None`` when none is left."""
+        """Wait until a URL may be requested; return (host, item id, URL), or ``None`` when none is left."""
         while not self._ready:
             if not self._waiting:
                 return None
@@ -101,7 +106,7 @@ class _Turns:
         return host, *request
 
     def give_back(self, host: str) -> None:
-        """One URL of the host is done."""
+        """Count one URL of the host as done."""
         if self._out[host] == self._per_host and host in self._waiting:
             self._ready.append(host)
             self._changed.set()
@@ -122,7 +127,7 @@ class _Fetch:
         self._requests, self._store, self._options = requests, store, options
         self._on_progress = on_progress
         self._kept = self._failed = self._fetched = self._fetched_bytes = 0
-        self._under_way: dict[str, asyncio.Event] = {}
+        self._in_flight: dict[str, asyncio.Event] = {}
 
     async def run(self) -> None:
         """Settle every request."""
@@ -154,23 +159,23 @@ class _Fetch:
             if self._on_progress:
                 counts = (self._kept, self._failed, self._fetched, self._fetched_bytes)
                 self._on_progress(FetchProgress(len(self._requests), *counts))
-            await asyncio.sleep(0)  # a restart over settled URLs would never let a Ctrl-C in
+            await asyncio.sleep(0)  # otherwise a pass over settled URLs could not be interrupted
 
     async def _settle_once(self, url: str) -> ImageProblem | None:
-        """Settle a URL, or wait for the worker that is at the same one for another item."""
-        while url in self._under_way:
-            await self._under_way[url].wait()
+        """Settle a URL, or wait for the task that is fetching the same one for another item."""
+        while url in self._in_flight:
+            await self._in_flight[url].wait()
         if url in self.problems:
             return self.problems[url]
         if self._store.has(url):
             return None
         if not self._options.retry_failed and (known := self._store.problem(url)):
             return known
-        done = self._under_way[url] = asyncio.Event()
+        done = self._in_flight[url] = asyncio.Event()
         try:
             return await self._settle(url)
         finally:
-            del self._under_way[url]
+            del self._in_flight[url]
             done.set()
 
     async def _settle(self, url: str) -> ImageProblem | None:

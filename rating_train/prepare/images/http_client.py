@@ -1,7 +1,7 @@
-"""One image over HTTP, from a server that nobody vouches for, or the reason why not.
+"""Get one image over HTTP from an untrusted server, or the reason why not.
 
-A catalogue's URLs are foreign input. By default no redirect is followed and no connection is made to an
-address that is not a public one; the answer's kind, size and first bytes are checked while it comes in.
+A catalogue's URLs are untrusted input. By default no redirect is followed and no connection is made to an address that
+is not public; the type, size and first bytes of a response are checked while it arrives.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import yarl
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from rating_train.prepare.images.fetch_options import FetchOptions
-from rating_train.prepare.images.square import ImageProblem, is_url
+from rating_train.prepare.images.lookup import ImageProblem, is_url
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 class Transient(Exception):
-    """One request failed in a way that may pass; ``asked_s`` is the server's Retry-After in seconds."""
+    """A request failed in a way that may be temporary; ``asked_s`` is the server's Retry-After in seconds."""
 
     def __init__(self, cause: str, asked_s: float = 0.0) -> None:
         super().__init__(cause)
@@ -45,7 +45,7 @@ class Transient(Exception):
 
 
 class ImageClient:
-    """Gets images; an ``async with`` block holds its connections."""
+    """Gets images; its connections live as long as an ``async with`` block."""
 
     def __init__(self, options: FetchOptions) -> None:
         self._options = o = options
@@ -54,7 +54,7 @@ class ImageClient:
             connector=aiohttp.TCPConnector(
                 limit=o.concurrency,
                 resolver=self._addresses,
-                use_dns_cache=False,  # else its cache, not ours, would say which address was checked
+                use_dns_cache=False,  # its cache would bypass the checked addresses
                 socket_factory=self._addresses.socket,
             ),
             timeout=aiohttp.ClientTimeout(
@@ -62,9 +62,9 @@ class ImageClient:
             ),
             headers={"User-Agent": o.user_agent, "Accept": "image/*", "Accept-Encoding": "identity"},
             cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,  # small answers may inflate to large ones; none was asked for
+            auto_decompress=False,  # a small response may inflate to a huge one; none was requested
             middlewares=(_no_second_request,),
-            trust_env=False,  # a proxy would connect in our place, to addresses that nobody checked
+            trust_env=False,  # a proxy would connect in our place, to unchecked addresses
         )
 
     async def __aenter__(self) -> ImageClient:
@@ -74,7 +74,12 @@ class ImageClient:
         await self._session.close()
 
     async def get(self, url: str) -> bytes:
-        """The bytes of an image. Errors: :class:`ImageProblem` (final) or :class:`Transient`."""
+        """Return the bytes of an image.
+
+        Raises:
+            ImageProblem: it cannot be fetched, and a retry will not help.
+            Transient: a retry may help.
+        """
         target = _parse(url)
         for _ in range(self._options.max_redirects + 1):
             answer = await self._guarded(self._request(target))
@@ -85,22 +90,22 @@ class ImageClient:
         raise ImageProblem("fetch_redirect", f"to {url[:200]}")
 
     async def _guarded(self, request: Awaitable[bytes | str]) -> bytes | str:
-        """Await a request; whatever goes wrong while talking to a stranger becomes one of two exceptions."""
+        """Await a request; whatever an untrusted server causes becomes one of two exceptions."""
         try:
             return await request
         except (ImageProblem, Transient):
             raise
-        except Exception as e:  # ClientError, TimeoutError, OSError; and what a strange header may raise
+        except Exception as e:  # ClientError, TimeoutError, OSError, and what a malformed header may raise
             raise _outcome_of(e) from e
 
     async def _request(self, target: yarl.URL) -> bytes | str:
-        """The body of one answer, or the target of its redirect."""
+        """Return the body of one response, or the target of its redirect."""
         await self._addresses.check(target.raw_host or "")
         async with self._session.get(target, allow_redirects=False) as response:
             try:
                 return await self._body(response)
             except BaseException:
-                response.close()  # or the rest of an unwanted body would still be read
+                response.close()  # otherwise the rest of an unwanted body is still read
                 raise
 
     def _redirect(self, source: yarl.URL, location: str) -> str:
@@ -129,12 +134,12 @@ class ImageClient:
         if (response.content_length or 0) > most:
             raise ImageProblem("image_too_large", f"{response.content_length} bytes, at most {most}")
         data = bytearray()
-        async for chunk in response.content.iter_chunked(_CHUNK_BYTES):  # raises if it ends too early
+        async for chunk in response.content.iter_chunked(_CHUNK_BYTES):  # raises if the body is truncated
             data += chunk
             if len(data) > most:
                 raise ImageProblem("image_too_large", f"more than {most} bytes")
         if not data:
-            raise ImageProblem("image_empty", "the answer has no bytes")
+            raise ImageProblem("image_empty", "the response has no bytes")
         if not (data.startswith(_MAGIC) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")):
             raise ImageProblem(
                 "fetch_not_an_image", f"content-type {kind[:80]}, starts with {bytes(data[:8])!r}"
@@ -145,7 +150,7 @@ class ImageClient:
 async def _no_second_request(
     request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType
 ) -> aiohttp.ClientResponse:
-    """The client asks again at once, uncounted, when a connection breaks; here only retries with a wait do."""
+    """Keep the client from repeating a request at once, uncounted, when a connection breaks: retries wait."""
     try:
         return await send(request)
     except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as e:
@@ -153,9 +158,9 @@ async def _no_second_request(
 
 
 def _outcome_of(error: Exception) -> ImageProblem | Transient:
-    """What an exception of the HTTP client says about the image."""
+    """Return what an exception of the HTTP client means for the image."""
     cause = error.__cause__
-    while cause is not None:  # the client wraps what its resolver and its socket factory raise
+    while cause is not None:  # the client wraps what its resolver and socket factory raise
         if isinstance(cause, ImageProblem):
             return ImageProblem(cause.reason, cause.detail)
         cause = cause.__cause__
@@ -164,11 +169,11 @@ def _outcome_of(error: Exception) -> ImageProblem | Transient:
 
 
 class _CheckedAddresses(AbstractResolver):
-    """Host names to addresses of which every one was checked, and sockets for no other address.
+    """Resolves host names to addresses that were all checked, and makes sockets for no other address.
 
-    The HTTP client connects to what is given here, never to the outcome of a second look-up: a name that
-    answers with a public address first and a private one next gains nothing. Addresses written as numbers
-    pass the resolver by; for them, and as a second gate for all, the check is repeated at the socket.
+    The HTTP client connects to what is returned here, never to the result of a second look-up: a name that resolves
+    to a public address first and to a private one next gains nothing. Addresses written as numbers bypass the
+    resolver; for them, and as a second check for all, the address is checked again at the socket.
     """
 
     def __init__(self, allow_private: bool, timeout_s: float) -> None:
@@ -177,13 +182,18 @@ class _CheckedAddresses(AbstractResolver):
         self._locks: dict[str, asyncio.Lock] = {}
 
     async def check(self, host: str) -> list[str]:
-        """The host's addresses. Errors: ``fetch_address_refused`` if any of them is not public; ``OSError``."""
+        """Return the host's addresses.
+
+        Raises:
+            ImageProblem: ``fetch_address_refused``, if any of them is not public.
+            OSError: the name cannot be resolved.
+        """
         async with self._locks.setdefault(host, asyncio.Lock()):
             until, addresses = self._known.get(host, (0.0, []))
             if time.monotonic() >= until:
                 try:
                     addresses = await asyncio.wait_for(_look_up(host), self._timeout_s)
-                except Exception:  # those who wait for the lock would each ask, and time out, in turn
+                except Exception:  # otherwise each task waiting for the lock would try and time out in turn
                     self._known[host] = (time.monotonic() + _DNS_FAILED_SECONDS, [])
                     raise
                 self._known[host] = (time.monotonic() + _DNS_SECONDS, addresses)
@@ -196,7 +206,11 @@ class _CheckedAddresses(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        """For the HTTP client: the checked addresses. Errors: as :meth:`check`, wrapped in an ``OSError``."""
+        """Return the checked addresses to the HTTP client.
+
+        Raises:
+            OSError: as :meth:`check`, or wrapping its ``ImageProblem``.
+        """
         try:
             addresses = await self.check(host)
         except ImageProblem as e:
@@ -214,7 +228,7 @@ class _CheckedAddresses(AbstractResolver):
         ]
 
     def socket(self, info: Any) -> socket.socket:
-        """For the HTTP client: a socket for (family, type, protocol, name, address), if that is allowed."""
+        """Return a socket to the HTTP client, for (family, type, protocol, name, address), if that is allowed."""
         family, kind, protocol, _, address = info
         self._refuse(address[0], address[0])
         return socket.socket(family, kind, protocol)
@@ -224,7 +238,7 @@ class _CheckedAddresses(AbstractResolver):
             raise ImageProblem("fetch_address_refused", f"{host[:200]} is {address}, not a public address")
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no resource is held."""
 
 
 async def _look_up(host: str) -> list[str]:
@@ -237,7 +251,7 @@ def _is_public(address: str) -> bool:
         ip = ipaddress.ip_address(address)
     except ValueError:
         return False
-    if isinstance(ip, ipaddress.IPv6Address):  # an IPv4 address may travel inside
+    if isinstance(ip, ipaddress.IPv6Address):  # it may contain an IPv4 address
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
         if ip in _NAT64:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
@@ -247,7 +261,11 @@ def _is_public(address: str) -> bool:
 
 
 def _parse(url: str) -> yarl.URL:
-    """The URL as the HTTP client sees it, so that what is checked is what is asked. Errors: ``fetch_bad_url``."""
+    """Return the URL as the HTTP client sees it, so that what is checked is what is requested.
+
+    Raises:
+        ImageProblem: ``fetch_bad_url``.
+    """
     if not is_url(url) or len(url) > _MAX_URL_CHARS:
         raise ImageProblem("fetch_bad_url", f"not an http(s) address: {url[:200]}")
     try:
@@ -260,7 +278,7 @@ def _parse(url: str) -> yarl.URL:
 
 
 def _retry_after_s(value: str) -> float:
-    """Seconds that a Retry-After header asks for (a number or a date); 0 if it says nothing useful."""
+    """Return the seconds that a Retry-After header asks for (a number or a date); 0 if it is not usable."""
     try:
         return max(0.0, float(value))
     except ValueError:

@@ -1,4 +1,4 @@
-"""From all parts to one dataset: checked, linked under new numbers, manifest last, one rename."""
+"""Merge all parts into one dataset: parts checked, shards linked under new numbers, manifest last, one rename."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from rating_train.errors import UserError
 from rating_train.files import read_json
 from rating_train.prepare.images.choice import ImageCounts
-from rating_train.prepare.parts.part import finished_parts, part_name, verify_part
-from rating_train.prepare.plan.rules import PLAN_NAME
+from rating_train.prepare.parts.part import finished_parts, verify_part
+from rating_train.prepare.plan.plan_dir import PLAN_NAME, part_name
 from rating_train.shards.schema import QUARANTINE_NAME
 from rating_train.shards.writer import DatasetWriter, RatingStats
 
@@ -26,37 +26,31 @@ def merge_parts(
     check: Callable[[], None] = lambda: None,
     verify_hashes: bool = False,
 ) -> dict[str, Any]:
-    """Make the dataset directory ``out`` of a plan's parts; its manifest.
+    """Make the dataset directory ``out`` from a plan's parts.
 
-    Shards are hard-linked where the file system can, so that a merge that is killed costs nothing and the parts
-    stay whole; their order is that of the plan. The quarantine is the plan's, then that of each part.
+    Shards are hard-linked where the file system supports it, so that a killed merge costs nothing and leaves the parts
+    intact; their order is that of the plan. The quarantine is the plan's, then that of each part.
 
     Args:
+        plan_dir: the plan.
+        parts_dir: its finished parts.
+        out: the directory to make.
         build: fingerprint of the parts to take, as in :class:`PartSpec`.
         head: more fields of the manifest; ``read``, ``dropped``, ``kept``, ``images`` (see
             :class:`~rating_train.prepare.images.choice.ImageCounts`), ``splits`` and ``fingerprint`` are added here.
-        check: called before the manifest is written; what it raises leaves no ``out``.
+        check: called before the manifest is written; if it raises, there is no ``out``.
         verify_hashes: read every shard and compare its SHA-256, not only its size.
 
-    Errors: :class:`UserError` if parts are missing or damaged, counts do not add up, or ``out`` exists.
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: parts are missing or damaged, counts do not add up, or ``out`` exists.
     """
     plan = read_json(plan_dir / PLAN_NAME)
     done = _all_parts(plan, parts_dir, build, verify_hashes)
-    dropped = Counter(plan["dropped"])
-    images = ImageCounts()
-    for part in done:
-        dropped.update(part["dropped"])
-        images.add(part["images"])
-    kept = Counter({name: sum(_count(part, name) for part in done) for name in plan["items"]})
-    items, total = sum(part["items"] for part in done), sum(plan["items"].values())
-    read = total + sum(plan["dropped"].values())
-    if items != total or sum(kept.values()) + sum(dropped.values()) != read:
-        raise UserError(
-            f"the parts hold {items} items, the plan has {total}",
-            where=parts_dir,
-            fix="remove the build directory and prepare again",
-        )
-    with DatasetWriter(out, shard_bytes=0) as writer:
+    counts = _counts(plan, done, parts_dir)
+    with DatasetWriter(out) as writer:
         writer.append_quarantine(plan_dir / QUARANTINE_NAME)
         for part in done:
             folder = parts_dir / part_name(part["part"])
@@ -64,19 +58,27 @@ def merge_parts(
             for split, stats in part["splits"].items():
                 writer.adopt(split, folder / split, RatingStats(**stats))
         check()
-        return writer.commit(
-            {
-                **(head or {}),
-                "read": read,
-                "dropped": dict(dropped.most_common()),
-                "kept": sum(kept.values()),
-                "images": images.recorded(),
-            }
+        return writer.commit({**(head or {}), **counts})
+
+
+def _counts(plan: Mapping[str, Any], done: list[dict[str, Any]], parts_dir: Path) -> dict[str, Any]:
+    """Return what the plan and the parts say together: records read, dropped and kept, and the images."""
+    dropped = Counter(plan["dropped"])
+    images = ImageCounts()
+    for part in done:
+        dropped.update(part["dropped"])
+        images.add(part["images"])
+    kept = sum(stats["count"] for part in done for stats in part["splits"].values())
+    items, planned = sum(part["items"] for part in done), sum(plan["items"].values())
+    read = planned + sum(plan["dropped"].values())
+    if items != planned or kept + sum(dropped.values()) != read:
+        raise UserError(
+            f"the parts contain {items} items, the plan has {planned}",
+            where=parts_dir,
+            fix="remove the build directory and prepare again",
         )
-
-
-def _count(part: Mapping[str, Any], split: str) -> int:
-    return part["splits"].get(split, {"count": 0})["count"]
+    ordered = dict(dropped.most_common())
+    return {"read": read, "dropped": ordered, "kept": kept, "images": images.recorded()}
 
 
 def _all_parts(
@@ -89,6 +91,6 @@ def _all_parts(
         raise UserError(
             f"{len(missing)} of {len(wanted)} parts are missing: {shown}",
             where=parts_dir,
-            fix="make them (the same command with --stage parts), then merge",
+            fix="make them with the same command and --stage parts, then merge",
         )
     return [verify_part(parts_dir, part, build, hashes=verify_hashes) for part in wanted]

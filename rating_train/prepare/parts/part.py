@@ -1,13 +1,13 @@
-"""One part of a dataset: a fixed range of the plan's items, made whole or not at all.
+"""One part of a dataset: a fixed range of the plan's items, made completely or not at all.
 
-A finished part is a folder that nobody changes any more::
+A finished part is a folder that does not change any more::
 
     PARTS/part_00000/train/shard.00000.mds ... index.json    and val/, test/ where it has such items
     PARTS/part_00000/quarantine.jsonl                        items whose image could not be used
     PARTS/part_00000/DONE.json                               counts, sizes and SHA-256 of the files; written last
 
-It is made under a temporary name, flushed to the disk and renamed, so a part that is there is whole. Its bytes
-depend on the plan, the images and the :class:`PartSpec` alone: not on who made it, when, or at which attempt.
+It is made under a temporary name, flushed to the disk and renamed, so a part that exists is complete. Its bytes depend
+only on the plan, the images and the :class:`PartSpec`: not on the process, the time or the number of attempts.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from rating_train.errors import UserError
 from rating_train.files import fsync_path, read_json, read_json_lines, sha256_file
 from rating_train.prepare.images import square
 from rating_train.prepare.images.choice import ImageCounts, first_usable
-from rating_train.prepare.images.square import DEFAULT_MAX_PIXELS, ImageProblem, ImageStore
-from rating_train.prepare.plan.rules import PLAN_NAME
+from rating_train.prepare.images.lookup import ImageProblem, ImageStore
+from rating_train.prepare.images.square import DEFAULT_MAX_PIXELS
+from rating_train.prepare.plan.plan_dir import PLAN_NAME, part_name
 from rating_train.shards.mds_write import write_synced
 from rating_train.shards.schema import QUARANTINE_NAME, SPLITS, Dropped, Listing
 from rating_train.shards.writer import SplitWriter, make_temporary
@@ -43,13 +44,13 @@ _PART = re.compile(r"part_(\d{5,})")
 
 @dataclass(frozen=True)
 class PartSpec:
-    """What a part is made like.
+    """What decides the bytes of a part, besides the plan and the images.
 
     Attributes:
         size_px: side S of the stored square, in pixels.
         quality: of the JPEG, 1 to 95.
         shard_bytes: upper bound of one shard file.
-        build: fingerprint of all that the items depend on; parts of another build are not taken.
+        build: fingerprint of all that the items depend on; parts of another build are refused.
         max_pixels: larger pictures are refused before a pixel is decoded.
     """
 
@@ -60,13 +61,8 @@ class PartSpec:
     max_pixels: int = DEFAULT_MAX_PIXELS
 
 
-#: Called once per item: with what was dropped, or None for a kept one.
+#: Called once per item: with the dropped record, or None for a kept item.
 OnItem = Callable[[Dropped | None], None]
-
-
-def part_name(part: int) -> str:
-    """``part_00000``: a finished part's folder, and the stem of its input in the plan."""
-    return f"part_{part:05d}"
 
 
 def build_part(
@@ -77,12 +73,25 @@ def build_part(
     spec: PartSpec,
     on_item: OnItem | None = None,
 ) -> dict[str, Any]:
-    """Make one part and put it in place; the content of its ``DONE.json``.
+    """Make one part and put it in place.
 
-    Whatever ends it early (an error, a signal that raises) removes its temporary folder; what kill -9 leaves is
-    swept by the next build. If another process put the same part in place meanwhile, that one stands.
+    Whatever ends it early (an error, a signal that raises) removes its temporary folder; what kill -9 leaves is swept
+    by the next build. If another process has put the same part in place meanwhile, that one is kept.
 
-    Errors: ``OSError`` (a full disk), :class:`UserError` when the plan's file of the part is damaged.
+    Args:
+        plan_dir: the plan.
+        part: number of the part.
+        parts_dir: where the part is put.
+        store: reads the images.
+        spec: see :class:`PartSpec`.
+        on_item: called once per item.
+
+    Returns:
+        The content of its ``DONE.json``.
+
+    Raises:
+        OSError: the part cannot be written, for example because the disk is full.
+        UserError: the plan's file of the part is damaged.
     """
     final = parts_dir / part_name(part)
     folder, lock = make_temporary(final)
@@ -98,7 +107,7 @@ def build_part(
         fsync_path(parts_dir)
         return done
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # no such folder any more where all went well
+        shutil.rmtree(folder, ignore_errors=True)  # after the rename there is no such folder
         os.close(lock)
 
 
@@ -115,7 +124,7 @@ def _fill(
 
     for row in read_json_lines(_input(plan_dir, part)):
         fields = {name: row[name] for name in _LISTING_FIELDS if name != "more_images"}
-        # These are written only where there are some.
+        # `more_images` is written only where it is not empty.
         listing = Listing(**fields, more_images=tuple(row.get("more_images", ())))
         items += 1
         try:
@@ -153,7 +162,7 @@ def _fill(
 
 
 def _input(plan_dir: Path, part: int) -> Path:
-    """The plan's file of a part, its content checked: a plan that was damaged must not pass as a short part."""
+    """Return the plan's file of a part, its content checked: a damaged plan must not pass as a short part."""
     path = plan_dir / f"{part_name(part)}.jsonl"
     if not path.is_file() or sha256_file(path) != read_json(plan_dir / PLAN_NAME)["parts"][part]["sha256"]:
         raise UserError(
@@ -165,7 +174,7 @@ def _input(plan_dir: Path, part: int) -> Path:
 
 
 def finished_parts(parts_dir: Path) -> list[int]:
-    """Numbers of the parts that are in place, ascending."""
+    """Return the numbers of the parts that are in place, ascending."""
     if not parts_dir.is_dir():
         return []
     found = (_PART.fullmatch(p.name) for p in parts_dir.iterdir())
@@ -173,9 +182,10 @@ def finished_parts(parts_dir: Path) -> list[int]:
 
 
 def read_done(parts_dir: Path, part: int, build: str) -> dict[str, Any]:
-    """``DONE.json`` of a part in place.
+    """Return ``DONE.json`` of a part in place.
 
-    Errors: :class:`UserError` if it is missing or damaged, or of another build.
+    Raises:
+        UserError: it is missing, damaged, or of another build.
     """
     path = parts_dir / part_name(part) / DONE_NAME
     done = read_json(path)
@@ -189,12 +199,16 @@ def read_done(parts_dir: Path, part: int, build: str) -> dict[str, Any]:
 
 
 def verify_part(parts_dir: Path, part: int, build: str, *, hashes: bool = False) -> dict[str, Any]:
-    """A part's ``DONE.json`` after its files were checked: sizes, and SHA-256 of the small ones.
+    """Check a part's files and return its ``DONE.json``: all sizes, and the SHA-256 of the small files.
 
     Args:
+        parts_dir: where the parts are.
+        part: number of the part.
+        build: fingerprint of the build that it must belong to.
         hashes: check the SHA-256 of the shards as well, which reads all of them.
 
-    Errors: :class:`UserError` that names the damaged file.
+    Raises:
+        UserError: a file is missing or damaged; the message names it.
     """
     done = read_done(parts_dir, part, build)
     folder = parts_dir / part_name(part)
@@ -205,12 +219,12 @@ def verify_part(parts_dir: Path, part: int, build: str, *, hashes: bool = False)
         if size != entry["bytes"]:
             problem = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"
         elif (hashes or not name.endswith(".mds")) and sha256_file(file) != entry["sha256"]:
-            problem = "is not what was written"
+            problem = "has another SHA-256 than when it was written"
         if problem:
             raise UserError(
                 f"part {part}: {name} {problem}",
                 where=file,
-                fix=f"remove {folder} and give the same command again: only this part is made anew",
+                fix=f"remove {folder} and run the same command again: only this part is made again",
             )
     kept = sum(stats["count"] for stats in done["splits"].values())
     if kept + sum(done["dropped"].values()) != done["items"]:

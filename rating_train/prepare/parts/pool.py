@@ -1,14 +1,12 @@
-"""Many parts at once: worker processes that each make one whole part after the other.
+"""Many parts at once: worker processes that each make one complete part after the other.
 
-The parent only hands out part numbers and counts. A worker that notices that its parent is gone (its pipe is
-broken) stops; the parent notices a worker that is gone by its sentinel. So no kill -9, of anybody, leaves a
-process behind or a half-made part in place.
+The parent only hands out part numbers and counts. A worker stops when its pipe to the parent breaks; the parent notices
+the end of a worker by the same pipe. So kill -9 of any process leaves neither a process nor a half-made part behind.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import threading
@@ -21,18 +19,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rating_train.errors import UserError
+from rating_train.files import hold_lock
 from rating_train.prepare.full_disk import SAME_COMMAND, disk_full, is_full
-from rating_train.prepare.images.square import ImageStore
+from rating_train.prepare.images.lookup import ImageStore
 from rating_train.prepare.parts.part import PartSpec, build_part, finished_parts, read_done
 from rating_train.shards.schema import Dropped
 from rating_train.shards.writer import sweep
 
-REPORT_SECONDS = 0.25  # how often a worker says how far it is, and so notices a dead parent
+REPORT_SECONDS = 0.25  # how often a worker reports its progress, and so notices a dead parent
+_PART_NAMES = r"part_\d+"
 DEATH_SECONDS = 15.0  # from a broken pipe to the exit code of the worker
 
 
 class Event(NamedTuple):
-    """News of a part: items kept and dropped since the last news; the last one has ``finished``."""
+    """Progress of a part: items kept and dropped since the last event; the last one has ``finished``."""
 
     part: int
     kept: int
@@ -41,7 +41,7 @@ class Event(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """All that a worker needs; ``lock`` is a file that it holds a shared lock on while it lives."""
+    """All that a worker needs; it holds a shared lock on the file ``lock`` while it lives."""
 
     plan_dir: Path
     parts_dir: Path
@@ -60,18 +60,23 @@ def build_parts(
     on_event: Callable[[Event], None] = lambda _: None,
     lock: Path | None = None,
 ) -> None:
-    """Make those parts of the range that are not in place, in ``workers`` processes (1: in this one).
+    """Make the parts of the range that are not in place. A failed part stops the others; a later call resumes.
 
     Args:
+        plan_dir: the plan.
+        parts_dir: where finished parts are put.
+        store: reads the images.
+        spec: see :class:`PartSpec`.
+        workers: number of processes; 1 works in this process.
         part_range: numbers of the parts to make.
-        on_event: called in this process, for new work alone; what it raises stops the build.
-        lock: a file that every worker process holds a shared ``flock`` on (``parts_dir``'s by default).
+        on_event: called in this process, for new work only; if it raises, the build stops.
+        lock: a file on which every worker process holds a shared lock (by default one in ``parts_dir``).
 
-    A failed part stops the others. Errors: :class:`UserError` for a full disk and for a worker that was killed;
-    after those, and after SIGINT, a later call continues.
+    Raises:
+        UserError: the disk is full, or a worker was killed.
     """
     parts_dir.mkdir(parents=True, exist_ok=True)
-    sweep(parts_dir, r"part_\d+")
+    sweep(parts_dir, _PART_NAMES)
     there = set(finished_parts(parts_dir))
     missing = [part for part in part_range if part not in there]
     for part in there.intersection(part_range):
@@ -80,7 +85,7 @@ def build_parts(
     try:
         if workers == 1 or len(missing) <= 1:
             for part in missing:
-                _build_with_news(job, part, on_event)
+                _build_and_report(job, part, on_event)
         else:
             _Pool(job, min(workers, len(missing)), on_event).run(missing)
     except OSError as e:
@@ -92,7 +97,7 @@ def build_parts(
 
 
 def _bytes_needed(parts_dir: Path, spec: PartSpec, part_range: range) -> int | None:
-    """By the mean size of the parts that are in place; None without any."""
+    """Estimate the missing bytes by the mean size of the parts in place; ``None`` if there are none."""
     done = [read_done(parts_dir, part, spec.build) for part in finished_parts(parts_dir)]
     items = sum(d["items"] for d in done)
     if not items:
@@ -101,43 +106,42 @@ def _bytes_needed(parts_dir: Path, spec: PartSpec, part_range: range) -> int | N
     return round(mean * len(set(part_range) - {d["part"] for d in done}))
 
 
-def _build_with_news(job: _Job, part: int, tell: Callable[[Event], None], every: float = 0.0) -> None:
-    """Make a part, telling of its items every so many seconds (0: of each one)."""
-    kept, dropped, told = 0, list[Dropped](), time.monotonic()
+def _build_and_report(job: _Job, part: int, report: Callable[[Event], None], every: float = 0.0) -> None:
+    """Make a part and report its items every ``every`` seconds (0: each item)."""
+    kept, dropped, reported = 0, list[Dropped](), time.monotonic()
 
     def on_item(problem: Dropped | None) -> None:
-        nonlocal kept, dropped, told
+        nonlocal kept, dropped, reported
         if problem is None:
             kept += 1
         else:
             dropped.append(problem)
-        if time.monotonic() - told >= every:
-            tell(Event(part, kept, dropped, finished=False))
-            kept, dropped, told = 0, [], time.monotonic()
+        if time.monotonic() - reported >= every:
+            report(Event(part, kept, dropped, finished=False))
+            kept, dropped, reported = 0, [], time.monotonic()
 
     build_part(job.plan_dir, part, job.parts_dir, job.store, job.spec, on_item)
-    tell(Event(part, kept, dropped, finished=True))
+    report(Event(part, kept, dropped, finished=True))
 
 
 # --- the worker's side --------------------------------------------------------------------------------
 
 
 def _work(job: _Job, pipe: connection.Connection) -> None:
-    """Main function of a worker: a part number comes in, events go out, an exception is the last message."""
-    # A terminal's Ctrl-C and a scheduler's SIGTERM reach all processes: the parent decides, and uses SIGKILL.
+    """Run a worker: part numbers come in, events go out, an exception is the last message."""
+    # Ctrl-C in a terminal and a scheduler's SIGTERM reach all processes: the parent decides, and uses SIGKILL.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     lock = os.open(job.lock, os.O_RDWR | os.O_CREAT, 0o666)
-    with contextlib.suppress(OSError):  # no locks on this file system
-        fcntl.flock(lock, fcntl.LOCK_SH)
+    hold_lock(lock, shared=True, wait=True)
     try:
         while (part := pipe.recv()) is not None:
-            _build_with_news(job, part, pipe.send, REPORT_SECONDS)
+            _build_and_report(job, part, pipe.send, REPORT_SECONDS)
     except (BrokenPipeError, EOFError, ConnectionResetError):
-        return  # the parent is gone, and nobody is left to tell
+        return  # the parent is gone: there is nobody to report to
     except Exception as e:
         if not isinstance(e, UserError | OSError):
-            traceback.print_exc()  # a bug: the parent gets the exception, but not where it was raised
+            traceback.print_exc()  # a bug: the parent receives the exception without its traceback
         with contextlib.suppress(OSError):
             pipe.send(e)
 
@@ -172,13 +176,13 @@ class _Pool:
             process.join()
 
     def _start(self) -> None:
-        # Not "fork": this process may have threads (progress bars), which a fork copies badly.
+        # Not "fork": this process may have threads (progress bars), and a fork would copy only one of them.
         context = get_context("spawn")
         for _ in range(self._workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(self._job, theirs), daemon=True)
             process.start()
-            theirs.close()  # so that a dead worker is an end of file here
+            theirs.close()  # so that the end of a worker is an end of file here
             self._processes[ours] = process
 
     def _give(self, pipe: connection.Connection, part: int | None) -> None:
@@ -204,32 +208,32 @@ class _Pool:
         process.join(DEATH_SECONDS)
         code = process.exitcode
         how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
-        memory = "it ran out of memory, perhaps: fewer --workers help; " if code == -signal.SIGKILL else ""
+        memory = "if it ran out of memory, use fewer --workers; " if code == -signal.SIGKILL else ""
         return UserError(
-            f"a worker process died ({how}) while it made part {self._part.get(pipe, '?')}",
+            f"a worker process died ({how}) while making part {self._part.get(pipe, '?')}",
             where=self._job.parts_dir,
             fix=memory + SAME_COMMAND,
         )
 
     def _stop(self) -> None:
-        """End all workers at once, then sweep the temporary folders that they leave."""
+        """Kill all workers, then sweep the temporary folders that they leave."""
         for process in self._processes.values():
             process.kill()
         for process in self._processes.values():
             process.join()
-        sweep(self._job.parts_dir, r"part_\d+")
+        sweep(self._job.parts_dir, _PART_NAMES)
 
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does; both become a :class:`UserError` that says how to go on."""
+    """Let SIGTERM end the block as Ctrl-C does; both become a :class:`UserError` that says how to resume."""
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _interrupt) if main else None
     try:
         yield
     except KeyboardInterrupt as e:
         name = signal.Signals(e.args[0]).name if e.args else "SIGINT"
-        raise UserError(f"stopped by {name}; what is finished is kept", fix=SAME_COMMAND) from e
+        raise UserError(f"stopped by {name}; finished parts are kept", fix=SAME_COMMAND) from e
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)

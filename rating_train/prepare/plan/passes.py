@@ -1,7 +1,7 @@
 """The two passes over the sources that a plan needs, as streams. What they select is decided in ``scan.py``.
 
 Pass 1 (:func:`scan_sources`) turns every record into one compact line; pass 2 (:func:`selected`) reads the sources
-again beside the ordered list of what was taken. Neither holds more than one record.
+again alongside the ordered list of what was taken. Neither holds more than one record in memory.
 
 A compact line is tab-separated: pos, category, reason, id, rating, rating_count, image, and the 64-bit hashes id_hash,
 g (group) and t (category and title key). Legend: pos = source index * 2^40 + line. Absent values are ``NULL_MARK``.
@@ -21,25 +21,26 @@ from typing import Any, NamedTuple
 
 from rating_train.errors import UserError
 from rating_train.prepare.plan import select
-from rating_train.prepare.plan.rules import PlanRules, changed
+from rating_train.prepare.plan.plan_dir import changed
+from rating_train.prepare.plan.rules import PlanRules
 from rating_train.prepare.records.sources import read_source
 from rating_train.shards.schema import Dropped, Listing
 
 NULL_MARK = "\x01"
 LINE_BITS = 40
 
-#: (phase, records done, records in all or None): phases are scan, select, parts.
+#: (phase, records done, total number of records or None); the phases are scan, select, parts.
 OnProgress = Callable[[str, int, "int | None"], None]
 
-SAY_EVERY = 20_000  # records between two reports of progress
+REPORT_EVERY = 20_000  # records between two reports of progress
 
-_MAX_NAME_CHARS = 200  # of a category; two that differ only beyond are one in the window
-_MAX_IMAGE_CHARS = 2000  # of the image in selection.parquet; the parts have it whole
+_MAX_NAME_CHARS = 200  # of a category; two that differ only after that are one in the window
+_MAX_IMAGE_CHARS = 2000  # of the image in selection.parquet; the parts have all of it
 _CONTROL = dict.fromkeys((*range(32), 127), " ")  # what would break the lines
 
 
 class Scanned(NamedTuple):
-    """Of one source: records read, and the line of the last one (0 of none)."""
+    """Of one source: records read, and the line of the last one (0 if there is none)."""
 
     rows: int
     last_line: int
@@ -48,10 +49,13 @@ class Scanned(NamedTuple):
 def scan_sources(
     sources: Sequence[str], rules: PlanRules, work: Path, on_progress: OnProgress, workers: int
 ) -> list[Scanned]:
-    """Pass 1: ``rows_NNNNN.tsv`` and ``dropped_NNNNN.jsonl`` of every source in ``work``.
+    """Run pass 1: write ``rows_NNNNN.tsv`` and ``dropped_NNNNN.jsonl`` of every source to ``work``.
 
-    One process per source at a time, up to ``workers``; with a ``limit`` one after the other, since how much of a
-    source is read then depends on those before it.
+    Sources are read in parallel, by up to ``workers`` processes; with a ``limit`` one after the other, because how
+    much of a source is read then depends on those before it.
+
+    Returns:
+        What was read of each source, in their order.
     """
     if workers == 1 or len(sources) == 1 or rules.limit is not None:
         scanned: list[Scanned] = []
@@ -64,7 +68,7 @@ def scan_sources(
         return scanned
     pool = ProcessPoolExecutor(min(workers, len(sources)), mp_context=get_context("spawn"))
     try:
-        # The largest first: a long file that starts last would be read alone.
+        # The largest first: a long file that starts last would keep one process busy alone.
         order = sorted(range(len(sources)), key=lambda i: -Path(sources[i]).stat().st_size)
         futures = {pool.submit(_scan_source, i, sources[i], rules, work, None): i for i in order}
         done = 0
@@ -74,7 +78,7 @@ def scan_sources(
         return [future.result() for future in sorted(futures, key=futures.__getitem__)]
     except BrokenProcessPool as e:
         raise UserError(
-            "a process that reads sources died", where=work, fix="fewer workers, then run again"
+            "a process that reads sources died", where=work, fix="run again with fewer --workers"
         ) from e
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -86,20 +90,19 @@ def _scan_source(
     rules: PlanRules,
     work: Path,
     limit: int | None,
-    say: Callable[[int], None] = lambda done: None,
+    report: Callable[[int], None] = lambda done: None,
     before: int = 0,
 ) -> Scanned:
-    wanted = select.Rules(rules.min_rating_count, rules.max_text_chars, rules.require_image)
     count = last = 0
     with (
         open(work / f"rows_{index:05d}.tsv", "w", encoding="utf-8", newline="\n") as rows,
         open(work / f"dropped_{index:05d}.jsonl", "w", encoding="utf-8", newline="\n") as dropped,
     ):
-        # The category of a dropped listing is wanted too, so the rules are applied here, record by record.
+        # The summary needs the category of a dropped listing too, so the rules are applied here.
         for count, (source, line, item) in enumerate(islice(read_source(path), limit), start=1):
             last = line
             pos = index << LINE_BITS | line
-            refusal = select.check_listing(item, wanted) if isinstance(item, Listing) else None
+            refusal = select.check_listing(item, rules) if isinstance(item, Listing) else None
             if isinstance(item, Listing) and refusal is None:
                 rows.write(_compact(pos, select.cap_text(item, rules.max_text_chars)))
             else:
@@ -112,9 +115,9 @@ def _scan_source(
                 assert isinstance(drop, Dropped)
                 rows.write("\t".join((str(pos), category, drop.reason, *(NULL_MARK,) * 7)) + "\n")
                 dropped.write(_json_line(vars(drop)))
-            if count % SAY_EVERY == 0:
-                say(before + count)
-    say(before + count)
+            if count % REPORT_EVERY == 0:
+                report(before + count)
+    report(before + count)
     return Scanned(count, last)
 
 
@@ -137,11 +140,12 @@ def _json_line(value: dict[str, Any]) -> str:
 
 
 def quarantine_lines(dropped: Path, source: str, duplicates: Iterable[tuple[int, str]]) -> Iterator[str]:
-    """JSON lines of one source's dropped records in the order of the source.
+    """Yield the JSON lines of one source's dropped records in the order of the source.
 
     Args:
         dropped: the file of pass 1.
-        duplicates: (pos, id) of the records whose id an earlier one has, ordered.
+        source: the source's path.
+        duplicates: (pos, id) of the records whose id an earlier record has, ordered.
     """
     mask = (1 << LINE_BITS) - 1
     with open(dropped, encoding="utf-8", newline="\n") as file:
@@ -162,12 +166,16 @@ def quarantine_lines(dropped: Path, source: str, duplicates: Iterable[tuple[int,
 def selected(
     index: int, path: str, wanted: Iterator[tuple[int, str, str]], max_text_chars: int
 ) -> Iterator[str]:
-    """Pass 2: the JSON lines of one source's taken listings, in its order.
+    """Run pass 2: yield the JSON lines of one source's taken listings, in its order.
 
     Args:
-        wanted: (pos, id, split) of the source, ordered by pos.
+        index: the source's place among the sources.
+        path: the source.
+        wanted: (pos, id, split) of the listings to take, ordered by pos.
+        max_text_chars: cut every text field to this many characters.
 
-    Errors: :class:`UserError` if a record is not what it was in pass 1.
+    Raises:
+        UserError: a record is not what it was in pass 1.
     """
     want = next(wanted, None)
     if want is None:

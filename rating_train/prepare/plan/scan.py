@@ -1,8 +1,8 @@
-"""From catalogues of any size to a plan: which listings are taken, on which side, in which order. Out of core.
+"""From catalogues of any size to a plan: which listings are taken, in which split, in which order. Out of core.
 
-``make_plan`` reads the sources twice and holds no listing, and nothing else that grows with the rows, in Python:
-pass 1 writes one compact line per record; DuckDB (bounded memory, spilling to the plan's folder) finds duplicates,
-product groups, the per-category window and the split; pass 2 writes the taken listings in source order::
+``make_plan`` reads the sources twice and keeps nothing in Python's memory that grows with the rows. Pass 1 writes one
+compact line per record; DuckDB (bounded memory, spilling to the plan's folder) finds duplicates, product groups, the
+window of each category and the split; pass 2 writes the taken listings in source order::
 
     PLAN/part_00000.jsonl ...  the taken listings: the fields of ``Listing`` and split, source, line
     PLAN/selection.parquet     id, category, rating, rating_count, image, group, split; in source order
@@ -31,21 +31,20 @@ from rating_train.files import atomic_write_json, fsync_path, sha256_json
 from rating_train.prepare.full_disk import disk_full, is_full
 from rating_train.prepare.plan import passes, scan_sql, select
 from rating_train.prepare.plan.passes import LINE_BITS, OnProgress, Scanned
-from rating_train.prepare.plan.rules import (
-    MIB_PER_THREAD,
-    PART_PATTERN,
+from rating_train.prepare.plan.plan_dir import (
     PLAN_NAME,
     PLAN_VERSION,
     SELECTION_NAME,
     SUMMARY_NAME,
     WORK_NAME,
-    PlanRules,
-    alone,
     changed,
     finished,
+    locked,
+    part_name,
     stamp,
     start_over,
 )
+from rating_train.prepare.plan.rules import MIB_PER_THREAD, PlanRules
 from rating_train.prepare.records.sources import source_kind
 from rating_train.shards.schema import QUARANTINE_NAME, SPLITS
 
@@ -53,7 +52,7 @@ __all__ = ["OnProgress", "PlanRules", "make_plan"]
 
 logger = logging.getLogger(__name__)
 
-BLOCK_LINES = 50_000  # source lines of which the wanted ones are fetched at once: bounds the memory of pass 2
+BLOCK_LINES = 50_000  # source lines whose wanted rows are fetched at once: bounds the memory of pass 2
 
 
 def make_plan(
@@ -63,13 +62,21 @@ def make_plan(
     on_progress: OnProgress = lambda phase, done, total: None,
     workers: int = 1,
 ) -> dict[str, Any]:
-    """Make the plan, or give the finished one of the same sources and rules; the content of ``plan.json``.
+    """Make the plan, or take the finished one of the same sources and rules.
 
-    In it ``kept`` and the sum of ``dropped`` (which counts ``not_selected`` too) add up to ``read``. The files do not
-    depend on ``workers`` (processes that read sources, one per file, and DuckDB's threads) or ``memory_mb``.
+    Args:
+        sources: catalogue files, in this order.
+        plan_dir: the folder to make.
+        rules: what to take, and how to split it.
+        on_progress: called as :data:`OnProgress` says.
+        workers: processes that read sources, one per file, and threads of DuckDB. The files do not depend on it.
 
-    Errors: :class:`UserError` for impossible rules, unreadable or changing sources, a plan of something else at
-    ``plan_dir``, another process at work there, too little memory or disk.
+    Returns:
+        The content of ``plan.json``. Its ``kept`` and all of ``dropped`` add up to ``read``.
+
+    Raises:
+        UserError: impossible rules, unreadable or changing sources, a plan of something else at ``plan_dir``, another
+            process at work there, too little memory or disk space.
     """
     problems = rules.problems()
     problems += [] if sources else ["no source is given"]
@@ -78,7 +85,7 @@ def make_plan(
     if problems:
         raise one_error(problems, where="plan rules")
     folder = Path(plan_dir)
-    with alone(folder):
+    with locked(folder):
         before = [stamp(path) for path in sources if source_kind(path)]
         existing = finished(folder, before, rules)
         if existing is not None:
@@ -93,7 +100,7 @@ def make_plan(
             raise changed(", ".join(sources))
         entries = [{**entry, "rows": s.rows} for entry, s in zip(before, scanned)]
         plan = {"version": PLAN_VERSION, "sources": entries, "rules": rules.recorded(), **plan}
-        # A copy of the same sources has another time of change, and is the same data.
+        # A copy of the same sources has another time of change but is the same data.
         plan["fingerprint"] = sha256_json(
             {**plan, "sources": [{k: v for k, v in e.items() if k != "mtime_ns"} for e in entries]}
         )
@@ -103,9 +110,10 @@ def make_plan(
 
 @contextmanager
 def _work_folder(folder: Path) -> Iterator[Path]:
-    """The plan's work folder, removed at the end, also of a failure: what is in it is of no use to the next attempt.
+    """Make the plan's work folder and remove it at the end, also after a failure: the next attempt cannot use it.
 
-    Errors: :class:`UserError` for a full disk or too little memory, as DuckDB or the file system say it.
+    Raises:
+        UserError: a full disk or too little memory, reported by DuckDB or the file system.
     """
     import duckdb  # late: reading sources and showing help do not need it
 
@@ -115,13 +123,16 @@ def _work_folder(folder: Path) -> Iterator[Path]:
         yield work
     except (duckdb.Error, OSError) as e:
         if is_full(e):
-            room = f"more than the {free / 2**20:.1f} MiB that were free when it began"
-            raise disk_full(folder, room, "give the same command again: it makes the plan anew") from e
+            needed = f"more than the {free / 2**20:.1f} MiB that were free at the start"
+            raise disk_full(
+                folder, needed, "run the same command again: it makes the plan from the start"
+            ) from e
         if not isinstance(e, duckdb.OutOfMemoryException | duckdb.IOException):
             raise
         said = str(e).partition("\n")[0]
-        fix = "give more --memory-mb"
-        raise UserError(f"the catalogue could not be sorted ({said})", where=folder, fix=fix) from e
+        raise UserError(
+            f"the catalogue could not be sorted ({said})", where=folder, fix="raise --memory-mb"
+        ) from e
     finally:
         shutil.rmtree(folder / WORK_NAME, ignore_errors=True)
 
@@ -131,33 +142,32 @@ def _work_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _database(work: Path, rules: PlanRules, workers: int) -> Iterator[Any]:
-    """A database in a file (what is not in use leaves the memory), with the split functions of ``catalogue/select``."""
+    """Open a database in a file, so that unused blocks leave the memory, with the split functions of ``select``."""
     import duckdb
 
     config: dict[str, Any] = {
         "memory_limit": f"{rules.memory_mb}MiB",
         "temp_directory": str(work / "spill"),
         "threads": max(1, min(workers, rules.memory_mb // MIB_PER_THREAD)),
-        "preserve_insertion_order": False,  # needs memory; whatever must be in order says ORDER BY
+        "preserve_insertion_order": False,  # costs memory; every query whose order matters has ORDER BY
     }
     db = duckdb.connect(str(work / "scan.duckdb"), config=config)
-    fractions = select.Fractions(rules.val_fraction, rules.test_fraction)
     functions: dict[str, tuple[Callable[[int], object], str]] = {
         "split_hash": (lambda root: select.split_hash(root, rules.split_seed), "UBIGINT"),
-        "split_of": (lambda root: select.split_of(root, fractions, rules.split_seed), "VARCHAR"),
+        "split_of": (lambda root: select.split_of(root, rules), "VARCHAR"),
     }
     try:
         for name, (function, result) in functions.items():
             db.create_function(name, function, ["UBIGINT"], result)
         yield db
     finally:
-        for name in functions:  # or the interpreter complains of leaks when it ends
+        for name in functions:  # otherwise the interpreter reports leaks at exit
             db.remove_function(name)
         db.close()
 
 
 def _select(db: Any, rules: PlanRules, work: Path, read: int, on_progress: OnProgress) -> dict[str, Any]:
-    """Fill ``dups``, ``chosen`` and ``picked`` from the compact rows; the counts for the plan."""
+    """Fill ``dups``, ``chosen`` and ``picked`` from the compact rows; return the counts for the plan."""
     files = [str(path) for path in sorted(work.glob("rows_*.tsv"))]
     windowed = rules.top_per_category or rules.bottom_per_category
     window = scan_sql.WINDOW.format(top=rules.top_per_category, bottom=rules.bottom_per_category)
@@ -204,9 +214,9 @@ def _select(db: Any, rules: PlanRules, work: Path, read: int, on_progress: OnPro
 
 
 def _split_by_size(db: Any, val_items: int, test_items: int) -> None:
-    """Fill ``sides``: the groups in the order of their hash; validation ends before the first that would exceed it."""
+    """Fill ``sides`` with groups in the order of their hash; validation ends before the first that would exceed it."""
     db.execute("CREATE TABLE hashed AS SELECT root, items, split_hash(root) AS h FROM groups")
-    # Every group has a listing at least, so no more of them can be needed.
+    # Every group has at least one listing, so more groups than this cannot be needed.
     bounded = [val_items + test_items + 2]
     cursor = db.execute("SELECT h, root, items FROM hashed ORDER BY h, root LIMIT ?", bounded)
     groups = itertools.chain.from_iterable(iter(lambda: cursor.fetchmany(10_000), []))
@@ -216,7 +226,12 @@ def _split_by_size(db: Any, val_items: int, test_items: int) -> None:
         while group is not None and taken + group[2] <= size:
             taken, end, group = taken + group[2], (group[0], group[1]), next(groups, None)
         if taken < size and group is not None:
-            logger.info("%d of %d items: the next product group has %d", taken, size, group[2])
+            logger.info(
+                "split by size: %d of %d items; the next product group has %d and would exceed it",
+                taken,
+                size,
+                group[2],
+            )
         ends.append(end)
     below = "(h::HUGEINT < {0} OR (h::HUGEINT = {0} AND root::HUGEINT <= {1}))"
     val, test = (below.format(*at) for at in ends)
@@ -232,18 +247,18 @@ def _one(db: Any, sql: str) -> tuple[Any, ...]:
 
 
 def _of_source(db: Any, columns: str, table: str, index: int, last_line: int) -> Iterator[tuple[Any, ...]]:
-    """Rows of one source ordered by pos, fetched in blocks of source lines: the memory is that of one block."""
+    """Yield the rows of one source ordered by pos, in blocks of source lines: one block is in memory."""
     sql = f"SELECT {columns} FROM {table} WHERE pos >= ? AND pos < ? ORDER BY pos"
     for line in range(0, last_line + 1, BLOCK_LINES):
         start = index << LINE_BITS | line
         yield from db.execute(sql, [start, start + BLOCK_LINES]).fetchall()
 
 
-# --- what comes out ---------------------------------------------------------------------------------------
+# --- the plan's files ---------------------------------------------------------------------------------------
 
 
 def _write_selection(db: Any, folder: Path, sources: Sequence[str], scanned: Sequence[Scanned]) -> None:
-    """``selection.parquet``, ``summary.json`` and ``quarantine.jsonl``."""
+    """Write ``selection.parquet``, ``summary.json`` and ``quarantine.jsonl``."""
     categories: dict[str | None, dict[str, Any]] = {}
     for category, what, count in db.execute(scan_sql.SUMMARY).fetchall():
         entry = categories.setdefault(
@@ -258,7 +273,7 @@ def _write_selection(db: Any, folder: Path, sources: Sequence[str], scanned: Seq
             entry["dropped"][what] = count
     atomic_write_json(folder / SUMMARY_NAME, {"categories": list(categories.values())})
     threads = _one(db, "SELECT current_setting('threads')")[0]
-    db.execute("SET threads = 1")  # several write the same rows in other row groups: not the same bytes
+    db.execute("SET threads = 1")  # several threads cut other row groups: the bytes would differ
     file = str(folder / SELECTION_NAME).replace("'", "''")
     db.execute(scan_sql.SELECTION.format(file=f"'{file}'"))
     db.execute(f"SET threads = {threads}")
@@ -282,7 +297,11 @@ def _write_parts(
     total: int,
     on_progress: OnProgress,
 ) -> list[dict[str, Any]]:
-    """``part_NNNNN.jsonl`` of ``part_items`` listings (the last may be shorter); name, items and hash of each."""
+    """Write ``part_NNNNN.jsonl`` of ``part_items`` listings each (the last may have fewer).
+
+    Returns:
+        Name, items and SHA-256 of each.
+    """
     lines = itertools.chain.from_iterable(
         passes.selected(
             i, path, _of_source(db, "pos, id, split", "picked", i, seen.last_line), rules.max_text_chars
@@ -291,7 +310,7 @@ def _write_parts(
     )
     parts: list[dict[str, Any]] = []
     for start in range(0, total, rules.part_items):
-        path, digest, items = folder / PART_PATTERN.format(len(parts)), hashlib.sha256(), 0
+        path, digest, items = folder / f"{part_name(len(parts))}.jsonl", hashlib.sha256(), 0
         with open(path, "wb") as file:
             for line in itertools.islice(lines, rules.part_items):
                 raw = line.encode("utf-8")
@@ -302,5 +321,5 @@ def _write_parts(
         parts.append({"name": path.name, "items": items, "sha256": digest.hexdigest()})
         on_progress("parts", start + items, total)
     if sum(part["items"] for part in parts) != total or next(lines, None) is not None:
-        raise RuntimeError(f"the parts do not hold the {total} listings of the selection")
+        raise RuntimeError(f"the parts do not contain the {total} listings of the selection")
     return parts

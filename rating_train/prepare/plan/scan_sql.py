@@ -1,7 +1,7 @@
-"""The statements of ``prepare/plan/scan.py``, in the order in which it runs them.
+"""The SQL statements of ``prepare/plan/scan.py``, in the order in which they run.
 
 Legend of the columns: pos = source index * 2^40 + line; g, t = 64-bit hashes of the group and of (category, title
-key), NULL where the title says too little; root = the smallest hash of a component, which names it.
+key), NULL where the title is too generic; root = the smallest hash of a component, which names it.
 """
 
 ROWS = """CREATE TABLE rows AS SELECT * FROM read_csv({files}, auto_detect=false, header=false, delim='\t', quote='',
@@ -9,9 +9,9 @@ ROWS = """CREATE TABLE rows AS SELECT * FROM read_csv({files}, auto_detect=false
     'pos': 'UBIGINT', 'category': 'VARCHAR', 'reason': 'VARCHAR', 'id': 'VARCHAR', 'rating': 'DOUBLE',
     'rating_count': 'BIGINT', 'image': 'VARCHAR', 'id_hash': 'UBIGINT', 'g': 'UBIGINT', 't': 'UBIGINT'}})"""
 
-# Every statement joins at most two large tables: several at once share the memory and fail instead of spilling.
+# Every statement joins at most two large tables: several joins share the memory and fail instead of spilling.
 
-# The first of an id by source order wins, among the records that keep the rules.
+# Among records that pass the rules, the first of an id in the order of the sources wins.
 ITEMS = """CREATE TABLE dups AS SELECT pos FROM rows JOIN (
     SELECT id_hash, min(pos) AS first FROM rows WHERE reason IS NULL GROUP BY id_hash HAVING count(*) > 1
     ) USING (id_hash) WHERE reason IS NULL AND pos <> first;
@@ -20,7 +20,7 @@ CREATE TABLE categories AS SELECT category, row_number() OVER (ORDER BY category
 CREATE TABLE items AS SELECT pos, c, rating_count, id_hash, g, t
     FROM rows JOIN categories USING (category) ANTI JOIN dups USING (pos) WHERE reason IS NULL;"""
 
-# Only titles that several groups share can join groups; min(g) <> max(g) says so without counting distinct ones.
+# Only titles that several groups share can join groups; min(g) <> max(g) finds them without counting distinct ones.
 LINKS = """CREATE TABLE shared AS SELECT t FROM items WHERE t IS NOT NULL GROUP BY t HAVING min(g) <> max(g);
 CREATE TABLE edges AS SELECT DISTINCT g, t FROM items SEMI JOIN shared USING (t);
 CREATE TABLE label AS SELECT DISTINCT g, g AS l FROM edges;"""
@@ -38,7 +38,7 @@ CREATE TABLE joined AS SELECT g, root FROM label JOIN linked USING (l);
 CREATE TABLE roots AS SELECT base.g AS g, coalesce(joined.root, base.root) AS root
     FROM base LEFT JOIN joined USING (g);"""
 
-# One total order per category, so that its two ends never hold the same listing and ties fall the same way always.
+# One total order per category: its two ends never share a listing, and ties are always resolved the same way.
 WINDOW = """CREATE TABLE chosen AS SELECT pos, g FROM (
     SELECT pos, g, c, row_number() OVER (PARTITION BY c ORDER BY rating_count DESC, id_hash) AS place FROM items
     ) JOIN (SELECT c, count(*) AS n FROM items GROUP BY c) USING (c) WHERE place <= {top} OR place > n - {bottom}"""

@@ -1,6 +1,6 @@
-"""Which listings become samples, and on which side of the split they fall. Pure: no files, no images.
+"""Which listings become samples, and which split they belong to. Pure functions: no files, no images.
 
-The rules of one listing, its hashes, and the side of a group. What needs all listings at once (duplicates, groups,
+The rules of one listing, its hashes, and the split of a group. What needs all listings at once (duplicates, groups,
 the window of a category) runs out of core in ``prepare/plan/scan.py``.
 
 Reasons given here: ``few_ratings``, ``no_image``, ``empty_text``.
@@ -10,50 +10,27 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import blake2b
 
+from rating_train.prepare.plan.rules import PlanRules
 from rating_train.shards.schema import TEXT_FIELDS, Listing
 
-# Dropped because the user asked for it, not because the record is broken: not held against the limit
-# on dropped records (most of a real catalogue has fewer than ten ratings).
+# Dropped because the user asked for it, not because the record is broken: not counted against the limit on dropped
+# records (most of a real catalogue has fewer than ten ratings).
 CHOSEN_REASONS = frozenset({"few_ratings", "no_image", "not_selected"})
 
-# A shorter normalised title ("t shirt") says too little for two listings to be called the same product.
+# A shorter normalised title ("t shirt") is too generic to call two listings the same product.
 MIN_TITLE_KEY_CHARS = 12
 
 _BRACKETED = re.compile(r"\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\}")
 _NOT_WORD = re.compile(r"[\W_]+")
 
 
-@dataclass(frozen=True)
-class Rules:
-    """What a listing must have. ``min_rating_count``: ratings; ``max_text_chars``: characters per field.
-
-    ``require_image``: the record itself names a main image. Off by default, because a folder of local images may
-    hold ``<id>.jpg`` for a record that names none.
-    """
-
-    min_rating_count: int = 10
-    max_text_chars: int = 4000
-    require_image: bool = False
-
-
-@dataclass(frozen=True)
-class Fractions:
-    """Shares of the groups, each in [0, 1) and together below 1; the rest is ``train``."""
-
-    val: float = 0.05
-    test: float = 0.0
-
-
-def check_listing(listing: Listing, rules: Rules) -> tuple[str, str] | None:
-    """(reason, detail) if the listing breaks a rule, else None."""
+def check_listing(listing: Listing, rules: PlanRules) -> tuple[str, str] | None:
+    """Return (reason, detail) if the listing breaks a rule, else ``None``."""
     if listing.rating_count < rules.min_rating_count:
-        return (
-            "few_ratings",
-            f"{listing.rating_count} ratings, at least {rules.min_rating_count} are asked for",
-        )
+        return "few_ratings", f"{listing.rating_count} ratings, at least {rules.min_rating_count} are needed"
     if rules.require_image and not listing.image:
         return "no_image", "the record names no main image"
     if not any((listing.title.strip(), listing.description.strip(), listing.features.strip())):
@@ -69,18 +46,18 @@ def cap_text(listing: Listing, max_chars: int) -> Listing:
 
 
 def hash64(*parts: str) -> int:
-    """A stable 64-bit hash of some texts: the same in every process, on every machine."""
+    """Return a stable 64-bit hash of some texts: the same in every process, on every machine."""
     # The lengths keep ("ab", "c") and ("a", "bc") apart.
     framed = b"".join(len(b).to_bytes(8, "big") + b for b in (p.encode("utf-8") for p in parts))
     return int.from_bytes(blake2b(framed, digest_size=8).digest(), "big")
 
 
 def title_key(title: str) -> str:
-    """A title without what tells variants of one product apart; ``""`` if too little is left.
+    """Return a title without what distinguishes variants of one product; ``""`` if too little is left.
 
-    Case, punctuation, accents of compatibility forms and bracketed parts go: "Redmi 10 (Blue, 64 GB)" and
-    "REDMI 10 (Black)" would share a key if it were long enough. If little is left outside the brackets
-    (a title that is all bracket), what is inside counts as well.
+    Case, punctuation, compatibility forms and bracketed parts are removed: "Redmi 10 (Blue, 64 GB)" and
+    "REDMI 10 (Black)" would share a key if it were long enough. If little is left outside the brackets, the text
+    inside them counts as well.
     """
     text = unicodedata.normalize("NFKC", title).casefold()
     for candidate in (_BRACKETED.sub(" ", text), text):
@@ -91,17 +68,17 @@ def title_key(title: str) -> str:
 
 
 def split_hash(root: int, seed: str) -> int:
-    """Where a component stands in the order in which splits are taken: 64 bits, ``val`` from the low end."""
+    """Return the place of a component in the order in which splits are filled: 64 bits, ``val`` at the low end."""
     return hash64("split", seed, f"{root:016x}")
 
 
-def split_of(root: int, fractions: Fractions, seed: str) -> str:
-    """``"train"``, ``"val"`` or ``"test"`` of a component: a pure function of its hash and the seed.
+def split_of(root: int, rules: PlanRules) -> str:
+    """Return ``"train"``, ``"val"`` or ``"test"`` of a component: a pure function of its hash and the rules.
 
-    ``val`` has the low end of the unit interval and ``test`` follows it, so that asking for a test
-    split later leaves the validation items as they were.
+    ``val`` has the low end of the unit interval and ``test`` follows it, so that adding a test split later leaves
+    the validation items as they were.
     """
-    unit = split_hash(root, seed) / 2**64
-    if unit < fractions.val:
+    unit = split_hash(root, rules.split_seed) / 2**64
+    if unit < rules.val_fraction:
         return "val"
-    return "test" if unit < fractions.val + fractions.test else "train"
+    return "test" if unit < rules.val_fraction + rules.test_fraction else "train"

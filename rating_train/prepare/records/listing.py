@@ -1,4 +1,4 @@
-"""One record of a catalogue, by the field names of Amazon Reviews 2023, to a :class:`Listing` or to why it is none.
+"""Turn one record, in the field names of Amazon Reviews 2023, into a :class:`Listing` or the reason why it is none.
 
 Reasons given here: ``bad_id``, ``bad_type``, ``missing_field``, ``bad_rating``, ``bad_rating_count``.
 """
@@ -16,7 +16,7 @@ IMAGE_SEPARATOR = ";"  # between the paths of an ``image_paths`` cell
 
 
 class _Refused(Exception):
-    """Internal: a record is not a listing. Never leaves this module."""
+    """A record is not a listing. Internal: never leaves this module."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
@@ -101,16 +101,16 @@ def _rating(value: Any) -> float:
 def _rating_count(value: Any) -> int:
     if value is None:
         raise _Refused("missing_field", "rating_number")
-    whole = isinstance(value, int) or (
+    is_integer = isinstance(value, int) or (
         isinstance(value, float) and math.isfinite(value) and value == int(value)
     )
-    if isinstance(value, bool) or not whole or not 0 <= value <= MAX_RATING_COUNT:
+    if isinstance(value, bool) or not is_integer or not 0 <= value <= MAX_RATING_COUNT:
         raise _Refused("bad_rating_count", f"not a count: {ascii(value)[:60]}")
     return int(value)
 
 
 def _images(record: dict[str, Any]) -> list[str]:
-    """The local paths where the source has some, each once, else the main image's URL, else nothing.
+    """Return the paths or URLs that a record names, each once; else the URL of its main image; else nothing.
 
     ``image_path`` comes before ``image_paths``, which is one text (``a.jpg;b.jpg``) or a list of texts.
     """
@@ -128,9 +128,9 @@ def _images(record: dict[str, Any]) -> list[str]:
 
 
 def _main_image_url(images: Any) -> str:
-    """URL of the MAIN picture (the first one if none is so named): ``hi_res``, else ``large``.
+    """Return the URL of the MAIN picture (else of the first one): ``hi_res``, else ``large``, else "".
 
-    ``images`` is either a dict of parallel lists or a list of dicts; both shapes are in circulation.
+    ``images`` is either a dict of parallel lists or a list of dicts; both forms of the data set exist.
     """
     if not images:
         return ""

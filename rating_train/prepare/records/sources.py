@@ -1,9 +1,8 @@
 """Read product catalogues: Amazon-2023 metadata (JSON lines), CSV and Parquet, one record at a time.
 
-Nothing here holds more than one record in memory, and nothing that a *record* contains can raise: a
-corrupt line, a wrong type or an impossible rating becomes a :class:`Dropped` with a fixed reason. Only a
-source that cannot be read as a whole (absent, torn archive, header without the needed columns) is a
-:class:`UserError`.
+Nothing here holds more than one record in memory, and nothing that a *record* contains can raise: a corrupt line, a
+wrong type or an impossible rating becomes a :class:`Dropped` with a fixed reason. Only a source that cannot be read at
+all (missing, truncated archive, header without the needed columns) is a :class:`UserError`.
 
 Reasons given here: ``not_utf8``, ``bad_json``, ``bad_csv``, ``line_too_long``; the others by
 ``prepare/records/listing.py``.
@@ -17,7 +16,7 @@ import importlib
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from rating_train.prepare.records.listing import is_clean, to_listing
 from rating_train.prepare.records.parquet import parquet_rows
 from rating_train.shards.schema import Dropped, Listing
 
-MAX_LINE_BYTES = 16 << 20  # a longer line is not a listing but a broken file; bounds the memory
+MAX_LINE_BYTES = 16 << 20  # a longer line is not a listing; bounds the memory
 
 _BOM = b"\xef\xbb\xbf"
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -60,23 +59,17 @@ class Record(NamedTuple):
     item: Listing | Dropped
 
 
-def read_sources(paths: Iterable[str]) -> Iterator[Record]:
-    """:func:`read_source` of every path, one after the other."""
-    for path in paths:
-        yield from read_source(path)
-
-
 def read_source(path: str, rated: bool = True) -> Iterator[Record]:
     """Yield every record of a ``.jsonl``/``.ndjson``/``.json``, ``.csv`` (also ``.gz``, ``.zst``) or ``.parquet`` file.
 
-    Blank lines are not records. ``rated``: see :func:`read_raw`. Errors: as :func:`read_raw`.
+    Args and errors: as :func:`read_raw`. Blank lines are not records.
     """
     for raw in read_raw(path, rated):
         yield Record(raw.source, raw.line, raw.parse())
 
 
 class Raw(NamedTuple):
-    """One record of one source, not parsed yet: who passes it over pays for finding its end, no more."""
+    """One record of one source, not parsed yet: skipping it costs no more than finding its end."""
 
     source: str
     line: int
@@ -103,7 +96,11 @@ def read_raw(path: str, rated: bool = True) -> Iterator[Raw]:
 
 
 def source_kind(path: str) -> str:
-    """``"jsonl"``, ``"csv"`` or ``"parquet"``, by the name. Errors: :class:`UserError` if absent or none of them."""
+    """Return ``"jsonl"``, ``"csv"`` or ``"parquet"``, by the file's name.
+
+    Raises:
+        UserError: the file is missing or of another kind.
+    """
     file = Path(path)
     if not file.exists():
         raise UserError("source file not found", where=path, fix="check --source")
@@ -138,7 +135,7 @@ def _open(path: str) -> Iterator[BinaryIO]:
             if suffix == ".gz":
                 yield cast(BinaryIO, gzip.GzipFile(fileobj=file))
             elif zstandard is not None:
-                # Across frames: what parallel compressors write has many, and one frame is no whole file.
+                # Across frames: parallel compressors write many, and one frame is not the complete file.
                 reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
                 yield cast(BinaryIO, io.BufferedReader(reader, 1 << 20))
             else:
@@ -156,25 +153,25 @@ def _import_zstandard(path: str) -> Any:
 
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes, bool]]:
-    """(line number, bytes, whole). A line over the bound comes as its beginning with whole=False."""
+    """Yield (line number, bytes, complete); of a line over the bound only the beginning, with complete=False."""
     number = 0
     while raw := stream.readline(MAX_LINE_BYTES):
         number += 1
-        whole = len(raw) < MAX_LINE_BYTES or raw.endswith(b"\n")
+        complete = len(raw) < MAX_LINE_BYTES or raw.endswith(b"\n")
         rest = raw
         while rest and not rest.endswith(b"\n"):
             rest = stream.readline(MAX_LINE_BYTES)
-        yield number, raw.removeprefix(_BOM) if number == 1 else raw, whole
+        yield number, raw.removeprefix(_BOM) if number == 1 else raw, complete
 
 
 # --- JSON lines ---------------------------------------------------------------------------------------
 
 
 def _read_jsonl(stream: BinaryIO, source: str, rated: bool) -> Iterator[Raw]:
-    for number, raw, whole in _lines(stream):
+    for number, raw, complete in _lines(stream):
         if not raw.strip():
             continue
-        if not whole:
+        if not complete:
             too_long = Dropped(source, number, "", "line_too_long", f"over {MAX_LINE_BYTES} bytes")
             yield Raw(source, number, partial(_same, too_long))
         else:
@@ -285,7 +282,7 @@ def _parse_parquet_row(
 
 
 def _number(text: str) -> float | str:
-    """A CSV cell as a number; text that is none stays text, and is refused where it is checked."""
+    """Return a CSV cell as a number; other text stays text, and is refused where it is checked."""
     try:
         return float(text) if text.strip() else ""
     except ValueError:

@@ -15,7 +15,8 @@ from rating_train.data.streaming_dataset import check_split, open_split, read_ma
 from rating_train.demo.catalogue import make_catalogue
 from rating_train.errors import UserError
 from rating_train.files import sha256_file
-from rating_train.prepare.pipeline import PrepareOptions, prepare
+from rating_train.prepare.options import PrepareOptions
+from rating_train.prepare.pipeline import prepare
 from rating_train.shards.schema import MANIFEST_NAME
 
 N = 120

@@ -38,7 +38,7 @@ def test_good_options(source: str) -> None:
         ({"images": "no/such/folder"}, "--images no/such/folder does not exist"),
         ({"split": "val"}, "--split goes with --data"),
         ({"fetch_set": ("per_host=2",)}, "--fetch-set goes with --fetch"),
-        ({"fetch": True, "fetch_set": ("speed=2",)}, "'speed=2' is not NAME=VALUE"),
+        ({"fetch": True, "fetch_set": ("speed=2",)}, "unknown key `speed`"),
         ({"batch_items": 0}, "--batch-items 0"),
         ({"part_rows": 0}, "--part-rows 0"),
         ({"workers": -1}, "--workers -1"),

@@ -13,13 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rating_train.prepare.images.square import (
-    DEFAULT_MAX_BYTES,
-    ImageProblem,
-    find_image,
-    read_bounded,
-    square_jpeg,
-)
+from rating_train.prepare.images.lookup import DEFAULT_MAX_BYTES, ImageProblem, find_image, read_bounded
+from rating_train.prepare.images.square import square_jpeg
 
 S = 32
 RED, WHITE = (200, 30, 30), (255, 255, 255)

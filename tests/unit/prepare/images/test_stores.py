@@ -17,16 +17,9 @@ from typing import Any
 import pytest
 
 from rating_train.errors import UserError
-from rating_train.prepare.images.square import ImageProblem
-from rating_train.prepare.images.stores import (
-    CacheStore,
-    FolderStore,
-    ImageStore,
-    LayeredStore,
-    TarStore,
-    ZipStore,
-    open_store,
-)
+from rating_train.prepare.images.archives import TarStore, ZipStore
+from rating_train.prepare.images.lookup import FolderStore, ImageProblem, ImageStore
+from rating_train.prepare.images.stores import CacheStore, LayeredStore, open_store
 
 FILES = {
     "sub/a.jpg": b"picture a",
@@ -212,14 +205,14 @@ def test_a_compressed_tar_is_refused(tmp_path: Path, suffix: str) -> None:
 def test_a_damaged_or_cut_tar_is_refused(tmp_path: Path) -> None:
     """tarfile itself takes a damaged header for the end, and the members behind it would be gone in silence."""
     path = make_tar(tmp_path, {f"{n}.jpg": bytes([n]) * 700 for n in range(5)})
-    whole = path.read_bytes()
-    damaged = bytearray(whole)
+    intact = path.read_bytes()
+    damaged = bytearray(intact)
     damaged[2 * 1536 + 150] ^= 0xFF  # in the checksum of the third header
-    for bad in (bytes(damaged), whole[: 3 * 1536 + 100], whole[: 3 * 1536 + 700], b"no tar at all" * 100):
+    for bad in (bytes(damaged), intact[: 3 * 1536 + 100], intact[: 3 * 1536 + 700], b"no tar at all" * 100):
         path.write_bytes(bad)
         with pytest.raises(UserError, match="not a readable tar"):
             TarStore(path)
-    path.write_bytes(whole[: 5 * 1536])  # without end marker: all members are there
+    path.write_bytes(intact[: 5 * 1536])  # without end marker: all members are there
     assert TarStore(path).read("4.jpg", "-") == b"\x04" * 700
 
 
@@ -237,9 +230,9 @@ def test_a_tar_that_changed_since_its_scan_is_refused(tmp_path: Path) -> None:
 def test_damage_anywhere_is_a_user_error_a_reason_or_the_bytes(tmp_path: Path, kind: str) -> None:
     files = {f"images/{n}.jpg": bytes([n]) * 300 for n in range(8)}
     path = make_zip(tmp_path, files) if kind == "zip" else make_tar(tmp_path, files)
-    whole, chosen = path.read_bytes(), random.Random(3)
+    intact, chosen = path.read_bytes(), random.Random(3)
     for _ in range(300):
-        data = bytearray(whole)
+        data = bytearray(intact)
         for _ in range(chosen.choice((1, 8))):
             data[chosen.randrange(len(data))] = chosen.randrange(256)
         path.write_bytes(data)

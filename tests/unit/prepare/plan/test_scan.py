@@ -17,9 +17,9 @@ import pytest
 from rating_train.errors import UserError
 from rating_train.files import read_json, read_json_lines
 from rating_train.prepare.plan import scan, select
-from rating_train.prepare.plan.rules import alone
+from rating_train.prepare.plan.plan_dir import locked
 from rating_train.prepare.plan.scan import PlanRules, make_plan
-from rating_train.prepare.records.sources import read_sources
+from rating_train.prepare.records.sources import read_source
 from rating_train.shards.schema import Dropped, Listing
 from tests import select_reference
 
@@ -64,9 +64,8 @@ def naive(
     sources: list[str], rules: PlanRules
 ) -> tuple[dict[tuple[str, int], tuple[Listing, int, str]], Counter[str]]:
     """{(source, line): (listing, root, split)} of what is taken, and the dropped by reason: everything in memory."""
-    read = itertools.islice(read_sources(sources), rules.limit)
-    wanted = select.Rules(rules.min_rating_count, rules.max_text_chars, rules.require_image)
-    records = list(select_reference.drop_duplicates(select_reference.apply_rules(read, wanted)))
+    read = itertools.islice((r for path in sources for r in read_source(path)), rules.limit)
+    records = list(select_reference.drop_duplicates(select_reference.apply_rules(read, rules)))
     dropped = Counter(r.item.reason for r in records if isinstance(r.item, Dropped))
     items = {(r.source, r.line): r.item for r in records if isinstance(r.item, Listing)}
     groups = select_reference.Groups()
@@ -93,8 +92,7 @@ def naive(
 
 def naive_split(sizes: Counter[int], rules: PlanRules) -> dict[int, str]:
     if rules.val_items is None:
-        fractions = select.Fractions(rules.val_fraction, rules.test_fraction)
-        return {root: select.split_of(root, fractions, rules.split_seed) for root in sizes}
+        return {root: select.split_of(root, rules) for root in sizes}
     split, left = (
         dict.fromkeys(sizes, "train"),
         sorted(sizes, key=lambda r: select.split_hash(r, rules.split_seed)),
@@ -283,7 +281,7 @@ def test_a_source_that_changes_is_an_error(tmp_path: Path) -> None:
 
 
 def test_one_at_a_time_in_a_directory(tmp_path: Path) -> None:
-    with alone(tmp_path / "plan"), pytest.raises(UserError, match="another process"):
+    with locked(tmp_path / "plan"), pytest.raises(UserError, match="another process"):
         make_plan(write(tmp_path, 0), tmp_path / "plan", WINDOWED)
 
 
@@ -299,7 +297,14 @@ def test_impossible_rules_are_named_together(tmp_path: Path) -> None:
     rules = PlanRules(top_per_category=-1, part_items=0, val_fraction=0.9, test_fraction=0.2, memory_mb=1)
     with pytest.raises(UserError) as error:
         make_plan([], tmp_path / "plan", rules, workers=0)
-    for word in ("top_per_category -1", "part_items 0", "no train", "memory_mb 1", "no source", "workers 0"):
+    for word in (
+        "`top_per_category` is -1",
+        "`part_items` is 0",
+        "nothing to train on",
+        "`memory_mb` is 1",
+        "no source",
+        "workers 0",
+    ):
         assert word in str(error.value)
     with pytest.raises(UserError, match="source file not found"):
         make_plan([str(tmp_path / "s.jsonl")], tmp_path / "plan", WINDOWED)

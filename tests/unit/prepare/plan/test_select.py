@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from rating_train.prepare.plan.select import Fractions, Rules, cap_text, hash64, split_of, title_key
+from rating_train.prepare.plan.rules import PlanRules
+from rating_train.prepare.plan.select import cap_text, hash64, split_of, title_key
 from rating_train.prepare.records.sources import Record
 from rating_train.shards.schema import Dropped, Listing
 from tests.select_reference import Groups, apply_rules, drop_duplicates, split_counts
@@ -19,9 +20,9 @@ from tests.select_reference import Groups, apply_rules, drop_duplicates, split_c
 BASE = Listing("B1", "A title of some length", "d", "f", "Toys", "1.jpg", 4.0, 10, "B1")
 
 
-def run(items: list[Listing | Dropped], rules: Rules | None = None) -> list[Listing | Dropped]:
+def run(items: list[Listing | Dropped], rules: PlanRules | None = None) -> list[Listing | Dropped]:
     records = [Record("s", n, item) for n, item in enumerate(items, start=1)]
-    out = list(drop_duplicates(apply_rules(records, rules or Rules())))
+    out = list(drop_duplicates(apply_rules(records, rules or PlanRules())))
     assert [r.line for r in out] == list(range(1, len(items) + 1)), "every record comes out again, in order"
     return [r.item for r in out]
 
@@ -108,14 +109,14 @@ def test_groups_do_not_depend_on_the_order_and_join_in_chains() -> None:
 
 def test_split_shares_seed_and_stability() -> None:
     roots = [hash64("group", str(i)) for i in range(20_000)]
-    fractions = Fractions(val=0.1, test=0.05)
-    split = [split_of(r, fractions, "s") for r in roots]
+    rules = PlanRules(val_fraction=0.1, test_fraction=0.05, split_seed="s")
+    split = [split_of(r, rules) for r in roots]
     counts = Counter(split)
     assert counts["val"] == pytest.approx(2000, abs=150) and counts["test"] == pytest.approx(1000, abs=110)
-    assert split != [split_of(r, fractions, "other") for r in roots]
-    without_test = [split_of(r, Fractions(val=0.1), "s") for r in roots]
+    assert split != [split_of(r, replace(rules, split_seed="other")) for r in roots]
+    without_test = [split_of(r, replace(rules, test_fraction=0.0)) for r in roots]
     assert [s == "val" for s in split] == [s == "val" for s in without_test], "a test split leaves val alone"
-    assert {split_of(r, Fractions(0.0, 0.0), "s") for r in roots} == {"train"}
+    assert {split_of(r, PlanRules(val_fraction=0.0)) for r in roots} == {"train"}
 
 
 def test_hash_is_the_same_in_another_process_and_frames_its_parts() -> None:
@@ -129,5 +130,5 @@ def test_split_counts_add_up() -> None:
     groups = Groups()
     for i in range(500):
         groups.add(replace(BASE, id=f"B{i}", group=f"g{i // 5}", title=""))
-    counts = split_counts(groups, Fractions(0.2, 0.2), "s")
+    counts = split_counts(groups, PlanRules(val_fraction=0.2, test_fraction=0.2))
     assert sum(counts.values()) == 500 and all(n % 5 == 0 for n in counts.values()) and len(counts) == 3

@@ -1,4 +1,4 @@
-"""Reading catalogues: good records come out whole, bad ones as rows with a reason, never as exceptions."""
+"""Reading catalogues: good records come out complete, bad ones as rows with a reason, never as exceptions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from rating_train.errors import UserError
 from rating_train.prepare.records import sources
-from rating_train.prepare.records.sources import Record, read_source, read_sources
+from rating_train.prepare.records.sources import Record, read_source
 from rating_train.shards.schema import Dropped, Listing
 
 GOOD: dict[str, Any] = {
@@ -54,7 +54,7 @@ def listing(item: Listing | Dropped) -> Listing:
     return item
 
 
-def test_a_listing_is_read_whole(tmp_path: Path) -> None:
+def test_a_listing_is_read_completely(tmp_path: Path) -> None:
     assert read_one(tmp_path) == Listing(
         id="B0001",
         title="Brush",
@@ -200,11 +200,11 @@ def test_zstd_is_read_or_explained(tmp_path: Path) -> None:
         read_lines(tmp_path, b"no zstd at all", name="b.jsonl.zst")
 
 
-def test_whole_sources_that_cannot_be_read_are_user_errors(tmp_path: Path) -> None:
+def test_sources_that_cannot_be_read_at_all_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not found"):
-        list(read_sources([str(tmp_path / "absent.jsonl")]))
+        list(read_source(str(tmp_path / "absent.jsonl")))
     with pytest.raises(UserError, match="not a file"):
-        list(read_sources([str(tmp_path)]))
+        list(read_source(str(tmp_path)))
     with pytest.raises(UserError, match="unknown kind"):
         read_lines(tmp_path, b"x", name="a.xlsx")
 
@@ -219,7 +219,7 @@ def read_csv(folder: Path, text: str | bytes, header: str = HEADER) -> list[Reco
     return read_lines(folder, header.encode() + body, name="a.csv")
 
 
-def test_csv_row_is_read_whole(tmp_path: Path) -> None:
+def test_a_csv_row_is_read_completely(tmp_path: Path) -> None:
     (record,) = read_csv(tmp_path, 'B1,"A, ""b""\nc",d,f,Toys,4.25,17.0,images/1.jpg\n')
     assert record.item == Listing("B1", 'A, "b"\nc', "d", "f", "Toys", "images/1.jpg", 4.25, 17, "B1")
 
