@@ -69,4 +69,5 @@ if [[ -z "$ranks" ]]; then
 fi
 rt_threads "$ranks"
 rt_check_cores "$(($(rt_cores) / ranks))" "start fewer processes (-n)"
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m rating_train "$verb" "$@"
+exec "$PYTHON" -m rating_train.distributed.launcher "$RT_RUN" --standalone --nproc-per-node "$ranks" \
+    -m rating_train "$verb" "$@"

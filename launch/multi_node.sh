@@ -23,7 +23,7 @@ The checkout, Python, the data and runs_dir must have the same path on all machi
 system.
 Environment: RATING_TRAIN_PYTHON, OMP_NUM_THREADS as in launch/local.sh; NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME
 select the network between the machines where the wrong one is chosen.
-Stop it with `touch RUN/STOP`: it saves a checkpoint first, and the same lines resume from it.
+Stop it with Ctrl-C on any machine or `touch RUN/STOP`: it saves a checkpoint first, and the same lines resume from it.
 USAGE
 }
 
@@ -96,6 +96,6 @@ if ((rank == 0)); then
     is_host=1
     address="${address:-$host}"
 fi
-exec "$PYTHON" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$processes" \
+exec "$PYTHON" -m rating_train.distributed.launcher "$RT_RUN" --nnodes "$nodes" --nproc-per-node "$processes" \
     --rdzv-backend c10d --rdzv-endpoint "$host:$port" --rdzv-id "rating_train" --rdzv-conf "is_host=$is_host" \
     ${address:+--local-addr "$address"} --max-restarts "$restarts" -m rating_train "$verb" "$@"

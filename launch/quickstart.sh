@@ -72,10 +72,12 @@ settings=()
 for setting in ${QUICKSTART_SET:-}; do # words, on purpose
     settings+=(--set "$setting")
 done
-code=0
+code=0 interrupted=""
+trap 'interrupted="Ctrl-C"' INT # training saves and exits with 0; what follows must not start
 bash "$RATING_TRAIN_ROOT/launch/local.sh" train "$config" ${settings[@]+"${settings[@]}"} || code=$?
-if [[ -f "$run/REQUEUE" ]]; then
-    rt_say "stopped with a checkpoint ($(<"$run/REQUEUE")); run launch/quickstart.sh again to resume"
+trap - INT
+if [[ -n "$interrupted" || -f "$run/REQUEUE" ]]; then
+    rt_say "stopped ($(cat -- "$run/REQUEUE" 2>/dev/null || echo "$interrupted")); run launch/quickstart.sh again to resume"
     exit 1
 fi
 ((code == 0)) || exit "$code"

@@ -104,6 +104,7 @@ case "$1" in
         ;;
     *)
         printf 'OMP_NUM_THREADS=%s %s\\n' "${OMP_NUM_THREADS:-}" "$*" >>"$RECORD"
+        [[ -z "${FAKE_SIGNAL:-}" ]] || kill -s "$FAKE_SIGNAL" "$PPID" # as Ctrl-C reaches the calling script too
         [[ "$*" != *"${FAKE_FAILURE:-nothing fails}"* ]]
         ;;
 esac

@@ -100,7 +100,7 @@ def test_local_starts_torchrun(fake: FakePython, gpus: str, option: list[str], e
     assert done.returncode == 0, done.stderr
     cores = len(os.sched_getaffinity(0))
     assert fake.ran == [
-        f"OMP_NUM_THREADS={max(1, cores // expected)} -m torch.distributed.run --standalone "
+        f"OMP_NUM_THREADS={max(1, cores // expected)} -m rating_train.distributed.launcher runs/demo_cpu --standalone "
         f"--nproc-per-node {expected} -m rating_train {' '.join(words)}"
     ]
 
@@ -187,6 +187,12 @@ def test_quickstart_stops_where_training_was_stopped(fake: FakePython, prepared:
     done = fake.run("launch/quickstart.sh", QUICKSTART_DIR=str(prepared), FAKE_FAILURE="rating_train train")
     assert done.returncode == 1
     assert "signal SIGINT at step 30" in done.stdout and "run launch/quickstart.sh again" in done.stdout
+    assert len(fake.ran) == 1, "nothing after the training"
+
+
+def test_quickstart_stops_at_ctrl_c_although_training_ends_with_0(fake: FakePython, prepared: Path) -> None:
+    done = fake.run("launch/quickstart.sh", QUICKSTART_DIR=str(prepared), FAKE_SIGNAL="INT")
+    assert done.returncode == 1 and "stopped (Ctrl-C); run launch/quickstart.sh again" in done.stdout
     assert len(fake.ran) == 1, "nothing after the training"
 
 
@@ -282,7 +288,7 @@ def test_multi_node_starts_torchrun(fake: FakePython, rank: str, is_host: int, a
     done = fake.run("launch/multi_node.sh", *where, *words, FAKE_GPUS="4", OMP_NUM_THREADS="3")
     assert done.returncode == 0, done.stderr
     assert fake.ran == [
-        f"OMP_NUM_THREADS=3 -m torch.distributed.run --nnodes 2 --nproc-per-node 4 "
+        f"OMP_NUM_THREADS=3 -m rating_train.distributed.launcher runs/demo_cpu --nnodes 2 --nproc-per-node 4 "
         f"--rdzv-backend c10d --rdzv-endpoint localhost:29500 --rdzv-id rating_train --rdzv-conf is_host={is_host}"
         f"{address} --max-restarts 1 -m rating_train {' '.join(words)}"
     ]
