@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.forked import REPO, close_zygote
+from tests.helpers.left_behind import Watch
+from tests.helpers.ranks import SHARED_MEMORY as SHARED_MEMORY
 from tests.helpers.ranks import Ranks
 
 # Tests download nothing. Read by the hub's library when it is imported, so it stands here: without it, an unknown
@@ -19,8 +21,30 @@ from tests.helpers.ranks import Ranks
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def pytest_unconfigure() -> None:
+watch = pytest.StashKey[Watch]()
+left_behind = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Note what is there before the tests."""
+    config.stash[watch] = Watch()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a session that leaves processes, shared memory or mounts behind."""
     close_zygote()
+    config = session.config
+    config.stash[left_behind] = config.stash[watch].found(config._tmp_path_factory.getbasetemp())  # type: ignore[attr-defined]
+    if config.stash[left_behind]:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Name what was left behind."""
+    if lines := config.stash.get(left_behind, []):
+        terminalreporter.section("left behind by the tests", red=True)
+        for line in lines:
+            terminalreporter.line(line)
 
 
 @pytest.fixture(scope="session")
