@@ -5,7 +5,6 @@ The learning rate is constant here, so that a leg may end at `max_steps` without
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from rating_train.checkpoint.deepspeed_io import consolidated_weights
 from tests.conftest import Ranks
 from tests.dist.reshard_worker import PRECISIONS, STAGES
+from tests.helpers.runs import global_batches, losses
 
 STEPS = 3  # of one leg
 SECTIONS = {
@@ -23,21 +23,6 @@ SECTIONS = {
     "model": {"head_dropout": 0.1, "freeze": []},
     "train": {"epochs": 9, "keep_last": 9, "precision": "fp32"},
 }
-
-
-def losses(run: Path) -> list[float]:
-    rows = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    return [row["loss"] for row in rows]
-
-
-def global_batches(run: Path) -> list[list[str]]:
-    """The ids of every step over all ranks, in order; each rank's file holds the steps that it took part in."""
-    steps: dict[int, dict[int, list[str]]] = {}
-    for path in sorted((run / "samples").iterdir()):
-        for row in map(json.loads, path.read_text().splitlines()):
-            steps.setdefault(row["step"], {})[int(path.stem.rpartition("_")[2])] = row["ids"]
-    return [[i for rank in sorted(steps[step]) for i in steps[step][rank]] for step in sorted(steps)]
 
 
 def leg(write: Callable[..., Path], name: str, stage: int, last_step: int, freeze: list[str]) -> Path:
@@ -64,7 +49,7 @@ def test_two_four_one_three_ranks_train_as_two_do(
     for number, size in enumerate((2, 4, 1, 3), start=1):
         legs = [leg(tiny_config, f"stage{stage}", stage, number * STEPS, []) for stage in stages]
         output = ranks.run(size, *worker, *legs)
-    assert output.count("reading a checkpoint of 1 ranks") == len(stages)
+    assert output.count("loading a checkpoint of 1 ranks") == len(stages)
     for stage in stages:
         assert_same_curve(tmp_path / "runs/constant", tmp_path / f"runs/stage{stage}")
 

@@ -24,6 +24,7 @@ from rating_train.data.cache import Source
 from rating_train.data.streaming_dataset import fetch_split, open_split
 from rating_train.errors import UserError
 from tests.conftest import Ranks
+from tests.helpers.runs import losses
 from tests.small_shards import flip_a_byte, reshard
 
 LIMIT_MB = 1
@@ -106,10 +107,6 @@ class Watch:
 def fingerprint(folder: Path) -> dict[str, str]:
     files = (f for f in sorted(folder.rglob("*")) if f.is_file())
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "train.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.timeout(240)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,43 +14,7 @@ import torch
 
 from rating_train.checkpoint.deepspeed_io import consolidated_weights
 from tests.conftest import Ranks
-
-
-def read_log(run: Path) -> list[dict]:
-    timing = {
-        "time",
-        "samples_per_second",
-        "step_seconds",
-        "data_wait_seconds",
-        "data_wait_fraction",
-        "peak_memory_gib",
-    }
-    rows = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in timing} for row in rows]
-
-
-def read_ids(run: Path, rank: int) -> dict[int, list[str]]:
-    """Ids of every step; where a step was done twice (before and after the kill), what was read last."""
-    lines = (run / "samples" / f"rank_{rank:05d}.jsonl").read_text().splitlines()
-    return {row["step"]: row["ids"] for row in map(json.loads, lines)}
-
-
-def assert_same(a: object, b: object, where: str, padding: int = 0) -> None:
-    """Bit-equal, but for the last ``padding`` elements of flat fp32 partitions."""
-    if isinstance(a, torch.Tensor):
-        assert isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape, where
-        keep = len(a) - padding if padding and a.ndim == 1 and "fp32_flat_groups" in where else None
-        assert torch.equal(a[:keep], b[:keep]) if a.ndim else torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert isinstance(b, dict) and a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}/{key}", padding)
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where  # type: ignore[arg-type]
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):  # type: ignore[arg-type]
-            assert_same(x, y, f"{where}/{i}", padding)
-    elif isinstance(a, (int, float, str, bool, type(None))):
-        assert a == b, where
+from tests.helpers.runs import assert_same, read_ids, read_log
 
 
 def kill_after_step(ranks: Ranks, config: Path, run: Path, step: int, saved: int) -> None:

@@ -7,15 +7,13 @@ The archive holds a dataset of 32-px images, a tiny model, ``runs/uninterrupted`
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import REPO
+from tests.helpers.cli import rating_train
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -29,17 +27,9 @@ def recorded(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def rating_train(folder: Path, *words: str) -> str:
+def run_verb(folder: Path, *words: str) -> str:
     """Run a verb in ``folder``, whose configuration names relative paths."""
-    path = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-m", "rating_train", *words],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = rating_train(*words, cwd=folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout + done.stderr
 
@@ -50,7 +40,7 @@ def rows(run: Path, name: str) -> list[dict[str, object]]:
 
 def test_a_run_of_version_0_1_resumes_evaluates_and_reports(recorded: Path) -> None:
     interrupted, whole = recorded / "runs" / "interrupted", recorded / "runs" / "uninterrupted"
-    rating_train(recorded, "train", "config.yaml", "--resume", "must")
+    run_verb(recorded, "train", "config.yaml", "--resume", "must")
     assert [row["step"] for row in rows(interrupted, "train.jsonl")] == list(range(1, 9))
     for resumed, expected in zip(rows(interrupted, "train.jsonl"), rows(whole, "train.jsonl"), strict=True):
         assert resumed["samples"] == expected["samples"]
@@ -58,14 +48,14 @@ def test_a_run_of_version_0_1_resumes_evaluates_and_reports(recorded: Path) -> N
         assert resumed["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     samples = "samples/rank_00000.jsonl"
     assert rows(interrupted, samples) == rows(whole, samples), "the same items in the same order"
-    rating_train(recorded, "evaluate", "runs/interrupted")
+    run_verb(recorded, "evaluate", "runs/interrupted")
     own, recorded_row = rows(interrupted, "eval.jsonl")[-1], rows(whole, "eval.jsonl")[-1]
     assert own["plcc"] == pytest.approx(recorded_row["plcc"], abs=1e-4)
-    rating_train(recorded, "report", "runs/interrupted")
+    run_verb(recorded, "report", "runs/interrupted")
     assert (interrupted / "report" / "summary.json").is_file()
 
 
 def test_a_dataset_of_version_0_1_verifies(recorded: Path) -> None:
     splits = json.loads((recorded / "data" / "manifest.json").read_text("utf-8"))["splits"]
     items = sum(split["items"] for split in splits.values())
-    assert f"{items} items" in rating_train(recorded, "verify", "data")
+    assert f"{items} items" in run_verb(recorded, "verify", "data")

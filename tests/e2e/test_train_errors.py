@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPO, Ranks
+from tests.conftest import Ranks
+from tests.helpers.cli import rating_train
 
 pytestmark = pytest.mark.timeout(200)
 
 
 def refused(config: Path, *options: str) -> str:
     """Start one process, expecting a user error; the line."""
-    env = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "rating_train", "train", str(config), *options],
-        capture_output=True,
-        text=True,
-        cwd=REPO,
-        env={**env, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        timeout=120,
-    )
+    done = rating_train("train", config, *options)
     errors = [line for line in done.stderr.splitlines() if "error:" in line]
     assert done.returncode == 2, done.stderr[-3000:]
     assert len(errors) == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import re
 import shutil
@@ -21,6 +20,7 @@ from rating_train.distributed.world import World
 from rating_train.errors import UserError
 from rating_train.reports import run_status
 from tests.conftest import Ranks, tiny_settings
+from tests.helpers.runs import losses
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -182,10 +182,6 @@ def test_a_file_that_the_disk_cannot_read_is_skipped_too(
     assert f"skipped {new}: it cannot be read" in caplog.text and "Input/output error" in caplog.text
     with pytest.raises(UserError, match="cannot be trusted: it cannot be read"):
         find(root, str(new))
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "train.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("trained", [1], indirect=True)

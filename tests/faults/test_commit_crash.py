@@ -22,6 +22,7 @@ from rating_train import files as package_files
 from rating_train.checkpoint import store
 from rating_train.checkpoint.store import BEST, COMPLETE, LATEST
 from tests.conftest import Ranks
+from tests.helpers.runs import losses
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 OPERATIONS = ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir")
@@ -210,11 +211,6 @@ def test_files_are_flushed_before_the_rename_and_the_rename_before_the_pointer(
     after = events[events.index("commit") :]
     assert f"replace {COMPLETE}" in events[: events.index("commit")]
     assert after.index(f"fsync {tmp_path.name}") < after.index(f"replace {LATEST}")
-
-
-def losses(run: Path) -> list[tuple[int, float]]:
-    rows = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"]) for row in rows]
 
 
 @pytest.mark.timeout(300)

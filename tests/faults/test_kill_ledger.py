@@ -19,8 +19,8 @@ import torch
 from rating_train.checkpoint import store
 from rating_train.checkpoint.deepspeed_io import consolidated_weights
 from tests.conftest import Ranks
-from tests.dist.test_resume import assert_same, read_ids, read_log
 from tests.faults.ledger import STEPS_PER_KILL, Attempt, blocks_left, living, supervise, wait_until_none_lives
+from tests.helpers.runs import assert_same, evaluations, global_batches, read_ids, read_log
 
 KILLS = int(os.environ.get("RATING_TRAIN_KILLS", "4"))
 SEED = int(os.environ.get("RATING_TRAIN_KILL_SEED", "17"))
@@ -42,23 +42,11 @@ def sections(stage: int, steps: int) -> dict[str, dict]:
     }
 
 
-def evaluations(run: Path) -> list[dict]:
-    timing = {"time", "seconds", "items_per_second"}
-    rows = map(json.loads, (run / "eval.jsonl").read_text().splitlines())
-    return [{k: v for k, v in row.items() if k not in timing} for row in rows]
-
-
-def used_ids(run: Path) -> list[list[str]]:
-    """Return the ids of every step that led to the final weights: its last entry on each rank, in rank order."""
-    parts = [read_ids(run, rank) for rank in (0, 1)]
-    assert parts[0].keys() == parts[1].keys()
-    return [[i for part in parts for i in part[step]] for step in sorted(parts[0])]
-
-
 def assert_same_run(straight: Path, broken: Path, steps: int, stage: int) -> None:
     """Compare ordered ids, losses, evaluations, pointers, and every bit of the last checkpoint."""
     assert [row["step"] for row in read_log(broken)] == list(range(1, steps + 1))
-    assert used_ids(straight) == used_ids(broken)
+    assert read_ids(broken, 0).keys() == read_ids(broken, 1).keys()
+    assert global_batches(straight) == global_batches(broken)
     assert read_log(straight) == read_log(broken)
     assert evaluations(straight) == evaluations(broken)
     for pointer in (store.LATEST, store.BEST):

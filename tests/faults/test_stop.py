@@ -15,19 +15,9 @@ import pytest
 from rating_train.checkpoint import store
 from tests.conftest import Ranks
 from tests.faults.ledger import Attempt
+from tests.helpers.ranks import wait_for_step
 
 LONG = {"epochs": 400, "save_every_steps": 0, "stop_check_steps": 2}
-
-
-def wait_for_step(run: Path, step: int, process) -> None:
-    log = run / "train.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if log.is_file() and len(log.read_text().splitlines()) >= step:
-            return
-        assert process.poll() is None, process.communicate()[0][-4000:]
-        time.sleep(0.05)
-    pytest.fail(f"step {step} was not reached in 120 s")
 
 
 def rank_processes(process) -> list[psutil.Process]:

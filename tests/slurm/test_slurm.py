@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.conftest import REPO
-from tests.dist.test_resume import read_ids, read_log
+from tests.helpers.runs import read_ids, read_log
 from tests.slurm.conftest import Cluster, wait_until
 
 pytestmark = pytest.mark.timeout(400)
