@@ -75,7 +75,8 @@ def load_tokenizer(backbone: str, revision: str = "") -> Tokenizer:
             f"no tokenizer could be loaded ({str(e).splitlines()[0]})",
             where=f"model.backbone={backbone}",
             expected="a hub id that can be reached, or a folder with tokenizer.json",
-            fix="check the path, or make a small model with `rating-train demo`",
+            fix="check the path; without a network, download the model elsewhere and set "
+            "model.backbone=FOLDER (docs/troubleshooting.md, Offline nodes)",
         ) from e
     missing = [t for t in SPECIAL_TOKENS if tokenizer.token_to_id(t) is None]
     if missing:

@@ -140,7 +140,8 @@ def _not_found(config: ModelConfig, error: Exception) -> UserError:
         f"the backbone could not be loaded ({reason})",
         where=f"model.backbone={config.backbone}",
         expected="a folder with config.json and model.safetensors, or a hub id that can be reached",
-        fix="check the path; on a machine without network, download the model once and give its folder",
+        fix="check the path; without a network, download the model elsewhere and set "
+        "model.backbone=FOLDER (docs/troubleshooting.md, Offline nodes)",
     )
 
 

@@ -23,6 +23,7 @@ from rating_train.cli import verb_module
 from rating_train.config.load import load_config
 from rating_train.config.resolve import plan_batch
 from rating_train.scoring.ces import CONVENTIONS
+from tests.helpers.hub import serve
 from tests.repo.conftest import REPO, FakePython, Quickstart, script_env
 from tests.repo.pages import PAGES, command_lines
 
@@ -138,7 +139,7 @@ def cost(line: str, quickstart: Quickstart, fake: FakePython) -> None:
 
 def start_training(line: str, quickstart: Quickstart, fake: FakePython) -> None:
     """Small models for real. Others take a GPU: settings are loaded, the batch divides, the script starts torchrun."""
-    words = shlex.split(line)
+    words = shlex.split(line.removeprefix("HF_HUB_OFFLINE=1 "))  # it is set here anyway
     options = words[2 : words.index("train")]
     config_file, *rest = words[words.index("train") + 1 :]
     if config_file.endswith("_cpu.yaml"):
@@ -169,6 +170,23 @@ def report(line: str, quickstart: Quickstart, fake: FakePython) -> None:
     run = shlex.split(line)[-1]
     link_run(run, quickstart)
     assert f"{run}/report" in run_for_real(line, quickstart)
+
+
+def download(line: str, quickstart: Quickstart, fake: FakePython) -> None:
+    """From a hub on this machine that serves the demo's model under the name of the page."""
+    words = shlex.split(line)
+    with serve(words[2], quickstart.folder / "demo" / "model") as hub:
+        done = subprocess.run(
+            words,
+            cwd=quickstart.folder,
+            env={**script_env(), **hub.env(quickstart.folder / "hub")},
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+    assert done.returncode == 0, done.stderr
+    folder = quickstart.folder / words[words.index("--local-dir") + 1]
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= {p.name for p in folder.iterdir()}
 
 
 def copy_site(line: str, quickstart: Quickstart, fake: FakePython) -> None:
@@ -240,7 +258,11 @@ EXERCISERS: list[tuple[str, Exerciser]] = [
     (r"python benchmarks/small_model\.py \S+ \S+", small_model),
     (r"python benchmarks/baselines\.py \S+", baselines),
     (r"rating-train cost configs/\S+\.yaml( --plcc \S+)?", cost),
-    (r"bash launch/local\.sh( -n \d+)? train configs/\S+\.yaml( --set \S+=\S+)*", start_training),
+    (r"hf download HuggingFaceTB/\S+ --local-dir models/\S+ --include .*", download),
+    (
+        r"(HF_HUB_OFFLINE=1 )?bash launch/local\.sh( -n \d+)? train configs/\S+\.yaml( --set \S+=\S+)*",
+        start_training,
+    ),
     (r"bash launch/local\.sh( -n \d+)? evaluate runs/\S+", evaluate),
     (r"cp slurm/cluster\.env\.example slurm/cluster\.env", copy_site),
     (r"bash slurm/train\.sbatch configs/\S+\.yaml --nodes \d+", submit),

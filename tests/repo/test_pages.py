@@ -71,8 +71,7 @@ def test_symptoms_are_what_the_program_says() -> None:
     symptoms = [row[0] for row in rows(PAGES["docs/troubleshooting.md"])]
     quoted = [text for text in symptoms if text.startswith("`") and "(Slurm's message)" not in text]
     assert len(quoted) >= 15
-    for symptom in quoted:
-        message = symptom.split("`")[1]
+    for message in (text for symptom in quoted for text in symptom.split("`")[1::2]):
         for piece in re.split(r"\.\.\.|\d+", message):
             words = piece.strip(" ()?:")
             assert words in said, f"no program or script says {words!r}"
