@@ -10,6 +10,7 @@ is little-endian.
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,6 +55,7 @@ def _is_entry(shard: Any) -> bool:
             (shard["format"], shard["compression"]) == ("mds", None)
             and all(isinstance(n, int) and n >= 0 for n in (shard["samples"], raw["bytes"]))
             and all(isinstance(text, str) for text in (*columns[0], *columns[1], *raw["hashes"].values()))
+            and all(size is None or (isinstance(size, int) and size >= 0) for size in shard["column_sizes"])
             and len(lengths) == 1
             and raw["basename"] not in (".", "..")
             and not {"/", "\0"}.intersection(raw["basename"])
@@ -112,9 +114,10 @@ def read_shard(
         count = int.from_bytes(head, "little")
         if len(head) < 4 or count != shard["samples"]:
             raise BadShard(f"its header counts {count} samples, the index {shard['samples']}")
-        table = f.read(4 * (count + 1))
-        if len(table) < 4 * (count + 1):
+        size = os.fstat(f.fileno()).st_size
+        if 4 * (count + 2) > size:
             raise BadShard("it ends within its table of offsets")
+        table = f.read(4 * (count + 1))
         offsets = struct.unpack(f"<{count + 1}I", table)
         for place in range(count):
             if wanted is not None and place not in wanted:
@@ -122,12 +125,11 @@ def read_shard(
             begin, end = offsets[place], offsets[place + 1]
             if not 4 * (count + 2) <= begin <= end:
                 raise BadShard(f"sample {place} has impossible offsets {begin} and {end}")
-            f.seek(begin)
-            data = f.read(end - begin)
-            if len(data) < end - begin:
+            if end > size:
                 raise BadShard(f"it ends within sample {place}")
+            f.seek(begin)
             try:
-                yield decode(data, shard)
+                yield decode(f.read(end - begin), shard)
             except (ValueError, struct.error, KeyError) as e:
                 raise BadShard(f"sample {place} cannot be decoded: {e}") from e
 

@@ -24,6 +24,7 @@ from rating_train.prepare.images.lookup import (
 )
 
 _TAR_BLOCK = 512
+_MAX_TAR_HEADER_BYTES = 1 << 20  # of a long name or the attributes of a member
 PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _PACKED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 # Other methods (above all LZMA) let a member's header choose how much memory the reader allocates.
@@ -197,10 +198,23 @@ class TarStore:
             self._file = None
 
 
+class _BoundedReads:
+    """A file for :mod:`tarfile`, which otherwise reads a header of any declared size into memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _MAX_TAR_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes at byte {self.tell()}")
+        return self._file.read(size)
+
+
 def _scan_tar(file: BinaryIO) -> _Members[_Span]:
     members: _Members[_Span] = _Members()
     file.seek(0)
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    with tarfile.open(fileobj=_BoundedReads(file), mode="r:") as tar:  # type: ignore[call-overload]
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps every header, 1 KB each
             if member.isreg() and not member.issparse():

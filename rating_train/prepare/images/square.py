@@ -9,6 +9,7 @@ Reasons given here: ``image_not_an_image``, ``image_too_large``, ``image_unreada
 from __future__ import annotations
 
 import io
+import re
 import warnings
 
 from PIL import Image
@@ -21,6 +22,11 @@ DEFAULT_MAX_PIXELS = 89_000_000  # about Pillow's own threshold: 256 MiB as RGB
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _WIDE_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _EXIF_ORIENTATION = 0x0112
+_MAX_SCANNED = 20  # scans of a JPEG of the largest size; ten are usual, and a small file may hold thousands
+_SCAN = b"\xff\xda"
+_JPEG_MARKER = re.compile(
+    rb"\xff[\x02-\xcf\xda-\xfe]"
+)  # not in a scan's data: 00, RST; without a length: TEM, SOI
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -69,6 +75,11 @@ def _convert(data: bytes, size_px: int, quality: int, max_pixels: int) -> bytes:
         width, height = image.size
         if width * height > max_pixels:
             raise ImageProblem("image_too_large", f"{width} x {height} pixels, at most {max_pixels} in all")
+        most_scans = _MAX_SCANNED * max_pixels // (width * height)
+        if image.format == "JPEG" and data.count(_SCAN) > most_scans and _jpeg_scans(data) > most_scans:
+            raise ImageProblem(
+                "image_too_large", f"more than {most_scans} scans of {width} x {height} pixels"
+            )
         upright = _UPRIGHT.get(_orientation(image))
         is_target = image.format == "JPEG" and image.mode == "RGB" and image.size == (size_px, size_px)
         # The side stays at least twice the target, so that the bilinear filter still sees real detail.
@@ -85,6 +96,16 @@ def _convert(data: bytes, size_px: int, quality: int, max_pixels: int) -> bytes:
     out = io.BytesIO()
     square.save(out, "JPEG", quality=quality)
     return out.getvalue()
+
+
+def _jpeg_scans(data: bytes) -> int:
+    """Count the scans of a JPEG: each one makes the decoder pass over all pixels again."""
+    scans, at = 0, 2
+    while marker := _JPEG_MARKER.search(data, at):
+        scans += marker[0] == _SCAN
+        # A segment has a length of two bytes; what follows a scan's segment is searched for the next marker.
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return scans
 
 
 def _orientation(image: Image.Image) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator
 from typing import Any
 
 from rating_train.errors import UserError
 
 _ROWS_AT_ONCE = 2048
+_MEMORY = "1GiB"
 
 
 def parquet_rows(path: str) -> tuple[list[str], Iterator[tuple[Any, ...]]]:
@@ -21,8 +23,9 @@ def parquet_rows(path: str) -> tuple[list[str], Iterator[tuple[Any, ...]]]:
     import duckdb  # late: other kinds of source do not need it
 
     try:
-        # The default of `preserve_insertion_order` holds: row n is row n of the file.
-        result = duckdb.connect(":memory:").execute("SELECT * FROM read_parquet(?)", [path])
+        # Bounded: a small file may declare values that expand to any size. By default DuckDB keeps the order of rows.
+        db = duckdb.connect(":memory:", config={"memory_limit": _MEMORY, "threads": 1})
+        result = db.execute("SELECT * FROM read_parquet(?)", [glob.escape(path)])
     except duckdb.Error as e:
         raise _damaged(path, e) from e
     names = [column[0] for column in result.description]

@@ -27,6 +27,7 @@ from rating_train.prepare.records.listing import is_clean, to_listing
 from rating_train.prepare.records.parquet import parquet_rows
 from rating_train.shards.schema import Dropped, Listing
 
+MAX_USELESS_BYTES = 1 << 30  # in a row, without a record
 MAX_LINE_BYTES = 16 << 20  # a longer line is not a listing; bounds the memory
 
 _BOM = b"\xef\xbb\xbf"
@@ -152,15 +153,26 @@ def _import_zstandard(path: str) -> Any:
         raise UserError("reading .zst needs the zstandard package", where=path, fix=fix) from e
 
 
-def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes, bool]]:
-    """Yield (line number, bytes, complete); of a line over the bound only the beginning, with complete=False."""
-    number = 0
+def _lines(stream: BinaryIO, source: str) -> Iterator[tuple[int, bytes, bool]]:
+    """Yield (line number, bytes, complete); of a line over the bound only the beginning, with complete=False.
+
+    Raises:
+        UserError: nothing but blank or overlong lines for so long that this cannot be a catalogue. A packed file of
+            kilobytes may expand to terabytes of them.
+    """
+    number = useless = 0
     while raw := stream.readline(MAX_LINE_BYTES):
         number += 1
         complete = len(raw) < MAX_LINE_BYTES or raw.endswith(b"\n")
+        useless = 0 if complete and not raw.isspace() else useless + len(raw)
         rest = raw
-        while rest and not rest.endswith(b"\n"):
+        while rest and not rest.endswith(b"\n") and useless <= MAX_USELESS_BYTES:
             rest = stream.readline(MAX_LINE_BYTES)
+            useless += len(rest)
+        if useless > MAX_USELESS_BYTES:
+            raise UserError(
+                f"no record in {useless >> 20} MiB", where=f"{source}:{number}", fix="check what this file is"
+            )
         yield number, raw.removeprefix(_BOM) if number == 1 else raw, complete
 
 
@@ -168,7 +180,7 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes, bool]]:
 
 
 def _read_jsonl(stream: BinaryIO, source: str, rated: bool) -> Iterator[Raw]:
-    for number, raw, complete in _lines(stream):
+    for number, raw, complete in _lines(stream, source):
         if not raw.strip():
             continue
         if not complete:
@@ -198,16 +210,29 @@ def _parse_json_line(raw: bytes, source: str, line: int, rated: bool) -> Listing
 
 
 def _read_csv(stream: BinaryIO, source: str, rated: bool) -> Iterator[Raw]:
-    # surrogateescape keeps undecodable bytes visible, so that only their own row is refused.
-    text = (raw.decode("utf-8", "surrogateescape") for _, raw, _ in _lines(stream))
-    reader = csv.reader(text)
+    start = size = 0
+
+    def text() -> Iterator[str]:
+        nonlocal size
+        for number, raw, _ in _lines(stream, source):
+            size = len(raw) + (size if number > start else 0)
+            if size > MAX_LINE_BYTES:  # quoted line ends can join lines to a row without end
+                raise UserError(
+                    f"a row of more than {MAX_LINE_BYTES >> 20} MiB",
+                    where=f"{source}:{start}",
+                    fix="look for a quote that is never closed",
+                )
+            # surrogateescape keeps undecodable bytes visible, so that only their own row is refused.
+            yield raw.decode("utf-8", "surrogateescape")
+
+    reader = csv.reader(text())
     try:
         header = [name.strip() for name in next(reader, [])]
     except csv.Error as e:
         raise UserError(f"cannot read the CSV header ({e})", where=source) from e
     columns = _columns(header, source, rated, "CSV header lacks")
     while True:
-        line = reader.line_num + 1
+        line = start = reader.line_num + 1
         try:
             row = next(reader)
         except StopIteration:

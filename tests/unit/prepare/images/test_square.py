@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -190,18 +193,10 @@ def test_damage_anywhere_is_a_reason_or_a_picture(tmp_path: Path) -> None:
                 assert e.reason.startswith("image_")
 
 
-def png_header(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize("side", [10_000, 60_000])  # over this bound; over Pillow's own as well
 @pytest.mark.filterwarnings("error")
 def test_decompression_bombs(tmp_path: Path, side: int) -> None:
-    (tmp_path / "bomb.png").write_bytes(png_header(side, side))
+    (tmp_path / "bomb.png").write_bytes(png(side, side))
     assert problem(tmp_path / "bomb.png") == "image_too_large"
 
 
@@ -212,14 +207,127 @@ def test_bounds_on_bytes_and_pixels(tmp_path: Path) -> None:
     square(path, max_pixels=2500)
 
 
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(width: int, height: int, *chunks: bytes) -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(bytes(1000)))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + pixels + chunk(b"IEND", b"")
+
+
+def packed(kind: bytes, zeros: int) -> bytes:
+    return chunk(kind, b"name\0\0" + zlib.compress(bytes(zeros), 9))
+
+
+def gif(screen: int, frame: int) -> bytes:
+    head = b"GIF89a" + struct.pack("<HHBBB", screen, screen, 0x80, 0, 0) + bytes(6)
+    return head + b"," + struct.pack("<HHHHB", 0, 0, frame, frame, 0) + b"\x02\x02\x4c\x01\x00;"
+
+
+def bmp(width: int, height: int) -> bytes:
+    head = b"BM" + struct.pack("<IHHI", 54, 0, 0, 54)
+    return head + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0) + bytes(100)
+
+
+def webp(kind: bytes, body: bytes) -> bytes:
+    content = b"WEBP" + kind + struct.pack("<I", len(body)) + body
+    return b"RIFF" + struct.pack("<I", len(content)) + content
+
+
+def tiff(width: int, height: int, strips: int = 1) -> bytes:
+    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
+    tags += [(273, 4, strips, 8), (277, 3, 1, 1), (278, 4, 1, height), (279, 4, 1, 2**32 - 1)]
+    return (
+        b"II*\0"
+        + struct.pack("<IH", 8, len(tags))
+        + b"".join(struct.pack("<HHII", *t) for t in tags)
+        + bytes(4)
+    )
+
+
+def jpeg(width: int, height: int) -> bytes:
+    data = bytearray(encoded(Image.new("RGB", (16, 16))))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def encoded(image: Image.Image, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "JPEG", **options)
+    return out.getvalue()
+
+
+#: A few bytes that ask for very much memory -> the reason why they are refused.
+BOMBS = {
+    "png 100000 x 100000": (png(100_000, 100_000), "image_too_large"),
+    "png 2^31 x 2^31": (png(2**31 - 1, 2**31 - 1), "image_too_large"),
+    "png text of 300 MB": (png(10, 10, packed(b"zTXt", 300_000_000)), "image_unreadable"),
+    "png many texts": (png(10, 10, *[packed(b"zTXt", 1_000_000)] * 200), "image_unreadable"),
+    "png profile of 300 MB": (png(10, 10, packed(b"iCCP", 300_000_000)), "image_unreadable"),
+    "gif screen": (gif(65535, 65535), "image_too_large"),
+    "gif frame": (gif(10, 65535), "image_too_large"),
+    "bmp": (bmp(100_000, 100_000), "image_too_large"),
+    "bmp negative": (bmp(100, -(2**31)), "image_too_large"),
+    "webp lossless": (webp(b"VP8L", b"\x2f" + struct.pack("<I", 2**28 - 1) + bytes(20)), "image_too_large"),
+    "webp extended": (webp(b"VP8X", b"\x02\0\0\0" + b"\xff" * 6), "image_too_large"),
+    "tiff": (tiff(2**31, 2**31), "image_too_large"),
+    "tiff strips": (tiff(100, 100, strips=2**30 - 1), "image_not_an_image"),
+    "jpeg": (jpeg(65535, 65535), "image_too_large"),
+}
+
+
+def test_bombs_are_refused_before_they_take_memory() -> None:
+    """In a process of its own: its peak would otherwise be that of an earlier test."""
+    code = (
+        "import pickle, resource, sys\n"
+        "from rating_train.prepare.images.lookup import ImageProblem\n"
+        "from rating_train.prepare.images.square import square_jpeg\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+        "bombs = pickle.load(sys.stdin.buffer)\n"
+        "for name, (data, _) in bombs.items():\n"
+        "    before = peak()\n"
+        "    try:\n"
+        "        square_jpeg(data, 32)\n"
+        "    except ImageProblem as e:\n"
+        "        print(name, e.reason, peak() - before, sep='|')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(BOMBS), capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    found = {
+        name: (reason, int(mib))
+        for name, reason, mib in (r.split("|") for r in done.stdout.decode().splitlines())
+    }
+    assert {name: reason for name, (reason, _) in found.items()} == {n: r for n, (_, r) in BOMBS.items()}
+    assert not {name: mib for name, (_, mib) in found.items() if mib > 100}
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_takes_hours() -> None:
+    """Each scan makes the decoder pass over all pixels again, and an empty one is a few bytes."""
+    data = encoded(Image.new("L", (2000, 2000)), progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+
+    def with_scans(more: int) -> bytes:
+        return data[:-2] + scan * more + data[-2:]
+
+    with pytest.raises(ImageProblem) as caught:
+        square_jpeg(with_scans(1000), S)
+    assert caught.value.reason == "image_too_large" and "scans of 2000 x 2000 pixels" in caught.value.detail
+    assert len(with_scans(1000)) < 200_000
+    assert square_jpeg(with_scans(5), S) == square_jpeg(data, S)
+    # The bytes of a marker inside metadata are no scan.
+    comment = b"\xff\xfe" + struct.pack(">H", 30_002) + b"\xff\xda" * 15_000
+    assert square_jpeg(data[:2] + comment + data[2:], S) == square_jpeg(data, S)
+
+
 def test_float_pixels_are_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "a.tif", Image.fromarray(np.zeros((9, 9), dtype=np.float32)))
     assert problem(path) == "image_unsupported"
 
 
 def test_a_problem_survives_pickling() -> None:
-    import pickle
-
     again = pickle.loads(pickle.dumps(ImageProblem("image_missing", "x")))
     assert (again.reason, again.detail) == ("image_missing", "x")
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import pickle
 import random
+import resource
+import struct
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -169,6 +172,25 @@ def test_damage_in_a_zip_member_is_seen(tmp_path: Path, method: int) -> None:
     assert store.read("b.jpg", "-") == b"fine"
 
 
+def test_a_zip_whose_members_overlap_is_bounded_member_by_member(tmp_path: Path) -> None:
+    """Thousands of members that share one packed stream of zeros: 40 GB declared in 100 KB."""
+    path = tmp_path / "overlap.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        info = zipfile.ZipInfo("0.jpg")
+        info.compress_type = zipfile.ZIP_DEFLATED
+        with archive.open(info, "w") as member:
+            member.write(bytes(20_000_000))
+        archive.writestr("good.jpg", b"good")
+        for n in range(1, 2000):
+            archive.filelist.append(twin := copy.copy(info))
+            twin.filename = twin.orig_filename = f"{n}.jpg"
+        archive._didModify = True  # type: ignore[attr-defined]
+    assert path.stat().st_size < 200_000
+    store = ZipStore(path, MAX_BYTES)
+    assert {reason(store, f"{n}.jpg") for n in (0, 1, 1999)} <= {"image_too_large", "image_unreadable"}
+    assert store.read("good.jpg", "-") == b"good"
+
+
 # --- tar ----------------------------------------------------------------------------------------------
 
 
@@ -182,6 +204,52 @@ def test_tar_members_that_are_no_plain_files(tmp_path: Path) -> None:
             archive.addfile(member)
     for n in range(len(kinds)):
         assert reason(TarStore(path), f"{n}.jpg") == "image_missing"
+
+
+def tar_header(name: str, size: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A header with a size field of any content and a right checksum."""
+    member = tarfile.TarInfo(name)
+    member.type = kind
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT)[:512])
+    header[124:136], header[148:156] = size.ljust(12, b"\0"), b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def pax(**fields: str) -> bytes:
+    """An extended header with these fields."""
+    return tarfile.TarInfo._create_pax_generic_header(  # type: ignore[attr-defined]
+        {name.replace("__", "."): value for name, value in fields.items()}, tarfile.XHDTYPE, "utf-8"
+    )
+
+
+SPARSE = {"GNU__sparse__major": "1", "GNU__sparse__minor": "0", "GNU__sparse__name": "x.jpg"}
+HOSTILE_TARS = {
+    "2 GiB of a long name": tar_header("././@LongLink", b"%011o" % (2 << 30), tarfile.GNUTYPE_LONGNAME),
+    "2 GiB of attributes": tar_header("pax", b"%011o" % (2 << 30), tarfile.XHDTYPE),
+    "a size below zero": tar_header("a.jpg", b"\xff" * 4 + struct.pack(">q", -512)) + bytes(1024),
+    "back to the start": tar_header("a.jpg", b"0")
+    + tar_header("b.jpg", b"\xff" * 4 + struct.pack(">q", -1024)),
+    "a size below zero in attributes": pax(size="-1024") + tar_header("a.jpg", b"1000") + bytes(2048),
+    "a sparse map that does not end": pax(**SPARSE) + tar_header("x.jpg", b"1000") + b"100000\n",
+    "a sparse map of 10^12 entries": pax(**SPARSE)
+    + tar_header("x.jpg", b"1000")
+    + b"%d\n1\n" % 10**12
+    + bytes(505),
+}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name", HOSTILE_TARS)
+def test_hostile_tar_headers_take_neither_memory_nor_for_ever(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(HOSTILE_TARS[name])
+    if "2 GiB" in name:  # all of it is there, and takes no space on the disk
+        os.truncate(path, (2 << 30) + 4096)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=r"not a readable tar archive.*a\.tar"):
+        TarStore(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

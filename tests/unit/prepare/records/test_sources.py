@@ -16,6 +16,9 @@ from rating_train.prepare.records import sources
 from rating_train.prepare.records.sources import Record, read_source
 from rating_train.shards.schema import Dropped, Listing
 
+HEADER = "id,title,description,features,main_category,rating,rating_count,image\n"
+HEADER_BYTES = HEADER.encode()
+
 GOOD: dict[str, Any] = {
     "parent_asin": "B0001",
     "main_category": "All Beauty",
@@ -164,6 +167,44 @@ def test_an_endless_line_does_not_fill_the_memory(tmp_path: Path, monkeypatch: p
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl.gz", b"x" * (3 << 20)),
+        ("a.jsonl.gz", b"\n" * (3 << 20)),
+        ("a.jsonl.gz", (b" " * 99 + b"\n") * (3 << 14)),
+        ("a.csv.gz", HEADER_BYTES + b"\n" * (3 << 20)),
+        ("a.csv.gz", HEADER_BYTES + b"x" * (3 << 20)),
+    ],
+    ids=["one line", "blank lines", "spaces", "blank rows", "one row"],
+)
+def test_a_packed_source_that_expands_without_a_record_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes
+) -> None:
+    monkeypatch.setattr(sources, "MAX_USELESS_BYTES", 2 << 20)
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1 << 16)
+    packed = gzip.compress(content)
+    assert len(packed) < 20_000
+    with pytest.raises(UserError, match=rf"no record in \d+ MiB.*{name}:\d+"):
+        read_lines(tmp_path, packed, name=name)
+
+
+def test_a_csv_row_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every field is short and closed, and the line ends are inside of them: the row goes on and on."""
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 10_000)
+    content = HEADER_BYTES + b"B1,T,,,,4.5,12,x.jpg\n" + b'"a\n",' * 5000
+    with pytest.raises(UserError, match=r"a row of more than .* MiB.*a\.csv:3.*never closed"):
+        read_lines(tmp_path, content, name="a.csv")
+
+
+def test_useful_records_between_blank_lines_are_all_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MAX_USELESS_BYTES", 1000)
+    good = json.dumps(GOOD).encode() + b"\n"
+    assert len(read_lines(tmp_path, *[good, b"\n" * 900] * 5)) == 5
+
+
 def test_lone_surrogates_become_storable_text(tmp_path: Path) -> None:
     line = json.dumps(GOOD).replace('"Brush"', r'"Br\ud800ush"').encode()
     (record,) = read_lines(tmp_path, line)
@@ -210,8 +251,6 @@ def test_sources_that_cannot_be_read_at_all_are_user_errors(tmp_path: Path) -> N
 
 
 # --- CSV ----------------------------------------------------------------------------------------------
-
-HEADER = "id,title,description,features,main_category,rating,rating_count,image\n"
 
 
 def read_csv(folder: Path, text: str | bytes, header: str = HEADER) -> list[Record]:
