@@ -1,22 +1,151 @@
 """Files that are either complete or absent: atomic writes, fsync, checksums, JSON lines.
 
+A network file system may fail for a moment (a server restarts, a handle goes stale) and show what another host wrote
+with a delay. Operations that can be repeated without harm are repeated here; see :func:`retry`.
+
 Imports only ``errors`` from the package and nothing heavy, so that commands on a login node start fast.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import secrets
-from collections.abc import Iterator
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from rating_train.errors import UserError
 
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: Errors after which the same operation may succeed: a file system that is away for a moment.
+TRANSIENT_ERRORS = frozenset(
+    {
+        errno.ESTALE, errno.EIO, errno.EREMOTEIO, errno.ESHUTDOWN, errno.ETIMEDOUT, errno.ENOTCONN,
+        errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.EAGAIN,
+    }
+)  # fmt: skip
+RETRY_PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6)  # seconds
+#: How long a host may not see what another one wrote: NFS caches attributes for up to a minute (acdirmax).
+VISIBLE_SECONDS = 90.0
 _CHUNK_BYTES = 1 << 22
+
+
+def retry(action: Callable[[], T], what: object) -> T:
+    """Run ``action``, again after each transient error, for about three seconds.
+
+    Only for what can be repeated without harm: reading, or writing all of a file anew. After a failed ``fsync`` the
+    kernel may drop the data and report success the next time, so ``fsync`` alone must not be repeated.
+
+    Args:
+        action: the operation.
+        what: the path or the operation, for the log.
+
+    Raises:
+        OSError: the last transient error, or at once any other one.
+    """
+    for pause in RETRY_PAUSES:
+        try:
+            return action()
+        except OSError as e:
+            if e.errno not in TRANSIENT_ERRORS:
+                raise
+            log.warning("%s: %s; retrying", what, e)
+            time.sleep(pause)
+    return action()
+
+
+class MarkerFile:
+    """A file whose presence is a message, looked for again and again on a file system that may fail.
+
+    ``pathlib``'s ``exists`` raises ESTALE, EIO and EACCES; here such a file counts as absent, and the first error is
+    logged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._logged = False
+
+    def identity(self) -> tuple[int, int] | None:
+        """Return inode and modification time (ns), or ``None`` if the file is absent or cannot be looked up."""
+        try:
+            found = os.stat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as e:
+            if not self._logged:
+                self._logged = True
+                log.warning("%s cannot be looked up (%s): treated as absent", self.path, e)
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    def is_present(self) -> bool:
+        """Return whether the file is there."""
+        return self.identity() is not None
+
+
+def path_exists(path: Path) -> bool:
+    """Return whether a path exists, in spite of transient errors.
+
+    Raises:
+        OSError: the file system cannot tell.
+    """
+    try:
+        retry(lambda: os.stat(path), path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def wait_until_visible(path: Path, seconds: float) -> bool:
+    """Wait for a file that another process is known to have written; return whether it appeared in time."""
+    marker, deadline, pause = MarkerFile(path), time.monotonic() + seconds, 0.05
+    while not marker.is_present():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
+    return True
+
+
+def file_size(path: Path) -> int | None:
+    """Return the size of a regular file, ``None`` for anything else."""
+    try:
+        found = retry(lambda: os.stat(path), path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def is_recent(path: Path) -> bool:
+    """Return whether a path changed so recently that this host may not see all of it yet."""
+    try:
+        changed = retry(lambda: os.stat(path), path).st_mtime
+    except OSError:
+        return False
+    return abs(time.time() - changed) < VISIBLE_SECONDS
+
+
+def remove(path: Path) -> None:
+    """Delete a file if it is there, in spite of transient errors."""
+    retry(lambda: path.unlink(missing_ok=True), path)
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a directory with all that it contains, in spite of transient errors."""
+    with contextlib.suppress(FileNotFoundError):  # an attempt may have succeeded and yet reported an error
+        retry(lambda: shutil.rmtree(path), path)
 
 
 def fsync_path(path: str | Path) -> None:
@@ -28,12 +157,45 @@ def fsync_path(path: str | Path) -> None:
         os.close(fd)
 
 
+def fsync_directory(directory: Path) -> None:
+    """Flush a directory's entries. Unlike a file's data, they are not dropped by a failure, so it is repeated."""
+    retry(lambda: fsync_path(directory), directory)
+
+
+def rename(source: Path, target: Path, done: Callable[[], bool]) -> None:
+    """Rename a directory and flush its parent. An error may come after the fact, so it is not simply repeated.
+
+    Args:
+        source: the directory.
+        target: its new path.
+        done: looks whether the rename took place.
+
+    Raises:
+        OSError: it did not take place, or nothing is known of it.
+    """
+    for pause in (*RETRY_PAUSES, None):
+        try:
+            os.rename(source, target)
+            break
+        except OSError as e:
+            if path_exists(target) and done():
+                break
+            if pause is None or e.errno not in TRANSIENT_ERRORS:
+                raise
+            time.sleep(pause)
+    fsync_directory(target.parent)
+
+
 def atomic_write_bytes(path: str | Path, content: bytes) -> None:
     """Write ``content`` so that a reader or a crash sees the old file or the new one, never a part.
 
-    Writes a temporary file in the same directory, fsyncs it, renames it to ``path`` and fsyncs the directory.
+    Writes a temporary file in the same directory, fsyncs it, renames it to ``path`` and fsyncs the directory; all of
+    it anew after a transient error.
     """
-    path = Path(path)
+    retry(lambda: _write_and_rename(Path(path), content), path)
+
+
+def _write_and_rename(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with open(temporary, "wb") as f:
@@ -42,7 +204,8 @@ def atomic_write_bytes(path: str | Path, content: bytes) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the first error counts
+            temporary.unlink(missing_ok=True)
         raise
     fsync_path(path.parent)
 
@@ -86,7 +249,7 @@ def read_json(path: str | Path) -> Any:
         UserError: the file is missing or not valid JSON.
     """
     try:
-        return json.loads(Path(path).read_text("utf-8"))
+        return json.loads(retry(lambda: Path(path).read_text("utf-8"), path))
     except FileNotFoundError as e:
         raise UserError("file not found", where=path) from e
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
@@ -100,7 +263,9 @@ def append_json_line(path: str | Path, value: dict[str, Any]) -> None:
     file makes them take turns, so that none mistakes another's unfinished line for a torn one.
     """
     line = json.dumps(value, sort_keys=False, allow_nan=False, ensure_ascii=False) + "\n"
-    with open(path, "ab+") as f:
+    with retry(
+        lambda: open(path, "ab+"), path
+    ) as f:  # what follows is not repeated: it may have been written
         hold_lock(f, wait=True)
         if f.seek(0, os.SEEK_END) > 0:
             f.seek(-1, os.SEEK_END)
@@ -132,11 +297,15 @@ def read_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
 
 def sha256_file(path: str | Path) -> str:
     """Return the hex SHA-256 of a file's bytes, read in chunks of 4 MiB."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+
+    def read() -> str:
+        digest = hashlib.sha256()
+        with open(path, "rb") as f:
+            while chunk := f.read(_CHUNK_BYTES):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    return retry(read, path)
 
 
 def sha256_json(value: Any) -> str:

@@ -36,8 +36,7 @@ def set_up(rank: int = 0, file: Path | None = None, level: str = "") -> None:
     terminal.setLevel(level if rank == 0 else logging.WARNING)
     handlers: list[logging.Handler] = [terminal]
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(_LogFile(file, encoding="utf-8"))
+        handlers.append(_LogFile(file))
     for handler in handlers:
         handler.setFormatter(formatter)
         root.addHandler(handler)
@@ -47,16 +46,36 @@ def set_up(rank: int = 0, file: Path | None = None, level: str = "") -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """A log file that reports a full disk once on stderr, instead of a traceback for each line."""
+    """A log file that cannot fail the run: an error is reported once on stderr, and the next line tries again."""
 
-    failed = False
+    def __init__(self, file: Path) -> None:
+        super().__init__(file, encoding="utf-8", delay=True)
+        self._failed = False
+        try:
+            self.stream = self._open()
+        except OSError as e:
+            self._report(e)
+
+    def _open(self) -> Any:
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError as e:  # from opening the file; others come by `handleError`
+            self._report(e)
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
+        if isinstance(error, OSError):
+            self._report(error)
+        else:
             super().handleError(record)
-        elif not self.failed:
-            self.failed = True
+
+    def _report(self, error: OSError) -> None:
+        if not self._failed:
+            self._failed = True
             print(f"{self.baseFilename} cannot be written ({error}): log lines are lost", file=sys.stderr)
 
 

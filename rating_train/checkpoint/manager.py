@@ -22,15 +22,16 @@ from typing import Any
 
 import torch
 
-from rating_train.checkpoint import store
+from rating_train.checkpoint import cleanup, store
 from rating_train.checkpoint.deepspeed_io import Shard, capture_shards, read_shards, tensor_bytes
 from rating_train.checkpoint.rank_files import rank_file, write_rank_files
+from rating_train.checkpoint.resume import find_checkpoint
 from rating_train.checkpoint.state import STATE_FILE, Identity, TrainState, check_identity, from_json, to_json
 from rating_train.distributed import seeding
 from rating_train.distributed.collectives import all_gather, gather, max_over_ranks, on_main, sum_over_ranks
 from rating_train.distributed.world import World
 from rating_train.errors import UserError
-from rating_train.files import read_json
+from rating_train.files import read_json, retry
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +91,8 @@ class Checkpointer:
     Args:
         root: the run's checkpoints directory.
         world: this process among the ranks.
-        keep_last: see :func:`~.store.prune`.
-        keep_every: see :func:`~.store.prune`.
+        keep_last: see :func:`~.cleanup.prune`.
+        keep_every: see :func:`~.cleanup.prune`.
         background: whether :meth:`save` returns as soon as the state is copied.
     """
 
@@ -206,7 +207,7 @@ class Checkpointer:
             self._report_pruning()
 
     def _begin(self, step: int, needed_bytes: int) -> Path:
-        self.root.mkdir(parents=True, exist_ok=True)
+        retry(lambda: self.root.mkdir(parents=True, exist_ok=True), self.root)
         store.check_free_space(self.root, needed_bytes)
         return store.begin(self.root, step)
 
@@ -230,7 +231,7 @@ class Checkpointer:
                 size,
                 f"rank 0: it is complete, but {store.LATEST} or {store.BEST} is not updated: {e}",
             )
-        self._pruning = self._thread.submit(store.prune, self.root, *self._keep)
+        self._pruning = self._thread.submit(cleanup.prune, self.root, *self._keep)
         return path, size, ""
 
     def _report_pruning(self) -> None:
@@ -257,41 +258,12 @@ class Checkpointer:
         """Return the checkpoint to resume from, or ``None`` to start at step 0.
 
         Args:
-            resume: ``auto`` takes the newest checkpoint that verifies, if there is one; ``must`` requires one;
-                ``never`` refuses to start if there is one; anything else is a checkpoint's path.
+            resume: auto, must, never or a path; see :func:`~.resume.find_checkpoint`.
 
         Raises:
             UserError: there is no such checkpoint, or none that verifies. Raised on every rank.
         """
-        return on_main(lambda: self._find(resume))
-
-    def _find(self, resume: str) -> Path | None:
-        for name in store.sweep(self.root):
-            log.warning("removed %s, left by a save that was interrupted", name)
-        if resume == "never":
-            if store.steps_present(self.root):
-                raise UserError(
-                    "the run has checkpoints already",
-                    where=self.root,
-                    fix="choose another `name`, remove the run directory, or drop --resume never",
-                )
-            return None
-        if resume not in ("auto", "must"):
-            path = Path(resume)
-            if problem := store.problem(path):
-                raise UserError(f"the checkpoint cannot be trusted: {problem}", where=path)
-            if path.resolve().parent == self.root.resolve():
-                for name in store.set_aside_after(self.root, int(path.name.partition("_")[2])):
-                    log.warning("set aside %s: the run returns to %s", name, path.name)
-            return path
-        found, skipped = store.newest_valid(self.root)
-        for bad in skipped:
-            log.error("skipped %s: %s", bad.path, bad.problem)
-        if found is None and resume == "must":
-            raise UserError(
-                "there is no checkpoint to resume from", where=self.root, fix="drop --resume must"
-            )
-        return found.path if found else None
+        return on_main(lambda: find_checkpoint(self.root, resume))
 
     def read_state(self, path: Path) -> dict[str, Any]:
         """Return state.json of a verified checkpoint, on every rank."""
@@ -301,9 +273,11 @@ class Checkpointer:
         """Load a verified checkpoint into the engine and the random number generators.
 
         Raises:
-            UserError: the checkpoint belongs to other data, another sample order or another kind of weights.
+            UserError: the checkpoint belongs to other data, another sample order or another kind of weights, or some
+                host does not see all of its files.
         """
         check_identity(content, identity, path)
+        self._await_on_all_hosts(path)
         saved = content["identity"]["topology"]
         if saved != identity.topology:
             log.info(
@@ -317,6 +291,20 @@ class Checkpointer:
             own = path / rank_file(self.world.rank)
             seeding.restore(torch.load(own, map_location="cpu", weights_only=True))
         return state
+
+    def _await_on_all_hosts(self, path: Path) -> None:
+        """Wait until every host sees the files that others may have written a moment ago."""
+        unseen = store.problem(path, hashes=False, wait=True) if self.world.local_rank == 0 else ""
+        problems = [f"rank {rank}: {text}" for rank, text in enumerate(all_gather(unseen)) if text]
+        if problems:
+            error = UserError(
+                f"not all hosts can read the checkpoint: {'; '.join(problems)}",
+                where=path,
+                expected="a file system that all nodes mount at the same path",
+                fix="rating-train preflight on these nodes shows which one does not",
+            )
+            error.on_all_ranks = True
+            raise error
 
     def _repair_pointers(self, path: Path, state: TrainState) -> None:
         """Set the pointers that a crash after a commit left outdated: pruning keeps what they point to."""

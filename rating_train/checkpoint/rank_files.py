@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from rating_train.checkpoint import store
 from rating_train.checkpoint.deepspeed_io import Shard
 from rating_train.checkpoint.state import STATE_FILE
-from rating_train.files import atomic_write_json
+from rating_train.files import atomic_write_json, retry
 
 
 def write_rank_files(temporary: Path, shard: Shard, state: dict[str, Any] | None) -> store.Files:
@@ -26,13 +27,15 @@ def write_rank_files(temporary: Path, shard: Shard, state: dict[str, Any] | None
     name = problem = ""
     try:
         for folder in {(temporary / name).parent for name in shard}:
-            folder.mkdir(exist_ok=True)  # another rank may have been faster
+            _make(folder)
+        described: store.Files = {}
         for name in list(shard):
-            torch.save(shard.pop(name), temporary / name)  # popped: its memory is freed once it is written
+            described |= _write(temporary, name, shard[name], _save)
+            del shard[name]  # its memory is freed once it is written
         if state is not None:
             name = STATE_FILE
-            atomic_write_json(temporary / name, state)
-        return store.seal(temporary, names)
+            described |= _write(temporary, name, state, atomic_write_json)
+        return described
     except Exception as e:
         problem = f"{name}: {type(e).__name__}: {e}; {shutil.disk_usage(temporary).free:,} bytes were free"
     # After the except block: the error's frames hold the file open, and an open file keeps its space on disk.
@@ -40,6 +43,33 @@ def write_rank_files(temporary: Path, shard: Shard, state: dict[str, Any] | None
         with contextlib.suppress(OSError):  # rank 0 removes the directory later, with anything left in it
             (temporary / written).unlink()
     raise OSError(problem)
+
+
+def _make(folder: Path) -> None:
+    """Make a directory; another rank may have been faster."""
+    retry(lambda: folder.mkdir(exist_ok=True), folder)
+
+
+def _write(directory: Path, name: str, content: Any, write: Callable[[Path, Any], None]) -> store.Files:
+    """Write, flush and describe a file; all of it anew after a transient error, as a failed fsync may lose data."""
+
+    def once() -> store.Files:
+        write(directory / name, content)
+        return store.seal(directory, [name])
+
+    return retry(once, directory / name)
+
+
+def _save(path: Path, content: Any) -> None:
+    """Write a file with ``torch.save``, which hides errors of the disk behind its own: raise the former."""
+    try:
+        with open(path, "wb") as f:
+            torch.save(content, f)
+    except RuntimeError as e:
+        cause: BaseException | None = e
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or e from None
 
 
 def rank_file(rank: int) -> str:

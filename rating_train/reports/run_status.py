@@ -19,7 +19,7 @@ from rating_train.checkpoint.state import STATE_FILE
 from rating_train.errors import UserError
 from rating_train.log import on_terminal
 from rating_train.processes import process_lives
-from rating_train.resilience.run_lock import describe, read_state
+from rating_train.resilience.lock_file import describe, read_state
 
 _TAIL_BYTES = 1 << 16  # of a metrics file: some hundred rows
 _MIB = 2**20

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from rating_train.distributed.collectives import all_gather, max_over_ranks
+from rating_train.files import MarkerFile
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class StopFlag:
 
     def __init__(self, stop_file: Path, deadline: float | None, is_main: bool) -> None:
         self.reason = ""
-        self._stop_file = stop_file
+        self._stop_file = MarkerFile(stop_file)
         self._deadline = deadline
         self._is_main = is_main
         self._previous: dict[int, object] = {}
@@ -66,8 +67,8 @@ class StopFlag:
 
     def poll(self) -> str:
         """Check the file and the clock as well; return the reason so far."""
-        if not self.reason and self._is_main and self._stop_file.exists():
-            self.reason = f"the file {self._stop_file}"
+        if not self.reason and self._is_main and self._stop_file.is_present():
+            self.reason = f"the file {self._stop_file.path}"
         if not self.reason and self._deadline is not None and time.monotonic() >= self._deadline:
             self.reason = "the time limit"
         return self.reason

@@ -32,7 +32,9 @@ from typing import Any
 
 from rating_train import run_dir
 from rating_train.errors import UserError
+from rating_train.files import remove, retry
 from rating_train.processes import process_lives, this_process
+from rating_train.resilience.lock_file import LockState, describe, read_state
 
 log = logging.getLogger(__name__)
 
@@ -90,19 +92,31 @@ class RunLock:
         Raises:
             UserError: another job owns the run; the message names it.
         """
-        self._run.mkdir(parents=True, exist_ok=True)
-        while not self._create():
-            found = read_state(self._lock)
-            if found is None:
-                continue  # just released
-            why = self._dead_at_once(found.content) or self._watch(found)
-            if why and self._move_away(found):
-                log.warning("took over %s from %s: %s", self._lock, describe(found.content), why)
-        for torn in self._run.glob(f".{self._heartbeat.name}.tmp-*"):
-            torn.unlink(missing_ok=True)  # left by an owner that was killed while writing it
+        try:
+            self._acquire()
+        except OSError as e:
+            raise UserError(
+                f"the run directory cannot be used ({e})",
+                where=self._run,
+                expected="a directory that this job can write to",
+                fix="set runs_dir to one, or wait until the file system is back",
+            ) from e
         self._beat()
         self._thread = threading.Thread(target=self._beats, name="run lock", daemon=True)
         self._thread.start()
+
+    def _acquire(self) -> None:
+        retry(lambda: self._run.mkdir(parents=True, exist_ok=True), self._run)
+        while not retry(self._create, self._lock):
+            found = read_state(self._lock)
+            if found is None:  # just released, or not visible on this host yet
+                time.sleep(_LOOK_SECONDS)
+                continue
+            why = self._dead_at_once(found.content) or self._watch(found)
+            if why and self._move_away(found):
+                log.warning("took over %s from %s: %s", self._lock, describe(found.content), why)
+        for torn in retry(lambda: list(self._run.glob(f".{self._heartbeat.name}.tmp-*")), self._run):
+            remove(torn)  # left by an owner that was killed while writing it
 
     def release(self, reason: str = "") -> None:
         """Stop the heartbeat and remove LOCK if it is still this job's. Do nothing where it is not held.
@@ -120,7 +134,10 @@ class RunLock:
             return
         self.update(phase=f"ended: {reason or self._facts.get('outcome') or 'done'}")
         self._beat()
-        self._lock.unlink(missing_ok=True)
+        try:
+            remove(self._lock)
+        except OSError as e:  # no reason to fail after the work is done
+            log.warning("%s cannot be removed (%s): the next job takes it over", self._lock, e)
 
     def update(self, **facts: Any) -> None:
         """Record what the job is doing (step, total_steps, phase, ...): JSON values, for the next heartbeat."""
@@ -136,7 +153,10 @@ class RunLock:
             UserError: another job has taken over the run.
         """
         if self.lost:
-            other = read_state(self._lock)
+            try:
+                other = read_state(self._lock)
+            except OSError:
+                other = None  # the message does without it
             raise UserError(
                 "another job has taken over this run, or its lock was deleted"
                 + (f": {describe(other.content)}" if other else ""),
@@ -157,9 +177,10 @@ class RunLock:
                 f.write("\n")
                 f.flush()
                 os.fsync(f.fileno())
-        except OSError as e:
-            self._lock.unlink(missing_ok=True)
-            raise UserError(f"the run directory is not writable ({e})", where=self._lock) from e
+        except OSError:
+            with contextlib.suppress(OSError):  # the first error counts
+                self._lock.unlink(missing_ok=True)
+            raise
         # A candidate that judged the old lock may still rename this one, and put it back.
         time.sleep(_SETTLE_SECONDS)
         if not self._is_mine():
@@ -292,43 +313,6 @@ class RunLock:
         if kind not in self._logged:
             self._logged.add(kind)
             log.warning(text, error)
-
-
-class LockState:
-    """A snapshot of LOCK or heartbeat.json. Two snapshots are equal if nothing happened in between.
-
-    ``raw``: bytes and modification time (ns). ``content``: the JSON object; empty if the file is torn.
-    """
-
-    def __init__(self, data: bytes, mtime_ns: int) -> None:
-        self.raw = (data, mtime_ns)
-        try:
-            value = json.loads(data)
-        except ValueError:  # UnicodeDecodeError is one
-            value = {}
-        self.content: dict[str, Any] = value if isinstance(value, dict) else {}
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, LockState) and self.raw == other.raw
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def read_state(path: Path) -> LockState | None:
-    """Read LOCK or heartbeat.json; ``None`` if there is none. Opens it: a mere stat may be answered by NFS's cache."""
-    try:
-        with open(path, "rb") as f:
-            return LockState(f.read(), os.fstat(f.fileno()).st_mtime_ns)
-    except FileNotFoundError:
-        return None
-
-
-def describe(owner: dict[str, Any]) -> str:
-    """Describe the owner of a lock."""
-    if not owner:
-        return "an unknown owner (its lock is torn)"
-    job = f", job {owner['job']}" if owner.get("job") else ""
-    return f"process {owner.get('pid')} on {owner.get('host')}{job}, since {owner.get('since', 'unknown')}"
 
 
 def _now_text() -> str:

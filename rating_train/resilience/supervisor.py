@@ -12,6 +12,8 @@ from rating_train import run_dir
 from rating_train.config.schema import TrainConfig
 from rating_train.distributed.collectives import on_main
 from rating_train.distributed.world import ScheduledJob, World
+from rating_train.errors import UserError
+from rating_train.files import remove, retry
 from rating_train.resilience.graceful_stop import StopFlag, Stopped
 from rating_train.resilience.run_lock import RunLock
 from rating_train.resilience.watchdog import Watchdog
@@ -78,8 +80,7 @@ def supervise(
     on_main(lock.acquire)
     reason = ""
     try:
-        on_main(lambda: run_dir.make(run))
-        on_main(lambda: (run / run_dir.HUNG_FILE).unlink(missing_ok=True))
+        on_main(lambda: _prepare(run))
         watchdog = Watchdog(
             60 * config.watchdog_minutes, run_dir.stacks_file(run, world.rank), run / run_dir.HUNG_FILE
         )
@@ -92,6 +93,23 @@ def supervise(
         raise
     finally:
         lock.release(reason)
+
+
+def _prepare(run: Path) -> None:
+    """Make the directories of a run, and remove what an attempt that hung left. Rank 0.
+
+    Raises:
+        UserError: that is not possible.
+    """
+    try:
+        retry(lambda: run_dir.make(run), run)
+        remove(run / run_dir.HUNG_FILE)
+    except OSError as e:
+        raise UserError(
+            f"the run directory cannot be written ({e})",
+            where=run,
+            fix="free some space, or set runs_dir to a directory that this job can write to",
+        ) from e
 
 
 def deadline(config: TrainConfig, job: ScheduledJob, started: float) -> float | None:

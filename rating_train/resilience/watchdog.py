@@ -8,10 +8,14 @@ their stacks are written too before the launcher ends them.
 The thread also reads signals through Python's wake-up descriptor, which works while the main thread is stuck in C
 code: a second SIGTERM or SIGINT, some seconds after the first, ends the process at once. If the thread itself cannot
 run (something holds the interpreter lock), ``faulthandler``'s own timer, which needs no lock, ends the process.
+
+The run directory may be on a file system that fails or hangs. Nothing that it does ends the thread, which would end a
+healthy process by that timer, or keeps a process that gives up from its exit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -23,9 +27,10 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from rating_train.errors import EXIT_HUNG
+from rating_train.files import MarkerFile, retry
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +38,7 @@ POLL_SECONDS = 1.0
 GRACE_SECONDS = 10.0  # time for the other ranks to write their stacks
 AGAIN_SECONDS = 5.0  # a scheduler and a launcher may both forward the same first signal
 _LOCK_HELD_SECONDS = 60.0  # from the limit to faulthandler's timer
+_HUNG_DISK_SECONDS = 30.0  # for writing the stacks, beyond the grace period
 
 
 class Watchdog:
@@ -41,13 +47,15 @@ class Watchdog:
     Args:
         limit_seconds: longest time between two beats; 0 watches for signals only.
         stacks: file that the stacks of this rank are appended to.
-        hung: file that the first rank to give up creates; it must not exist at the start.
+        hung: file that the first rank to give up creates. One that is there at the start, removed by rank 0 but
+            still in the cache of this host, does not count.
     """
 
     def __init__(self, limit_seconds: float, stacks: Path, hung: Path) -> None:
         self.limit_seconds = limit_seconds
         self._stacks_path = stacks
-        self._hung = hung
+        self._hung = MarkerFile(hung)
+        self._old_hung: tuple[int, int] | None = None
         self._doing = "starting"
         self._last = time.monotonic()
         self._first_signal: float | None = None
@@ -59,8 +67,8 @@ class Watchdog:
         self._doing, self._last = doing, time.monotonic()
 
     def __enter__(self) -> Watchdog:
-        # Opened now: the disk may be full later.
-        self._stacks = open(self._stacks_path, "a", encoding="utf-8")
+        self._stacks = self._open_stacks()  # now: the disk may be full later
+        self._old_hung = self._hung.identity()
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._reader.setblocking(False)
@@ -78,24 +86,43 @@ class Watchdog:
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
         self._reader.close()
-        self._stacks.close()
+        with contextlib.suppress(OSError):
+            self._stacks.close()
+
+    def _open_stacks(self) -> IO[str]:
+        try:
+            return retry(lambda: open(self._stacks_path, "a", encoding="utf-8"), self._stacks_path)
+        except OSError as e:
+            log.warning("%s cannot be written (%s): stacks would go to stderr alone", self._stacks_path, e)
+            return open(os.devnull, "a", encoding="utf-8")
 
     def _watch(self) -> None:
+        failed = False
         while not self._ended.is_set():
-            if self.limit_seconds:
-                faulthandler.dump_traceback_later(
-                    self.limit_seconds + _LOCK_HELD_SECONDS, exit=True, file=self._stacks
-                )
-            ready, _, _ = select.select([self._reader], [], [], POLL_SECONDS)
-            if self._ended.is_set():
-                return
-            if ready:
-                self._on_signals(self._reader.recv(4096))
-            idle = time.monotonic() - self._last
-            if self.limit_seconds and idle > self.limit_seconds:
-                self._give_up(f"no progress for {idle:.0f} s while {self._doing}")
-            if self._hung.exists():
-                self._give_up(f"another rank gave up (this one was {self._doing})")
+            try:
+                self._look()
+            except Exception:  # whatever it is, a watchdog that died would end a healthy process
+                if not failed:
+                    log.exception("the watchdog failed, and goes on watching")
+                failed = True
+                time.sleep(POLL_SECONDS)
+
+    def _look(self) -> None:
+        """Wait for a signal for ``POLL_SECONDS``, then look at the clock and at the other ranks."""
+        if self.limit_seconds:
+            faulthandler.dump_traceback_later(
+                self.limit_seconds + _LOCK_HELD_SECONDS, exit=True, file=self._stacks
+            )
+        ready, _, _ = select.select([self._reader], [], [], POLL_SECONDS)
+        if self._ended.is_set():
+            return
+        if ready:
+            self._on_signals(self._reader.recv(4096))
+        idle = time.monotonic() - self._last
+        if self.limit_seconds and idle > self.limit_seconds:
+            self._give_up(f"no progress for {idle:.0f} s while {self._doing}")
+        if self._hung.identity() not in (None, self._old_hung):
+            self._give_up(f"another rank gave up (this one was {self._doing})")
 
     def _on_signals(self, numbers: bytes) -> None:
         if not {signal.SIGTERM, signal.SIGINT} & set(numbers):
@@ -107,16 +134,31 @@ class Watchdog:
             self._give_up(f"asked to stop again while {self._doing}", wait=False)
 
     def _give_up(self, why: str, wait: bool = True) -> NoReturn:
-        log.error("%s: ending this process; stacks of all its threads in %s", why, self._stacks_path)
-        self._stacks.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} pid {os.getpid()}: {why}\n")
-        self._stacks.flush()
-        faulthandler.dump_traceback(self._stacks, all_threads=True)
+        """Write the stacks, notify the other ranks, and exit: also if the disk fails, or never answers."""
+        last_resort = threading.Timer(_HUNG_DISK_SECONDS + wait * GRACE_SECONDS, os._exit, (EXIT_HUNG,))
+        last_resort.daemon = True
+        last_resort.start()
+        try:
+            self._write_stacks(why)
+            if wait:
+                self._notify()
+                time.sleep(GRACE_SECONDS)
+            logging.shutdown()
+        finally:
+            os._exit(EXIT_HUNG)
+
+    def _write_stacks(self, why: str) -> None:
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-        if wait:
-            try:
-                self._hung.touch()
-            except OSError as e:
-                log.error("the other ranks cannot be notified (%s): their own watchdogs will end them", e)
-            time.sleep(GRACE_SECONDS)
-        logging.shutdown()
-        os._exit(EXIT_HUNG)
+        log.error("%s: ending this process; stacks of all its threads in %s", why, self._stacks_path)
+        try:
+            self._stacks.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} pid {os.getpid()}: {why}\n")
+            self._stacks.flush()
+            faulthandler.dump_traceback(self._stacks, all_threads=True)
+        except OSError as e:
+            log.error("%s cannot be written (%s): the stacks are on stderr", self._stacks_path, e)
+
+    def _notify(self) -> None:
+        try:
+            self._hung.path.touch()
+        except OSError as e:
+            log.error("the other ranks cannot be notified (%s): their own watchdogs will end them", e)

@@ -34,6 +34,12 @@ KINDS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This file system shows every file at once: one that is missing is not waited for."""
+    monkeypatch.setattr(store, "VISIBLE_SECONDS", 0.0)
+
+
 def train(ranks: Ranks, folder: Path, *options: object, code: int = 0) -> str:
     return ranks.train(2, folder / "run.yaml", *options, code=code)
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from rating_train import files as package_files
-from rating_train.checkpoint import store
+from rating_train.checkpoint import cleanup, store
 from rating_train.checkpoint.store import BEST, COMPLETE, LATEST
 from tests.conftest import Ranks
 from tests.helpers.runs import losses
@@ -40,7 +40,7 @@ def save(root: Path, step: int, content: str, best: bool = False) -> None:
     store.point(root, LATEST, step)
     if best:
         store.point(root, BEST, step)
-    store.prune(root, keep_last=1, keep_every=0)
+    cleanup.prune(root, keep_last=1, keep_every=0)
 
 
 def held(path: Path) -> str:
@@ -139,7 +139,7 @@ def test_death_at_every_point_of_a_save(tmp_path: Path, no_sync: None, step: int
         where = f"point {at}, {label}"
         places.add(label)
 
-        store.sweep(root)
+        cleanup.sweep(root)
         found, skipped = store.newest_valid(root)
         assert found is not None and not skipped, f"{where}: {skipped}"
         assert (found.step, held(found.path)) in ((4, "old"), (step, "new")), where

@@ -9,7 +9,9 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -220,3 +222,117 @@ def test_a_file_system_without_locks_is_recognised(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(files.fcntl, "flock", refuse)
     with open(tmp_path / "lock", "w") as f:
         assert files.hold_lock(f) is None
+
+
+# --- a file system that is away for a moment ----------------------------------------------------------
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "RETRY_PAUSES", (0.0, 0.0))
+
+
+def failing(errors: list[int], action: Callable[..., Any]) -> Callable[..., Any]:
+    """``action``, but the first calls raise these errors instead."""
+
+    def call(*args: Any, **more: Any) -> Any:
+        if errors:
+            raise OSError(errors.pop(0), "injected")
+        return action(*args, **more)
+
+    return call
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ESHUTDOWN, errno.ETIMEDOUT])
+def test_a_transient_error_is_retried_and_logged(
+    number: int, no_pauses: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert files.retry(failing([number, number], lambda: "done"), "the file") == "done"
+    assert [m.startswith("the file: ") for m in caplog.messages] == [True, True]
+
+
+def test_retries_are_bounded_and_other_errors_are_raised_at_once(no_pauses: None) -> None:
+    errors = [errno.EIO] * 4
+    with pytest.raises(OSError, match="injected"):
+        files.retry(failing(errors, lambda: None), "x")
+    assert len(errors) == 1, "three attempts"
+    errors = [errno.ENOSPC, errno.EIO]
+    with pytest.raises(OSError, match="injected"):
+        files.retry(failing(errors, lambda: None), "x")
+    assert errors == [errno.EIO]
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ESHUTDOWN, errno.EACCES])
+def test_a_marker_that_cannot_be_looked_up_counts_as_absent_and_is_logged_once(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    marker = files.MarkerFile(tmp_path / "STOP")
+    assert not marker.is_present() and caplog.messages == []
+    (tmp_path / "STOP").touch()
+    with monkeypatch.context() as m:
+        m.setattr(os, "stat", failing([number] * 9, os.stat))
+        assert [marker.is_present() for _ in range(5)] == [False] * 5
+    assert marker.is_present()
+    assert [str(tmp_path / "STOP") in m for m in caplog.messages] == [True]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_an_atomic_write_starts_anew_after_a_transient_error(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pauses: None
+) -> None:
+    """Anew: after a failed fsync the kernel may have dropped what was written."""
+    written: list[int] = []
+
+    def counting(*args: Any, **more: Any) -> Any:
+        written.append(1)
+        return open(*args, **more)
+
+    monkeypatch.setattr(files, "open", counting, raising=False)
+    monkeypatch.setattr(os, call, failing([errno.EIO], getattr(os, call)))
+    atomic_write_text(tmp_path / "x", "new")
+    assert (tmp_path / "x").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["x"]
+    assert len(written) == 2
+
+
+def test_an_error_after_the_rename_took_place_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pauses: None
+) -> None:
+    rename, calls = os.rename, []
+
+    def lost_reply(source: Any, target: Any) -> None:
+        calls.append(1)
+        rename(source, target)
+        raise OSError(errno.EIO, "the server's reply was lost")
+
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr(os, "rename", lost_reply)
+    files.rename(tmp_path / "a", tmp_path / "b", lambda: not (tmp_path / "a").exists())
+    assert (tmp_path / "b").is_dir() and len(calls) == 1
+    with pytest.raises(OSError, match="No such file"):
+        files.rename(tmp_path / "a", tmp_path / "c", lambda: True)
+
+
+def test_a_rename_that_did_not_take_place_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pauses: None
+) -> None:
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr(os, "rename", failing([errno.ESTALE, errno.EIO], os.rename))
+    files.rename(tmp_path / "a", tmp_path / "b", lambda: False)
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_file_of_another_host_is_waited_for(tmp_path: Path) -> None:
+    late = threading.Timer(0.3, (tmp_path / "late").touch)
+    late.start()
+    assert files.wait_until_visible(tmp_path / "late", 30)
+    late.join()
+    assert not files.wait_until_visible(tmp_path / "never", 0.1)
+
+
+def test_a_row_is_appended_once_although_opening_failed_at_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pauses: None
+) -> None:
+    monkeypatch.setattr(files, "open", failing([errno.ESTALE], open), raising=False)
+    append_json_line(tmp_path / "rows.jsonl", {"step": 1})
+    monkeypatch.undo()
+    assert [row["step"] for row in read_json_lines(tmp_path / "rows.jsonl")] == [1]

@@ -35,6 +35,21 @@ def test_a_full_disk_is_reported_once(tmp_path: Path, capsys: pytest.CaptureFixt
     assert said.count("a line") == 3, "the terminal still shows them"
 
 
+def test_a_file_that_cannot_be_opened_is_reported_once_and_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "logs").touch()  # where a directory is needed
+    logs.set_up(0, tmp_path / "logs" / "rank_00000.log")
+    logger = logging.getLogger("rating_train.test")
+    logger.info("one")
+    logger.info("two")
+    said = capsys.readouterr().err
+    assert said.count("cannot be written") == 1 and "Traceback" not in said and "two" in said
+    (tmp_path / "logs").unlink()
+    logger.info("three")
+    assert "three" in (tmp_path / "logs" / "rank_00000.log").read_text()
+
+
 def test_lines_of_every_rank_go_to_its_file(tmp_path: Path) -> None:
     logs.set_up(3, tmp_path / "logs" / "rank_00003.log")
     logging.getLogger("rating_train.test").info("a line")

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from rating_train.checkpoint import manager, store
+from rating_train import files
+from rating_train.checkpoint import cleanup, manager, store
 from rating_train.checkpoint.deepspeed_io import copy_to_memory
 from rating_train.checkpoint.manager import Checkpointer, Saved, SaveFailed
 from rating_train.checkpoint.state import Identity, TrainState
 from rating_train.distributed.world import World
+from rating_train.errors import UserError
 from rating_train.files import read_json
 
 pytestmark = pytest.mark.timeout(60)
@@ -229,7 +231,7 @@ def test_the_thread_prunes_old_checkpoints_and_logs_an_error(
         raise OSError(errno.EBUSY, "busy")
 
     with monkeypatch.context() as m:
-        m.setattr(store, "prune", prune)
+        m.setattr(cleanup, "prune", prune)
         save(checkpointer, engine, 20)
         checkpointer.close()
     assert "pruned the checkpoints of steps 10" in caplog.text
@@ -255,3 +257,42 @@ def test_outdated_pointers_after_a_crash_are_repaired_by_the_next_start(
     assert again.restore(None, path, again.read_state(path), IDENTITY) == state
     assert [store.pointed_step(tmp_path, name) for name in (store.LATEST, store.BEST)] == [10, 10]
     assert read_json(tmp_path / store.BEST)["value"] == 0.7
+
+
+def test_a_file_that_could_not_be_flushed_is_written_anew(
+    tmp_path: Path, gate: Gate, engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the error of the disk is the one that counts, not the one that ``torch.save`` makes of it."""
+    gate.opened.set()
+    monkeypatch.setattr(files, "RETRY_PAUSES", (0.0,))
+    fsync, save_file, written, errors = os.fsync, torch.save, [], [errno.EIO]
+
+    def counting(content: Any, file: Any) -> None:
+        written.append(Path(file.name).name)
+        save_file(content, file)
+
+    def failing(fd: int) -> None:
+        if errors and os.readlink(f"/proc/self/fd/{fd}").endswith("weights.pt"):
+            raise OSError(errors.pop(), "injected")
+        fsync(fd)
+
+    monkeypatch.setattr(torch, "save", counting)
+    monkeypatch.setattr(os, "fsync", failing)
+    saved = save(saver(tmp_path, background=False), engine, 5)
+    assert saved is not None and store.verify(saved.path)
+    assert written == ["weights.pt", "weights.pt", "rank_00000.pt"]
+
+
+def test_a_host_that_does_not_see_the_checkpoint_is_named(
+    tmp_path: Path, gate: Gate, engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate.opened.set()
+    checkpointer = saver(tmp_path, background=False)
+    saved = save(checkpointer, engine, 5)
+    assert saved is not None
+    content = checkpointer.read_state(saved.path)
+    (saved.path / SHARD).unlink()
+    monkeypatch.setattr(store, "VISIBLE_SECONDS", 0.2)
+    with pytest.raises(UserError, match=r"rank 0: engine/weights\.pt is missing.*preflight") as caught:
+        checkpointer.restore(None, saved.path, content, IDENTITY)
+    assert caught.value.on_all_ranks

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from rating_train.checkpoint import store
+from rating_train import files as package_files
+from rating_train.checkpoint import cleanup, store
 from rating_train.checkpoint.store import BEST, COMPLETE, LATEST, InvalidCheckpoint
 from rating_train.errors import UserError
 
@@ -25,6 +28,12 @@ FILES = {
     "zero/shard_1.pt": b"other weights" * 1000,
     "empty.bin": b"",
 }
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This file system shows every file at once: one that is missing is not waited for."""
+    monkeypatch.setattr(store, "VISIBLE_SECONDS", 0.0)
 
 
 def write(directory: Path, files: dict[str, bytes] | None = None) -> None:
@@ -141,7 +150,7 @@ def test_a_crash_while_a_step_is_saved_again_leaves_the_old_or_the_new_one(
         m.setattr(os, call, crash)
         save(tmp_path, 4, {"state.json": b"new"})
     assert calls
-    store.sweep(tmp_path)
+    cleanup.sweep(tmp_path)
     found, _ = store.newest_valid(tmp_path)
     assert found is not None and found.step == 4
 
@@ -334,9 +343,9 @@ def test_pruning_keeps_the_newest_the_best_the_latest_and_every_nth(tmp_path: Pa
         save(tmp_path, step)
     store.point(tmp_path, BEST, 3)
     store.point(tmp_path, LATEST, 12)
-    assert store.prune(tmp_path, keep_last=2, keep_every=5) == [9, 8, 7, 6, 4, 2, 1]
+    assert cleanup.prune(tmp_path, keep_last=2, keep_every=5) == [9, 8, 7, 6, 4, 2, 1]
     assert sorted(s for s, _ in store.steps_present(tmp_path)) == [3, 5, 10, 11, 12]
-    assert store.prune(tmp_path, keep_last=2, keep_every=5) == []
+    assert cleanup.prune(tmp_path, keep_last=2, keep_every=5) == []
 
 
 def test_pruning_keeps_latest_even_if_it_is_not_among_the_newest(tmp_path: Path) -> None:
@@ -344,7 +353,7 @@ def test_pruning_keeps_latest_even_if_it_is_not_among_the_newest(tmp_path: Path)
     for step in (5, 10, 15):
         save(tmp_path, step)
     store.point(tmp_path, LATEST, 5)
-    store.prune(tmp_path, keep_last=1, keep_every=0)
+    cleanup.prune(tmp_path, keep_last=1, keep_every=0)
     assert sorted(s for s, _ in store.steps_present(tmp_path)) == [5, 15]
 
 
@@ -353,7 +362,7 @@ def test_uncommitted_directories_are_not_counted_among_the_newest(tmp_path: Path
         save(tmp_path, step)
     for step in (15, 20):
         (save(tmp_path, step) / COMPLETE).unlink()
-    assert store.prune(tmp_path, keep_last=1, keep_every=0) == [5]
+    assert cleanup.prune(tmp_path, keep_last=1, keep_every=0) == [5]
     assert (tmp_path / "step_00000010" / COMPLETE).is_file()
 
 
@@ -361,7 +370,7 @@ def test_torn_pointers_do_not_stop_pruning(tmp_path: Path) -> None:
     for step in (5, 10):
         save(tmp_path, step)
     (tmp_path / BEST).write_text("{")
-    assert store.prune(tmp_path, keep_last=1, keep_every=0) == [5]
+    assert cleanup.prune(tmp_path, keep_last=1, keep_every=0) == [5]
 
 
 def test_a_checkpoint_is_deleted_marker_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,13 +382,13 @@ def test_a_checkpoint_is_deleted_marker_first(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(shutil, "rmtree", crash)
     with pytest.raises(KeyboardInterrupt):
-        store.prune(tmp_path, keep_last=1, keep_every=0)
+        cleanup.prune(tmp_path, keep_last=1, keep_every=0)
     (left,) = tmp_path.glob("step_00000005*")
     assert (left / "zero" / "shard_0.pt").exists() and not (left / COMPLETE).exists()
     found, skipped = store.newest_valid(tmp_path)
     assert found is not None and found.step == 10 and not skipped
     monkeypatch.undo()
-    assert store.sweep(tmp_path) == [left.name] and not left.exists()
+    assert cleanup.sweep(tmp_path) == [left.name] and not left.exists()
 
 
 def test_sweeping_removes_leftovers_of_interrupted_saves_and_nothing_else(tmp_path: Path) -> None:
@@ -392,20 +401,20 @@ def test_sweeping_removes_leftovers_of_interrupted_saves_and_nothing_else(tmp_pa
     mine.mkdir()
     (tmp_path / "step_00000010.tmp-00ff").write_text("a file")
     before = set(names(tmp_path))
-    assert store.sweep(tmp_path) == sorted(p.name for p in leftovers)
+    assert cleanup.sweep(tmp_path) == sorted(p.name for p in leftovers)
     assert set(names(tmp_path)) == before - {p.name for p in leftovers}
     store.verify(tmp_path / "step_00000005")
 
 
 def test_sweeping_without_leftovers_is_not_an_error(tmp_path: Path) -> None:
-    assert store.sweep(tmp_path / "absent") == [] == store.sweep(tmp_path)
+    assert cleanup.sweep(tmp_path / "absent") == [] == cleanup.sweep(tmp_path)
 
 
 SAVER = """
 import sys
 import time
 from pathlib import Path
-from rating_train.checkpoint import store
+from rating_train.checkpoint import cleanup, store
 root = Path(sys.argv[1])
 step = 0
 while True:
@@ -415,7 +424,7 @@ while True:
         (temporary / f"{i}.pt").write_bytes(bytes([step % 256]) * 200_000)
     store.commit(temporary, step, store.seal(temporary, store.relative_files(temporary)))
     store.point(root, store.LATEST, step)
-    store.prune(root, 2, 0)
+    cleanup.prune(root, 2, 0)
     print(step, flush=True)
 """
 
@@ -437,10 +446,126 @@ def test_a_process_killed_at_any_moment_leaves_its_last_announced_checkpoint(
     process.stdout.close()
     found, _ = store.newest_valid(tmp_path)
     assert found is not None and announced <= found.step <= announced + 1
-    store.sweep(tmp_path)
+    cleanup.sweep(tmp_path)
     assert not [n for n in names(tmp_path) if "tmp" in n and n.startswith("step")]
 
 
 def test_the_store_needs_no_torch() -> None:
     code = "import sys, rating_train.checkpoint.store; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- a file system that fails for a moment, or shows files late ---------------------------------------
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(package_files, "RETRY_PAUSES", (0.0, 0.0))
+
+
+def test_a_pointer_that_cannot_be_read_keeps_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pauses: None
+) -> None:
+    """best.json names step 5: taken for missing, it would cost the best checkpoint."""
+    for step in (5, 10, 15):
+        save(tmp_path, step)
+    store.point(tmp_path, BEST, 5)
+    read_text = Path.read_text
+
+    def stale(path: Path, *args: str) -> str:
+        if path.name == BEST:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read_text(path, *args)
+
+    with monkeypatch.context() as m:
+        m.setattr(Path, "read_text", stale)
+        with pytest.raises(OSError, match="Stale file handle"):
+            cleanup.prune(tmp_path, keep_last=1, keep_every=0)
+    assert [step for step, _ in store.steps_present(tmp_path)] == [15, 10, 5]
+    assert cleanup.prune(tmp_path, keep_last=1, keep_every=0) == [10]
+
+
+def test_a_complete_directory_that_cannot_be_read_is_not_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pauses: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save(tmp_path, 5)
+    aside = path.rename(tmp_path / "step_00000005.tmp-00ff")  # as a crash between two renames leaves it
+
+    def bad(_path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as m:
+        m.setattr(store, "sha256_file", bad)
+        assert cleanup.sweep(tmp_path) == [] and aside.is_dir()
+    assert "cannot be removed now" in caplog.text
+    assert cleanup.sweep(tmp_path) == [] and names(tmp_path) == ["step_00000005"]
+
+
+def test_a_commit_whose_reply_was_lost_is_a_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pauses: None
+) -> None:
+    rename, calls = os.rename, []
+
+    def lost_reply(source: Path, target: Path) -> None:
+        calls.append(Path(target).name)
+        rename(source, target)
+        raise OSError(errno.EIO, "the server's reply was lost")
+
+    monkeypatch.setattr(os, "rename", lost_reply)
+    path = save(tmp_path, 5)
+    assert calls == ["step_00000005"] and store.verify(path)
+    path = save(tmp_path, 5, {"state.json": b"again"})  # the old one is set aside first
+    assert calls[2:] == ["step_00000005"] and calls[1].startswith("step_00000005.tmp-")
+    assert (path / "state.json").read_bytes() == b"again" and names(tmp_path) == [path.name]
+
+
+def test_a_commit_is_not_taken_for_done_because_an_older_one_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pauses: None
+) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    save(tmp_path, 5)
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(OSError, match="Input/output"):
+        save(tmp_path, 5, {"state.json": b"again"})
+    monkeypatch.undo()
+    found, _ = store.newest_valid(tmp_path)
+    assert found is not None and (found.path / "state.json").read_bytes() == FILES["state.json"]
+
+
+def test_files_that_appear_late_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another host wrote them; here one is put in place some time after the look began."""
+    monkeypatch.setattr(store, "VISIBLE_SECONDS", 30.0)
+    path = save(tmp_path / "a", 5)
+    content = (path / "zero" / "shard_0.pt").read_bytes()
+    (path / "zero" / "shard_0.pt").unlink()
+    assert "is missing" in problem(path), "who does not wait is told at once"
+    late = threading.Timer(0.5, (path / "zero" / "shard_0.pt").write_bytes, (content,))
+    late.start()
+    found, skipped = store.newest_valid(tmp_path / "a")
+    assert found == store.Found(5, path) and skipped == []
+    late.join()
+
+    temporary = store.begin(tmp_path / "b", 6)
+    write(temporary)
+    described = store.seal(temporary, store.relative_files(temporary))
+    (temporary / "rank_00000.pt").unlink()
+    late = threading.Timer(0.5, (temporary / "rank_00000.pt").write_bytes, (FILES["rank_00000.pt"],))
+    late.start()
+    store.verify(store.commit(temporary, 6, described))
+    late.join()
+
+
+def test_the_checkpoint_that_latest_names_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "VISIBLE_SECONDS", 30.0)
+    save(tmp_path, 5)
+    hidden = save(tmp_path, 10).rename(tmp_path / "not yet visible")
+    store.point(tmp_path, LATEST, 10)
+    late = threading.Timer(0.5, hidden.rename, (tmp_path / "step_00000010",))
+    late.start()
+    found, _ = store.newest_valid(tmp_path)
+    assert found is not None and found.step == 10
+    late.join()

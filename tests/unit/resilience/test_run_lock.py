@@ -11,11 +11,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rating_train import files
 from rating_train.errors import UserError
 from rating_train.processes import process_lives, start_ticks, this_process
+from rating_train.resilience import lock_file
 from rating_train.resilience.run_lock import RunLock
 
 pytestmark = pytest.mark.timeout(60)
@@ -179,7 +182,7 @@ def test_a_lock_that_another_candidate_made_meanwhile_is_put_back(tmp_path: Path
     """A candidate judged an old lock; when it renames, the lock is another candidate's."""
     write_owner(tmp_path, nonce="old", pid=dead_pid())
     candidate = RunLock(tmp_path, **FAST)
-    from rating_train.resilience.run_lock import read_state
+    from rating_train.resilience.lock_file import read_state
 
     judged = read_state(tmp_path / "LOCK")
     assert judged is not None
@@ -220,3 +223,72 @@ def test_a_full_disk_is_logged_once_and_still_leaves_a_sign_of_life(
 def test_a_stale_time_below_two_heartbeats_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="less than two heartbeats"):
         RunLock(tmp_path, beat_seconds=5, stale_seconds=6)
+
+
+def test_a_file_system_that_is_away_does_not_lose_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(files, "RETRY_PAUSES", (0.01,))
+    failures = []
+
+    def stale(*_: object, **__: object) -> None:
+        failures.append(1)
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with RunLock(tmp_path, **FAST) as lock:
+        with monkeypatch.context() as m:
+            m.setattr(lock_file, "open", stale, raising=False)
+            until(lambda: len(failures) > 5)
+        counter = beat(tmp_path)["counter"]
+        until(lambda: beat(tmp_path)["counter"] > counter)
+        lock.check()
+    assert sum("the lock cannot be read" in m for m in caplog.messages) == 1
+    assert not (tmp_path / "LOCK").exists()
+
+
+def test_a_lock_that_cannot_be_removed_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(files, "RETRY_PAUSES", (0.01,))
+
+    def stale(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    lock = RunLock(tmp_path, **FAST)
+    lock.acquire()
+    with monkeypatch.context() as m:
+        m.setattr(os, "unlink", stale)
+        lock.release()
+    assert "cannot be removed" in caplog.text and (tmp_path / "LOCK").exists()
+    assert "ended" in beat(tmp_path)["phase"]
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
+def test_taking_the_lock_survives_transient_errors(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "RETRY_PAUSES", (0.01, 0.01))
+    errors = {"open": [number], "fsync": [number]}
+
+    def failing(name: str) -> Callable[..., Any]:
+        real = getattr(os, name)
+
+        def call(*args: Any, **more: Any) -> Any:
+            if errors[name]:
+                raise OSError(errors[name].pop(), "injected")
+            return real(*args, **more)
+
+        return call
+
+    for name in errors:
+        monkeypatch.setattr(os, name, failing(name))
+    with RunLock(tmp_path, **FAST) as lock:
+        lock.check()
+    assert errors == {"open": [], "fsync": []}
+
+
+@pytest.mark.parametrize("where", ["/dev/null", "/dev/null/run", "/proc/none/run"])
+def test_a_run_directory_that_cannot_be_is_one_error(where: str) -> None:
+    with pytest.raises(UserError, match="the run directory cannot be used") as caught:
+        RunLock(Path(where)).acquire()
+    assert where in str(caught.value) and "runs_dir" in str(caught.value)

@@ -192,3 +192,111 @@ with make(0.3):
         end(start(body))
         (tmp_path / "HUNG").unlink()
     assert (tmp_path / "stacks_0.txt").read_text().count("no progress for") == 2
+
+
+# --- a run directory whose file system fails ----------------------------------------------------------
+
+FAILING_STAT = """
+import errno
+stat = os.stat
+def failing(path, *args, **more):
+    if str(path).endswith("HUNG"):
+        raise OSError(getattr(errno, number), "injected", str(path))
+    return stat(path, *args, **more)
+"""
+
+
+@pytest.mark.parametrize("number", ["ESTALE", "EIO", "ESHUTDOWN", "EACCES"])
+def test_an_error_of_the_file_system_does_not_end_a_healthy_process(
+    start: Start, tmp_path: Path, number: str
+) -> None:
+    """The thread looks for HUNG twenty times a second, and faulthandler's timer would fire after one."""
+    process = start(f"""
+number = {number!r}
+{FAILING_STAT}
+with make(0.5) as w:
+    os.stat = failing
+    print("ready", flush=True)
+    for step in range(25):
+        time.sleep(0.1)
+        w.beat(f"step {{step}}")
+    os.stat = stat
+    (folder / "HUNG").touch()
+    time.sleep(20)
+""")
+    code, _, errors = end(process)
+    assert code == EXIT_HUNG, errors
+    assert errors.count("cannot be looked up") == 1, "logged once"
+    assert "another rank gave up" in (tmp_path / "stacks_0.txt").read_text(), "it still watches afterwards"
+
+
+def test_no_error_ends_the_thread(start: Start, tmp_path: Path) -> None:
+    process = start("""
+class Broken:
+    def identity(self):
+        raise ValueError("a bug")
+with make(1.0) as w:
+    w._hung, hung = Broken(), w._hung
+    print("ready", flush=True)
+    for step in range(20):
+        time.sleep(0.1)
+        w.beat(f"step {step}")
+    w._hung = hung
+    time.sleep(20)
+""")
+    code, _, errors = end(process)
+    assert code == EXIT_HUNG and errors.count("ValueError: a bug") == 1
+    assert "no progress for" in (tmp_path / "stacks_0.txt").read_text()
+
+
+def test_stacks_that_cannot_be_written_are_on_stderr_and_the_process_ends(start: Start) -> None:
+    process = start("""
+(folder / "stacks_0.txt").symlink_to("/dev/full")
+(folder / "HUNG").symlink_to("/proc/none/HUNG")
+def forward_of_the_backbone():
+    print("ready", flush=True)
+    time.sleep(50)
+with make(0.5):
+    forward_of_the_backbone()
+""")
+    code, _, errors = end(process)
+    assert code == EXIT_HUNG
+    assert "forward_of_the_backbone" in errors and "the stacks are on stderr" in errors
+    assert "the other ranks cannot be notified" in errors
+
+
+def test_a_disk_that_never_answers_does_not_keep_the_process(start: Start) -> None:
+    """Writing the stacks blocks for ever, as on a dead NFS server: here a pipe that nobody reads."""
+    process = start("""
+watchdog._HUNG_DISK_SECONDS, watchdog._LOCK_HELD_SECONDS = 0.5, 30
+reader, writer = os.pipe()
+os.set_blocking(writer, False)
+try:
+    while True:
+        os.write(writer, bytes(65536))
+except BlockingIOError:
+    os.set_blocking(writer, True)
+with make(0.5) as w:
+    w._stacks = os.fdopen(writer, "w")
+    print("ready", flush=True)
+    time.sleep(50)
+""")
+    assert end(process)[0] == EXIT_HUNG
+
+
+def test_a_marker_of_the_attempt_before_that_this_host_still_sees_does_not_count(
+    start: Start, tmp_path: Path
+) -> None:
+    (tmp_path / "HUNG").touch()
+    process = start("""
+with make(300) as w:
+    print("ready", flush=True)
+    time.sleep(1)
+    print("alive", flush=True)
+    (folder / "HUNG").unlink()
+    time.sleep(0.5)
+    (folder / "HUNG").touch()
+    time.sleep(20)
+""")
+    code, output, _ = end(process)
+    assert (code, output) == (EXIT_HUNG, "alive\n")

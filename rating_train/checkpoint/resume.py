@@ -1,0 +1,59 @@
+"""Choose the checkpoint that a start resumes from. Handles files only: no torch, no collectives."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from rating_train.checkpoint import cleanup, store
+from rating_train.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def find_checkpoint(root: Path, resume: str) -> Path | None:
+    """Sweep what interrupted saves left, and return the checkpoint to resume from, or ``None`` to start at step 0.
+
+    Args:
+        root: the run's checkpoints directory.
+        resume: ``auto`` takes the newest checkpoint that verifies, if there is one; ``must`` requires one; ``never``
+            refuses to start if there is one; anything else is a checkpoint's path.
+
+    Raises:
+        UserError: there is no such checkpoint, or none that verifies, or the disk cannot read them.
+    """
+    try:
+        return _find(root, resume)
+    except OSError as e:
+        raise UserError(
+            f"the checkpoints cannot be read ({e})",
+            where=root,
+            fix="start again once the file system is back",
+        ) from e
+
+
+def _find(root: Path, resume: str) -> Path | None:
+    for name in cleanup.sweep(root):
+        log.warning("removed %s, left by a save that was interrupted", name)
+    if resume == "never":
+        if store.steps_present(root):
+            raise UserError(
+                "the run has checkpoints already",
+                where=root,
+                fix="choose another `name`, remove the run directory, or drop --resume never",
+            )
+        return None
+    if resume not in ("auto", "must"):
+        path = Path(resume)
+        if problem := store.problem(path, wait=True):
+            raise UserError(f"the checkpoint cannot be trusted: {problem}", where=path)
+        if path.resolve().parent == root.resolve():
+            for name in cleanup.set_aside_after(root, int(path.name.partition("_")[2])):
+                log.warning("set aside %s: the run returns to %s", name, path.name)
+        return path
+    found, skipped = store.newest_valid(root)
+    for bad in skipped:
+        log.error("skipped %s: %s", bad.path, bad.problem)
+    if found is None and resume == "must":
+        raise UserError("there is no checkpoint to resume from", where=root, fix="drop --resume must")
+    return found.path if found else None
