@@ -20,9 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from rating_train.checkpoint import cleanup, store
+from rating_train.checkpoint import cleanup, safe_load, store
 from rating_train.checkpoint.deepspeed_io import Shard, capture_shards, read_shards, tensor_bytes
 from rating_train.checkpoint.rank_files import rank_file, write_rank_files
 from rating_train.checkpoint.resume import find_checkpoint
@@ -289,7 +287,7 @@ class Checkpointer:
         on_main(lambda: self._repair_pointers(path, state))
         if saved["ranks"] == self.world.size:
             own = path / rank_file(self.world.rank)
-            seeding.restore(torch.load(own, map_location="cpu", weights_only=True))
+            seeding.restore(safe_load.load(own, mmap=False))
         return state
 
     def _await_on_all_hosts(self, path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from rating_train.errors import UserError
+from rating_train.files import retry
 
 #: Classes in the shards of ZeRO stages 1 to 3, found by listing the globals of every file at every stage.
 DEEPSPEED_CLASSES = (
@@ -47,7 +48,7 @@ def load(path: str | Path, mmap: bool = True) -> Any:
     """
     try:
         with torch.serialization.safe_globals([(_class_of(name), name) for name in DEEPSPEED_CLASSES]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            return retry(lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=mmap), path)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as e:
         reason = next((line for line in str(e).splitlines() if "GLOBAL" in line), str(e).splitlines()[0])
         raise UserError(

@@ -21,6 +21,7 @@ from rating_train.checkpoint.state import Identity, TrainState
 from rating_train.distributed.world import World
 from rating_train.errors import UserError
 from rating_train.files import read_json
+from tests.unit.checkpoint.test_safe_load import Hostile
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -296,3 +297,22 @@ def test_a_host_that_does_not_see_the_checkpoint_is_named(
     with pytest.raises(UserError, match=r"rank 0: engine/weights\.pt is missing.*preflight") as caught:
         checkpointer.restore(None, saved.path, content, IDENTITY)
     assert caught.value.on_all_ranks
+
+
+def test_code_in_the_file_of_a_rank_is_refused_and_not_run(
+    tmp_path: Path, gate: Gate, engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate.opened.set()
+    checkpointer = saver(tmp_path / "checkpoints", background=False)
+    saved = save(checkpointer, engine, 5)
+    assert saved is not None
+    torch.save(Hostile(tmp_path / "made by the checkpoint"), saved.path / "rank_00000.pt")
+    marker = read_json(saved.path / store.COMPLETE)
+    marker["files"] |= store.seal(saved.path, ["rank_00000.pt"])
+    files.atomic_write_json(saved.path / store.COMPLETE, marker)
+    monkeypatch.setattr(manager, "read_shards", lambda *_: None)
+    path = checkpointer.find("must")
+    assert path is not None, "checksums do not tell who wrote it"
+    with pytest.raises(UserError, match="without running code"):
+        checkpointer.restore(None, path, checkpointer.read_state(path), IDENTITY)
+    assert not (tmp_path / "made by the checkpoint").exists()
