@@ -193,20 +193,6 @@ def _check_devices(device: torch.device) -> None:
     raise error
 
 
-def limit_collectives(timeout_minutes: float) -> None:
-    """Give every process group of this process the timeout of :func:`connect`.
-
-    Call once a library has created its own groups (DeepSpeed does, for gradients): torch gives those its default,
-    which is up to 30 minutes.
-    """
-    timeout = datetime.timedelta(minutes=timeout_minutes)
-    groups = torch.distributed.distributed_c10d
-    # The public name is newer than the oldest supported torch.
-    set_timeout = getattr(torch.distributed, "set_timeout", None) or groups._set_pg_timeout
-    for group in list(groups._world.pg_map):
-        set_timeout(timeout, group)
-
-
 def find_meeting_place() -> None:
     """Set MASTER_ADDR and MASTER_PORT under a bare ``srun``, as the jobs of slurm/ do; elsewhere do nothing."""
     if "MASTER_PORT" in os.environ or "SLURM_JOB_NODELIST" not in os.environ:

@@ -38,6 +38,8 @@ def build_ds_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
         # Reduce in the dtype that accumulates: a bf16 sum over many ranks loses the small gradients.
         "communication_data_type": "fp32",
         "zero_optimization": _zero(config),
+        # The tag is a constant: to compare it over ranks costs two collectives at every save.
+        "checkpoint": {"tag_validation": "Ignore"},
         "zero_allow_untested_optimizer": False,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,

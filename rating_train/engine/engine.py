@@ -15,7 +15,7 @@ from rating_train.config.resolve import BatchPlan
 from rating_train.config.schedule import lr_factor
 from rating_train.config.schema import Config
 from rating_train.data.collate import Batch
-from rating_train.distributed.world import limit_collectives
+from rating_train.distributed.groups import connect_groups, limit_collectives
 from rating_train.engine.ds_config import build_ds_config
 from rating_train.engine.optimizer import build_optimizer
 from rating_train.errors import UserError
@@ -128,6 +128,7 @@ def build_engine(model: RatingRegressor, config: Config, plan: BatchPlan, device
     )
     ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=build_ds_config(config, plan))
     limit_collectives(config.train.collective_timeout_minutes)  # of the groups that DeepSpeed made, too
+    connect_groups(device)
     check_fp32_buffers(ds.module)
     return Engine(ds, groups, config, plan, device)
 
