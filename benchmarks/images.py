@@ -102,7 +102,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         stores = {kind: open_store(path) for kind, path in save(Path(temporary), jpegs).items()}
         jobs: dict[str, Callable[[int], object]] = {
-            "decode + resize, whole": lambda n: decode_and_resize(jpegs[n], size, reduced=False),
+            "decode + resize, full": lambda n: decode_and_resize(jpegs[n], size, reduced=False),
             "decode + resize, reduced": lambda n: decode_and_resize(jpegs[n], size, reduced=True),
             "square_jpeg": lambda n: square_jpeg(jpegs[n], size),
         }
@@ -111,8 +111,8 @@ def main() -> None:
             jobs[f"{kind}: read + square_jpeg"] = partial(read_and_square, store, size)
         rates = best_rates(jobs, len(jpegs), args.rounds)
     for name, rate in rates.items():
-        whole, reduced = (rate / rates[f"decode + resize, {kind}"] for kind in ("whole", "reduced"))
-        print(f"{name:26} {rate:9.1f} images/s per core   x{whole:.2f} of whole   x{reduced:.2f} of reduced")
+        full, reduced = (rate / rates[f"decode + resize, {kind}"] for kind in ("full", "reduced"))
+        print(f"{name:26} {rate:9.1f} images/s per core   x{full:.2f} of full   x{reduced:.2f} of reduced")
 
 
 if __name__ == "__main__":

@@ -146,18 +146,20 @@ def main() -> None:
         make_catalogue(folder, args.items)
         rules = PlanRules(part_items=max(1, args.items // (4 * args.workers)))
         make_plan([str(folder / "catalogue.jsonl")], folder / "plan", rules)
-        limits, builds, wholes = [], [], []
+        limits, builds, completes = [], [], []
         for turn in range(args.rounds):
             limits.append(decode_rate(folder, args.items, args.workers))
-            build, whole = build_rate(
+            build, complete = build_rate(
                 folder / "plan", folder / f"parts{turn}", folder, args.items, args.workers
             )
             builds.append(build)
-            wholes.append(whole)
-        limit, build, whole = map(statistics.median, (limits, builds, wholes))
+            completes.append(complete)
+        limit, build, complete = map(statistics.median, (limits, builds, completes))
         print(f"decode + resize alone  {limit:8.1f} images/s in {args.workers} processes")
         print(f"prepare                {build:8.1f} images/s = {build / limit:.0%}")
-        print(f"  with process start   {whole:8.1f} images/s = {whole / limit:.0%} ({args.items} items)")
+        print(
+            f"  with process start   {complete:8.1f} images/s = {complete / limit:.0%} ({args.items} items)"
+        )
 
         image = square_jpeg((folder / "0.jpg").read_bytes(), SIZE_PX, QUALITY)
         text = "some text " * 40

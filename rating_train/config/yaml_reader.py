@@ -58,7 +58,7 @@ def _check_bounds(text: str) -> None:
                 aliases += 1
                 with_alias.update(open_anchors)
                 if event.anchor in with_alias:  # doubles with every level, or never ends
-                    problem = f"the alias *{event.anchor} stands for a value that holds an alias"
+                    problem = f"the alias *{event.anchor} refers to a value that contains an alias"
             elif isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag is not None:
                 problem = f"the tag {event.tag} is not read"
             if isinstance(event, yaml.CollectionStartEvent):

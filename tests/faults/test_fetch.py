@@ -532,7 +532,7 @@ def stop_after(process: subprocess.Popen[str], fetched: int, how: Callable[[], N
 
 
 @pytest.mark.parametrize("interrupt", ["kill", "terminate_by_ctrl_c"])
-def test_stopped_anywhere_the_cache_is_whole_and_used(
+def test_stopped_at_any_moment_the_cache_is_complete_and_used(
     server: HostileServer, tmp_path: Path, interrupt: str
 ) -> None:
     """Stopped twice at some moment, then run to the end: no torn file, and only what was under way comes twice."""
@@ -548,7 +548,7 @@ def test_stopped_anywhere_the_cache_is_whole_and_used(
         kept = {n for n in range(count) if store.has(server.url(f"good/{n}"))}
         assert after <= len(kept) < count
         for n in kept:
-            assert store.read(server.url(f"good/{n}"), "-") == jpeg(n), "whole, or not there"
+            assert store.read(server.url(f"good/{n}"), "-") == jpeg(n), "complete or absent"
         settled_at_stop.append((kept, server.count.copy()))
     assert not fetch(server, tmp_path, [f"good/{n}" for n in range(count)])
     assert all(store.read(server.url(f"good/{n}"), "-") == jpeg(n) for n in range(count))
@@ -571,7 +571,7 @@ def test_a_cache_that_cannot_be_written_stops_the_fetch(
         fetch(server, tmp_path / "file", ["good/1"])
 
 
-# --- the whole command ----------------------------------------------------------------------------------
+# --- the complete command ----------------------------------------------------------------------------------
 
 GOOD = 150
 
@@ -644,7 +644,7 @@ def listings(server: HostileServer) -> dict[str, list[str]]:
 
 
 @pytest.mark.timeout(120)
-def test_prepare_with_fetch_killed_midway_goes_on_without_asking_twice(
+def test_prepare_with_fetch_killed_midway_resumes_without_requesting_twice(
     server: HostileServer, tmp_path: Path, listings: dict[str, list[str]]
 ) -> None:
     server.delay_s = 0.1

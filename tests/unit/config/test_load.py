@@ -140,7 +140,7 @@ def test_pyyaml_still_reads_1e_4_as_text() -> None:
     assert yaml.safe_load("1e-4") == "1e-4"  # the reason for the coercion; should this end, it may go
 
 
-def test_whole_numbers_may_be_written_as_floats_but_must_be_whole() -> None:
+def test_integers_may_be_written_as_floats_without_a_fraction() -> None:
     assert config_from_dict({"train": {"max_steps": 1e3}}).train.max_steps == 1000
     assert isinstance(config_from_dict({"train": {"max_steps": 1e3}}).train.max_steps, int)
     assert "`train.max_steps` is 1.5 (float), expected a whole number" in problem(train={"max_steps": 1.5})
@@ -233,9 +233,9 @@ def test_long_values_are_shortened(tmp_path: Path) -> None:
         ("zero:\n  extra:\n" + "".join(" " * i + "a:\n" for i in range(4, 300)), "more than 32 levels"),
         (
             "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)),
-            "stands for a value that holds an alias",
+            "refers to a value that contains an alias",
         ),
-        ("zero: &a {extra: *a}\n", "stands for a value that holds an alias"),
+        ("zero: &a {extra: *a}\n", "refers to a value that contains an alias"),
         ("a: &a 1\nb: [" + "*a, " * 200 + "]\n", "more than 100 aliases"),
         ("a: [" + "1, " * 6000 + "]\n", "more than 5000 values"),
         ("a: '" + "x" * 200_000 + "'\n", "at most 131072"),

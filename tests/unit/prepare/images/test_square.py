@@ -114,7 +114,7 @@ def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
     )
 
 
-def test_squash_is_bilinear_over_the_whole_picture(tmp_path: Path) -> None:
+def test_the_resize_is_bilinear_over_the_complete_picture(tmp_path: Path) -> None:
     source = noise(100, 60)
     expected = np.asarray(source.resize((S, S), Image.Resampling.BILINEAR), dtype=float)
     pixels = square(save(tmp_path / "a.png", source), quality=95)
@@ -144,7 +144,7 @@ def test_decoding_large_jpegs_at_a_reduced_scale_changes_little(
 ) -> None:
     smooth = noise(9, 9).resize(size, Image.Resampling.BICUBIC)
     jpeg = save(tmp_path / "a.jpg", smooth, quality=95)
-    with Image.open(jpeg) as full:  # the same pixels, decoded whole
+    with Image.open(jpeg) as full:  # the same pixels, decoded at full size
         png = save(tmp_path / "a.png", full.convert("RGB"))
     assert np.abs(square(jpeg) - square(png)).mean() < 2
 
@@ -180,9 +180,9 @@ def test_damage_anywhere_is_a_reason_or_a_picture(tmp_path: Path) -> None:
     """400 files with flipped bytes: the decoders' many exceptions all become an ImageProblem."""
     rng = np.random.default_rng(5)
     for extension in ("jpg", "png", "webp", "gif", "tif"):
-        whole = save(tmp_path / f"w.{extension}", noise(48, 48)).read_bytes()
+        intact = save(tmp_path / f"w.{extension}", noise(48, 48)).read_bytes()
         for n in range(80):
-            data = bytearray(whole)
+            data = bytearray(intact)
             for at in rng.integers(0, min(len(data), 200 if n % 2 else len(data)), size=6):
                 data[at] = int(rng.integers(0, 256))
             path = tmp_path / f"x.{extension}"
