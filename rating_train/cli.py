@@ -7,8 +7,11 @@ Exit codes: 0 done, or stopped with a checkpoint; 1 a bug (traceback); 2 a probl
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import logging
 import os
+import signal
 import sys
 import traceback
 from typing import Any
@@ -17,11 +20,26 @@ from rating_train import __version__, log
 from rating_train.errors import EXIT_BUG, EXIT_DONE, EXIT_USER_ERROR, UserError
 from rating_train.processes import die_with_parent
 
+EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE  # as the shell has it
+
+#: What the file system says that its user can change: error number -> what to do.
+_USER_ERRNOS = {
+    errno.EACCES: "check the permissions of that path",
+    errno.EPERM: "check the permissions of that path",
+    errno.EROFS: "choose a folder on a file system that can be written",
+    errno.ENOSPC: "free some space, or choose a folder on another disk",
+    errno.EDQUOT: "free some of the quota, or choose a folder on another disk",
+    errno.ENOTDIR: "check the path: a part of it is a file",
+    errno.EISDIR: "check the path: it is a directory",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ELOOP: "check the path: its symbolic links form a circle",
+}
+
 VERBS = {
     "demo": "make the demo catalogue and a tiny model",
     "prepare": "turn a catalogue and its images into shards",
     "verify": "check every byte of a dataset",
-    "train": "train a regressor (under torchrun, Slurm, or as a single process)",
+    "train": "train a regressor (under torchrun, Slurm, or alone)",
     "evaluate": "score a checkpoint: PLCC, SRCC, RMSE, MAE, CES",
     "compare": "which run is better on the same items, by how much",
     "predict": "score a catalogue into a CSV or Parquet file",
@@ -59,7 +77,12 @@ def _run(args: argparse.Namespace) -> int:
     rank = log.process_rank()
     log.set_up(rank)
     try:
-        return verb_module(args.verb).run(args)
+        code: int = verb_module(args.verb).run(args)
+        sys.stdout.flush()  # here, where a reader that has gone is an error that can be told from others
+        return code
+    except BrokenPipeError:  # `... | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return EXIT_BROKEN_PIPE
     except UserError as e:
         if rank == 0 or not e.on_all_ranks:
             print(f"rating-train {args.verb}: error: {e}", file=sys.stderr)
@@ -67,6 +90,17 @@ def _run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"rating-train {args.verb}: interrupted", file=sys.stderr)
         return 130
+    except OSError as e:
+        if e.errno not in _USER_ERRNOS:
+            traceback.print_exc()
+            return EXIT_BUG
+        logging.getLogger(__name__).debug("where it was raised", exc_info=True)  # RATING_TRAIN_LOG=DEBUG
+        named = f" | where: {e.filename}" if e.filename else ""
+        print(
+            f"rating-train {args.verb}: error: {e.strerror}{named} | fix: {_USER_ERRNOS[e.errno]}",
+            file=sys.stderr,
+        )
+        return EXIT_USER_ERROR
     except Exception:  # a bug
         traceback.print_exc()
         return EXIT_BUG
@@ -83,7 +117,6 @@ def leave(code: int) -> int:
     if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return code
     import atexit
-    import logging
     import multiprocessing
 
     from rating_train.distributed.world import disconnect

@@ -134,7 +134,7 @@ job_check_cores() {
 
 job_preflight() {
     [[ "${PREFLIGHT:-0}" != 0 ]] || return 0
-    job_srun "$PYTHON" -m rating_train preflight "$1"
+    job_srun "$PYTHON" -m rating_train preflight "$1" --config "$2"
     ((job_code == 0)) || rt_die "preflight failed (exit code $job_code): training was not started"
     [[ "$PREFLIGHT" != only ]] || exit 0
 }
@@ -145,7 +145,7 @@ job_train() {
     run="$RT_RUN"
     job_check_cores
     rt_traces "$run"
-    job_preflight "$run"
+    job_preflight "$run" "$1"
     before="$(job_newest "$run")"
     job_srun "$PYTHON" -m rating_train train "$@"
     rt_job_say "training ended with exit code $job_code"

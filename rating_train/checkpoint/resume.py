@@ -44,7 +44,7 @@ def _find(root: Path, resume: str) -> Path | None:
             )
         return None
     if resume not in ("auto", "must"):
-        path = Path(resume)
+        path = named_checkpoint(resume)
         if problem := store.problem(path, wait=True):
             raise UserError(f"the checkpoint cannot be trusted: {problem}", where=path)
         if path.resolve().parent == root.resolve():
@@ -57,3 +57,19 @@ def _find(root: Path, resume: str) -> Path | None:
     if found is None and resume == "must":
         raise UserError("there is no checkpoint to resume from", where=root, fix="drop --resume must")
     return found.path if found else None
+
+
+def named_checkpoint(resume: str) -> Path:
+    """Return the directory that ``--resume PATH`` names.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(resume)
+    if not path.is_dir():
+        raise UserError(
+            f"there is no checkpoint directory {resume!r}",
+            where="--resume",
+            expected="auto, never, must, or the path of a checkpoint, as RUN/checkpoints/step_00000500",
+        )
+    return path

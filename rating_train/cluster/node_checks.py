@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import platform
 import secrets
 import shutil
@@ -16,15 +17,18 @@ import torch
 import torch.distributed as dist
 
 import rating_train
+from rating_train.config.schema import Config
+from rating_train.data.shared_memory_need import shared_memory_need
 from rating_train.distributed import world as worlds
 from rating_train.distributed.collectives import all_gather, broadcast
 from rating_train.errors import UserError
 from rating_train.log import process_rank
+from rating_train.training.checks import missing_cores
 
 PACKAGE = Path(rating_train.__file__).resolve().parent
 CONNECT_MINUTES = 3.0
 SHARED_FILE_SECONDS = 60.0  # network file systems show a new file late: attribute caches live up to a minute
-LEAST_SHARED_MEMORY_GIB = 1.0  # loader processes hand over batches in it; containers often have 64 MiB
+LEAST_SHARED_MEMORY_GIB = 1.0  # where no configuration says how much DataLoader workers need
 MOST_SKEW_SECONDS = 1.0
 PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "transformers", "numpy", "pillow")
 
@@ -41,7 +45,7 @@ class Report:
             print(line, flush=True)
 
     def check(self, name: str, problems: list[str], passed: str, fix: str) -> None:
-        """One line. ``problems``: the same list on every rank; empty is PASS."""
+        """Print one line. ``problems`` is the same list on every rank; an empty one is PASS."""
         if not problems:
             self.say(f"PASS  {name}: {passed}")
             return
@@ -50,7 +54,7 @@ class Report:
 
 
 def check_world(report: Report, world: worlds.World, device: torch.device) -> None:
-    """The table of ranks; every rank of a node must be on the same machine, and no other rank."""
+    """Print the table of ranks, and check that all ranks of a node, and no others, are on one machine."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     rows = all_gather(
         (world.rank, world.node, worlds.node_name(), world.local_rank, f"{device} {kind}".strip())
@@ -74,7 +78,7 @@ def check_world(report: Report, world: worlds.World, device: torch.device) -> No
 
 
 def check_all_reduce(report: Report, world: worlds.World, device: torch.device) -> None:
-    """Sums over all ranks are right, and how fast they are (bus bandwidth, as nccl-tests define it)."""
+    """Check that sums over all ranks are right, and measure them (bus bandwidth as nccl-tests define it)."""
     mib, rounds = (256, 10) if device.type == "cuda" else (16, 3)
     tensor = torch.full((mib << 18,), float(world.rank + 1), device=device)
     dist.all_reduce(tensor)
@@ -98,7 +102,7 @@ def check_all_reduce(report: Report, world: worlds.World, device: torch.device) 
 
 
 def check_shared_folder(report: Report, world: worlds.World, folder: Path) -> None:
-    """What rank 0 writes, all see, and the reverse."""
+    """Check that all ranks see what rank 0 writes, and the reverse."""
     nonce = broadcast(secrets.token_hex(8))
     problem = ""
 
@@ -127,7 +131,7 @@ def check_shared_folder(report: Report, world: worlds.World, folder: Path) -> No
 
 
 def seen(path: Path, content: str, deadline: float) -> bool:
-    """Whether the file appears, whole, before the deadline (of ``time.monotonic()``)."""
+    """Return whether the file appears, complete, before the deadline (of ``time.monotonic()``)."""
     while True:
         try:
             if path.read_text() == content:
@@ -139,8 +143,15 @@ def seen(path: Path, content: str, deadline: float) -> bool:
         time.sleep(0.2)
 
 
-def check_shared_memory(report: Report, world: worlds.World) -> None:
-    """/dev/shm of every node: size and free space."""
+def check_shared_memory(report: Report, world: worlds.World, config: Config | None) -> None:
+    """Check that /dev/shm of every node holds the batches that DataLoader workers keep ready."""
+    needed, why = LEAST_SHARED_MEMORY_GIB, "as no configuration was given"
+    if config is not None:
+        needed = shared_memory_need(config, world.size, world.local_size) / 2**30
+        why = (
+            f"for data.workers={config.data.workers} and data.prefetch_batches={config.data.prefetch_batches} "
+            f"of {world.local_size} ranks"
+        )
     found = None
     if world.local_rank == 0:
         usage = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
@@ -148,19 +159,29 @@ def check_shared_memory(report: Report, world: worlds.World) -> None:
         found = (worlds.node_name(), total, free)
     nodes = [row for row in all_gather(found) if row]
     problems = [
-        f"{name}: {free:.2f} of {total:.2f} GiB free, expected {LEAST_SHARED_MEMORY_GIB:g} GiB"
+        f"{name}: {free:.2f} of {total:.2f} GiB free, expected {needed:.2f} GiB ({why})"
         for name, total, free in nodes
-        if free < LEAST_SHARED_MEMORY_GIB
+        if free < needed
     ]
     least = min(nodes, key=lambda row: row[2])
     report.check(
-        "/dev/shm", problems, f"at least {least[2]:.1f} of {least[1]:.1f} GiB free",
-        "remove what dead jobs left there, give the container more (--shm-size=8g), or set data.workers=0",
+        "/dev/shm", problems, f"at least {least[2]:.2f} of {least[1]:.2f} GiB free, {needed:.2f} GiB needed ({why})",
+        f"remove what dead jobs left there, give the container more (--shm-size={math.ceil(needed) + 1}g), or lower "
+        "data.workers or data.prefetch_batches",
+    )  # fmt: skip
+
+
+def check_cores(report: Report, world: worlds.World, config: Config) -> None:
+    """Check that every rank may use a core for itself and one for each of its DataLoader workers."""
+    workers = config.data.workers
+    report.check(
+        "cores", missing_cores(world, workers), f"at least {workers + 1} for each rank (data.workers={workers})",
+        f"give sbatch --cpus-per-task={workers + 1} (CLUSTER_CPUS_PER_TASK), or lower data.workers",
     )  # fmt: skip
 
 
 def check_clocks(report: Report) -> None:
-    """The clocks of the ranks, read right after a barrier; the best of five, for the barrier is not exact."""
+    """Compare the ranks' clocks, read right after a barrier; the best of five, for a barrier is not exact."""
     spreads = []
     for _ in range(5):
         dist.barrier()
@@ -177,7 +198,7 @@ def check_clocks(report: Report) -> None:
 
 
 def check_versions(report: Report) -> None:
-    """The same Python, packages and code everywhere."""
+    """Check that Python, packages and code are the same everywhere."""
     own = {"python": platform.python_version(), "code": code_digest()}
     for package in PACKAGES:
         try:
@@ -197,7 +218,7 @@ def check_versions(report: Report) -> None:
 
 
 def code_digest() -> str:
-    """First digits of the SHA-256 of the package's source."""
+    """Return the first digits of the SHA-256 of the package's source."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(path.relative_to(PACKAGE.parent).as_posix().encode() + b"\0" + path.read_bytes())
@@ -205,7 +226,7 @@ def code_digest() -> str:
 
 
 def check_gpus(report: Report, world: worlds.World, device: torch.device) -> None:
-    """No uncorrected memory errors. That every rank has a GPU of its own was checked when they connected."""
+    """Check the GPUs for uncorrected memory errors. That every rank has its own was checked when they connected."""
     problem = ""
     if device.type == "cuda" and world.local_rank == 0:
         problem = gpu_problem()
@@ -217,7 +238,7 @@ def check_gpus(report: Report, world: worlds.World, device: torch.device) -> Non
 
 
 def gpu_problem() -> str:
-    """What is wrong with this node's GPUs, or ""."""
+    """Return what is wrong with this node's GPUs, or ""."""
     if shutil.which("nvidia-smi") is None:
         return ""
     query = ["nvidia-smi", "--query-gpu=index,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader"]
@@ -229,23 +250,31 @@ def gpu_problem() -> str:
     return f"{worlds.node_name()}: uncorrected memory errors, {', '.join(bad)}" if bad else ""
 
 
-def checks(report: Report, world: worlds.World, device: torch.device, folder: Path) -> None:
-    """All of them, in the order of what the next one needs."""
+def checks(
+    report: Report, world: worlds.World, device: torch.device, folder: Path, config: Config | None
+) -> None:
+    """Run all checks, in the order of what the next one needs."""
     check_world(report, world, device)
     check_gpus(report, world, device)
     check_versions(report)
     check_clocks(report)
     check_all_reduce(report, world, device)
     check_shared_folder(report, world, folder)
-    check_shared_memory(report, world)
+    check_shared_memory(report, world, config)
+    if config is not None:
+        check_cores(report, world, config)
 
 
-def preflight(folder: Path, wanted: str = "auto") -> bool:
-    """Connect the ranks, run all checks, print a line for each; returns whether all passed. A collective.
+def preflight(folder: Path, config: Config | None = None, wanted: str = "auto") -> bool:
+    """Connect the ranks, run all checks and print a line for each. A collective.
 
     Args:
         folder: a folder that all nodes must share.
+        config: the job's configuration; without it, cores are not checked, and /dev/shm for a usual need.
         wanted: kind of device, as ``train.device``.
+
+    Returns:
+        whether all checks passed.
     """
     try:
         world = worlds.detect()
@@ -261,7 +290,7 @@ def preflight(folder: Path, wanted: str = "auto") -> bool:
         print(f"FAIL  meeting at {worlds.meeting_place()}: {reason} | fix: {fix}", flush=True)
         return False
     report = Report(world.is_main)
-    checks(report, world, device, folder)
+    checks(report, world, device, folder, config)
     failed = f"{report.failures} checks failed" if report.failures else "all checks passed"
     report.say(f"preflight: {failed} ({world.size} ranks, {world.nodes} nodes)")
     return not report.failures

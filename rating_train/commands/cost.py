@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 
+from rating_train.commands.shared import add_set_option
 from rating_train.config.load import load_config
 from rating_train.reports.cost_report import cost_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``rating-train cost``."""
+    """Add the options of ``rating-train cost``."""
     parser.add_argument("config", help="YAML file")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=V", help="override one setting")
+    add_set_option(parser)
     parser.add_argument("--plcc", type=float, default=None, help="a PLCC, to print CES in every convention")
 
 

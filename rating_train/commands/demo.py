@@ -9,7 +9,7 @@ from rating_train.demo.model import CATALOGUE_DIR, MODEL_DIR, make_demo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``rating-train demo``."""
+    """Add the options of ``rating-train demo``."""
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder to make (default: demo)")
     parser.add_argument("--items", type=int, default=3000, help="listings in the catalogue (default: 3000)")
     parser.add_argument(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rating_train import run_dir
-from rating_train.commands.shared import add_set_option, load_config_once
-from rating_train.errors import EXIT_DONE, UserError
+from rating_train.commands.shared import add_set_option, load_config_once, require_run
+from rating_train.errors import EXIT_DONE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,13 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score the checkpoint on all ranks; rank 0 prints the metrics."""
-    if not (args.run / run_dir.CONFIG_FILE).is_file():
-        raise UserError(
-            "not a run directory: it has no config.yaml",
-            where=args.run,
-            fix="give the folder that `train` made",
-        )
-    config = load_config_once(args.run / run_dir.CONFIG_FILE, args.set)
+    config = load_config_once(require_run(args.run), args.set)
     from rating_train.distributed.collectives import on_main
     from rating_train.training.evaluate_run import evaluate_run, render
 

@@ -2,9 +2,9 @@
 
 ::
 
-    srun rating-train preflight [RUN]        in an allocation (PREFLIGHT=1 does it in the jobs of slurm/)
-    torchrun ... -m rating_train preflight [RUN]
-    rating-train preflight [RUN]             this machine alone
+    srun rating-train preflight [RUN] [--config FILE]     in an allocation (PREFLIGHT=1 does it in the jobs of slurm/)
+    torchrun ... -m rating_train preflight [RUN] [--config FILE]
+    rating-train preflight [RUN] [--config FILE]          this machine alone
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from rating_train import run_dir
+from rating_train.commands.shared import add_set_option, load_config_once
 from rating_train.errors import EXIT_BUG, EXIT_DONE
 
 
@@ -30,10 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="as `train.device`: with auto (default), a missing GPU fails where one is evidently expected",
     )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        help="configuration of the job: what it needs of cores and /dev/shm (default: RUN/config.yaml, if present)",
+    )
+    add_set_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check; exit code 0 if all passed, else 1."""
+    """Check; exit code 0 if all checks passed, else 1."""
+    file = args.config or args.run / run_dir.CONFIG_FILE
+    config = load_config_once(file, args.set) if args.config or file.is_file() else None
     from rating_train.cluster.node_checks import preflight
 
-    return EXIT_DONE if preflight(args.run, args.device) else EXIT_BUG
+    wanted = args.device if args.device != "auto" or config is None else config.train.device
+    return EXIT_DONE if preflight(args.run, config, wanted) else EXIT_BUG

@@ -10,7 +10,7 @@ from rating_train.shards.schema import MANIFEST_NAME
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``rating-train report``."""
+    """Add the options of ``rating-train report``."""
     parser.add_argument("run", type=Path, nargs="+", help="run directories, or dataset directories")
     parser.add_argument("--out", type=Path, help="of one dataset: folder of the page (default: DATA.report)")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Options that several verbs share."""
+"""Options and checks that several verbs share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rating_train import run_dir
 from rating_train.config.load import load_config
 from rating_train.config.schema import Config
 from rating_train.errors import UserError
@@ -64,3 +65,28 @@ def load_config_once(path: str | Path, overrides: list[str]) -> Config:
     except UserError as e:
         e.on_all_ranks = True
         raise
+
+
+def require_run(run: Path) -> Path:
+    """Return the run's config.yaml.
+
+    Raises:
+        UserError: there is no such folder, it is no run, or the run has only begun; the same on every rank.
+    """
+    config = run / run_dir.CONFIG_FILE
+    if config.is_file():
+        return config
+    fix = "give the folder that `rating-train train` made"
+    if not run.is_dir():
+        what = "a file is not a run directory" if run.exists() else "there is no such run directory"
+        error = UserError(what, where=run, fix=fix)
+    elif any((run / name).exists() for name in (run_dir.LOCK_FILE, run_dir.HEARTBEAT_FILE, run_dir.LOGS_DIR)):
+        error = UserError(
+            "the run has no config.yaml yet: it is starting, or ended before it had",
+            where=run,
+            fix=f"wait for its first step (rating-train status {run}), or look at {run / run_dir.LOGS_DIR}",
+        )
+    else:
+        error = UserError(f"not a run directory: it has no {run_dir.CONFIG_FILE}", where=run, fix=fix)
+    error.on_all_ranks = True
+    raise error

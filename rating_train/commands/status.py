@@ -1,4 +1,4 @@
-"""``rating-train status``: how far a run is, who is running it, and which of its checkpoints are valid."""
+"""``rating-train status``: how far a run is, whether it moves, and which of its checkpoints are valid."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EXIT_NOTHING_VALID = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``rating-train status``."""
+    """Add the options of ``rating-train status``."""
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(

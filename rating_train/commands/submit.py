@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from rating_train.cluster.submission import Request, submit
+from rating_train.cluster.site import Request
+from rating_train.cluster.submission import submit
 from rating_train.errors import EXIT_DONE
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from rating_train.errors import one_error
+from rating_train.errors import UserError, one_error
 
 MODEL_TYPES = ("smolvlm", "idefics3")
 
@@ -134,6 +134,8 @@ def architecture_from_config(
     Raises:
         UserError: values are missing, of a wrong type, or inconsistent; one error lists them all.
     """
+    if not isinstance(config, Mapping):
+        raise UserError("the model's configuration is not a JSON object", where=where)
     reader = _Reader()
     if config.get("model_type") not in MODEL_TYPES:
         reader.problems.append(

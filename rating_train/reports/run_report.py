@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rating_train.errors import UserError
 from rating_train.files import atomic_write_json, read_json_lines
 from rating_train.reports import plots
+from rating_train.reports.rows import number
 from rating_train.run_dir import EVAL_LOG, PREDICTIONS_DIR, REPORT_DIR, TRAIN_LOG
 from rating_train.scoring.metrics import Scores, per_group, score
 from rating_train.scoring.predictions import Prediction, deduplicate, read_predictions
@@ -138,38 +139,30 @@ def _training_summary(rows: Rows) -> dict[str, Any] | None:
         return None
     waits = [
         wait / step
-        for wait, step in ((_number(r, "data_wait_seconds"), _number(r, "step_seconds")) for r in rows)
+        for wait, step in ((number(r, "data_wait_seconds"), number(r, "step_seconds")) for r in rows)
         if wait is not None and step
     ]
-    losses = [loss for loss in (_number(r, "loss") for r in rows) if loss is not None]
+    losses = [loss for loss in (number(r, "loss") for r in rows) if loss is not None]
     tail = losses[-max(1, len(losses) // 20) :]
     return {
         "first_step": rows[0]["step"],
         "last_step": rows[-1]["step"],
         "rows": len(rows),
-        "last_epoch": _number(rows[-1], "epoch"),
+        "last_epoch": number(rows[-1], "epoch"),
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "mean_loss_of_last_20th": statistics.fmean(tail) if tail else None,
-        "median_samples_per_second": _median([_number(r, "samples_per_second") for r in rows]),
-        "median_step_seconds": _median([_number(r, "step_seconds") for r in rows]),
+        "median_samples_per_second": _median([number(r, "samples_per_second") for r in rows]),
+        "median_step_seconds": _median([number(r, "step_seconds") for r in rows]),
         "median_data_wait_share": _median(waits),
     }
 
 
 def _evaluation_summary(rows: Rows) -> dict[str, Any]:
     """The last row and the row with the highest PLCC, as they were logged."""
-    defined = (row for row in rows if _number(row, "plcc") is not None)
+    defined = (row for row in rows if number(row, "plcc") is not None)
     best = max(defined, key=lambda row: row["plcc"], default=None)
     return {"evaluations": len(rows), "best_by_plcc": best, "last": rows[-1]}
-
-
-def _number(row: Mapping[str, Any], key: str) -> float | None:
-    """``row[key]`` as a finite float, or ``None`` where it is missing, null, NaN or not a number."""
-    value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
 
 
 def _median(values: Sequence[float | None]) -> float | None:
@@ -239,7 +232,7 @@ def _panel(axes: Axes, title: str, curves: Sequence[Curve], smooth: bool = False
     axes.set_xlabel("step")
     axes.grid(color="0.92")
     for i, (label, rows, key, style) in enumerate(curves):
-        points = [(row["step"], value) for row in rows if (value := _number(row, key)) is not None]
+        points = [(row["step"], value) for row in rows if (value := number(row, key)) is not None]
         if not points:
             continue
         steps, values = [step for step, _ in points], [value for _, value in points]

@@ -1,12 +1,10 @@
-"""``rating-train status``: how far a run is, who is running it, and which of its checkpoints are whole.
+"""``rating-train status``: how far a run is, whether it moves, who owns it, and which checkpoints are valid.
 
 Reads files only, and writes none. What cannot be said is ``None``, with its reason under ``undefined``.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 import sys
 import time
@@ -17,40 +15,36 @@ from rating_train import run_dir
 from rating_train.checkpoint import store
 from rating_train.checkpoint.state import STATE_FILE
 from rating_train.errors import UserError
-from rating_train.log import on_terminal
+from rating_train.log import duration, on_terminal
 from rating_train.processes import process_lives
-from rating_train.resilience.lock_file import describe, read_state
+from rating_train.reports.rows import last_row, number
+from rating_train.resilience.lock_file import LockState, describe, read_state
 
-_TAIL_BYTES = 1 << 16  # of a metrics file: some hundred rows
 _MIB = 2**20
+#: A run is stalled after so many times its usual step without progress, and never before so many seconds.
+_STALLED_STEPS, _STALLED_SECONDS = 5, 15.0
 
 
 def read_status(run: Path, quick: bool = False) -> dict[str, Any]:
-    """The status as JSON values.
+    """Return the status as JSON values.
 
     Args:
         run: run directory, of a run that is training, has ended or was killed.
-        quick: whether to check sizes only.
+        quick: whether to check the sizes of checkpoint files only.
 
     Raises:
         UserError: the folder is no run directory.
     """
-    names = (run_dir.CONFIG_FILE, run_dir.CHECKPOINTS_DIR, run_dir.LOCK_FILE, run_dir.TRAIN_LOG)
-    if not any((run / name).exists() for name in names):
-        raise UserError(
-            f"not a run directory: it has none of {', '.join(names)}",
-            where=run,
-            fix="give the folder that `rating-train train` made",
-        )
+    _check_is_run(run)
     root = run / run_dir.CHECKPOINTS_DIR
     undefined: dict[str, str] = {}
-    owner = _owner(run, undefined)  # first: verifying takes long, and the run goes on meanwhile
+    owner = _owner(run, undefined)  # first: verifying takes long, and training continues meanwhile
     checkpoints = _checkpoints(root, quick)
     state = _newest_state(root, checkpoints)
     listing = sorted(root.iterdir()) if root.is_dir() else []
     return {
         "run": str(run),
-        "progress": _progress(run, state, owner["heartbeat"], undefined),
+        "progress": _progress(run, state, owner, undefined),
         "best": _best(root, state, undefined),
         "owner": owner,
         "checkpoints": checkpoints,
@@ -64,43 +58,86 @@ def read_status(run: Path, quick: bool = False) -> dict[str, Any]:
     }
 
 
+def _check_is_run(run: Path) -> None:
+    """Refuse what no run has made: a sign that only a run leaves is asked for, not just a file of the right name."""
+    fix = "give the folder that `rating-train train` made"
+    if not run.is_dir():
+        what = "it is a file" if run.exists() else "there is no such folder"
+        raise UserError(f"not a run directory: {what}", where=run, fix=fix)
+    signs = (
+        bool(_json_object(run / run_dir.LOCK_FILE)),
+        bool(_json_object(run / run_dir.HEARTBEAT_FILE)),
+        bool(store.steps_present(run / run_dir.CHECKPOINTS_DIR)),
+        bool(last_row(run / run_dir.TRAIN_LOG)),
+        bool(_settings(run / run_dir.CONFIG_FILE)),
+    )
+    if not any(signs):
+        names = (
+            run_dir.CONFIG_FILE,
+            run_dir.TRAIN_LOG,
+            run_dir.LOCK_FILE,
+            f"{run_dir.CHECKPOINTS_DIR}/step_*",
+        )
+        raise UserError(
+            f"not a run directory: it has no readable {', '.join(names[:-1])} and no {names[-1]}",
+            where=run,
+            fix=fix,
+        )
+
+
 def _is_left_over(path: Path) -> bool:
     """Something that a crash, or a write going on now, left under a temporary name."""
     return ".tmp-" in path.name or path.name.startswith(f"{run_dir.LOCK_FILE}.stale-")
 
 
 def _progress(
-    run: Path, state: dict[str, Any], beat: dict[str, Any] | None, undefined: dict[str, str]
+    run: Path, state: dict[str, Any], owner: dict[str, Any], undefined: dict[str, str]
 ) -> dict[str, Any]:
     """Where the run is: by the newest of its log, its heartbeat and its newest valid checkpoint."""
-    row = _last_row(run / run_dir.TRAIN_LOG)
+    row, beat = last_row(run / run_dir.TRAIN_LOG), owner["heartbeat"] or {}
     saved = state.get("train_state")
-    steps = [s.get("step") for s in (row, beat or {}, saved if isinstance(saved, dict) else {})]
+    steps = [s.get("step") for s in (row, beat, saved if isinstance(saved, dict) else {})]
     known = [s for s in steps if isinstance(s, int)]
-    total = next((t for s in (beat or {}, state) if isinstance(t := s.get("total_steps"), int)), None)
+    total = next((t for s in (beat, state) if isinstance(t := s.get("total_steps"), int)), None)
+    seconds, idle = number(row, "step_seconds"), _idle_seconds(beat, owner)
     progress = {
         "step": max(known, default=None),
         "total_steps": total,
-        "epoch": _number(row, "epoch"),
-        "loss": _number(row, "loss"),
-        "samples_per_second": _number(row, "samples_per_second"),
+        "epoch": number(row, "epoch"),
+        "loss": number(row, "loss"),
+        "samples_per_second": number(row, "samples_per_second"),
+        "step_seconds": seconds,
+        "idle_seconds": idle,
+        "stalled": owner["state"] == "alive" and _is_stalled(beat, idle, seconds),
         "eta_seconds": None,
         "logged_step": row.get("step"),
     }
-    seconds = _number(row, "step_seconds")
-    if progress["step"] is not None and total is not None and seconds is not None:
+    if progress["step"] is not None and total is not None and seconds is not None and not progress["stalled"]:
         progress["eta_seconds"] = max(0, total - progress["step"]) * seconds
     why = f"{run_dir.TRAIN_LOG} has no rows" if not row else "the last row has none (not finite)"
-    for key in ("epoch", "loss", "samples_per_second", "logged_step"):
-        if progress[key] is None:
-            undefined[f"progress.{key}"] = why
-    if progress["step"] is None:
-        undefined["progress.step"] = "no row, no heartbeat with a step, no valid checkpoint"
-    if total is None:
-        undefined["progress.total_steps"] = "neither a heartbeat nor a valid checkpoint names it"
-    if progress["eta_seconds"] is None:
-        undefined["progress.eta_seconds"] = "needs the step, the total and the seconds per step"
+    reasons = {
+        **dict.fromkeys(("epoch", "loss", "samples_per_second", "step_seconds", "logged_step"), why),
+        "step": "no row, no heartbeat with a step, no valid checkpoint",
+        "total_steps": "neither a heartbeat nor a valid checkpoint names it",
+        "idle_seconds": "no heartbeat says when the last step was",
+        "eta_seconds": "needs the step, the total, the seconds per step, and a run that moves",
+    }
+    undefined.update({f"progress.{key}": reasons[key] for key in reasons if progress[key] is None})
     return progress
+
+
+def _idle_seconds(beat: dict[str, Any], owner: dict[str, Any]) -> float | None:
+    """Seconds since the owner's last progress (a step, an evaluated batch): by its own clock up to its last beat."""
+    progress, beaten = number(beat, "progress_unix_time"), number(beat, "unix_time")
+    if progress is None or beaten is None:
+        return None
+    return round(max(0.0, beaten - progress) + max(0.0, owner["heartbeat_age_seconds"] or 0.0), 1)
+
+
+def _is_stalled(beat: dict[str, Any], idle: float | None, step_seconds: float | None) -> bool:
+    if idle is None or step_seconds is None or beat.get("phase") != "training":
+        return False
+    return idle > max(_STALLED_SECONDS, _STALLED_STEPS * step_seconds)
 
 
 def _best(root: Path, state: dict[str, Any], undefined: dict[str, str]) -> dict[str, Any]:
@@ -108,29 +145,32 @@ def _best(root: Path, state: dict[str, Any], undefined: dict[str, str]) -> dict[
     content = _json_object(root / store.BEST)
     saved = state.get("train_state")
     saved = saved if isinstance(saved, dict) else {}
-    value, step = _number(content, "value"), content.get("step")
+    value, step = number(content, "value"), content.get("step")
     if value is None:
-        value, step = _number(saved, "best_value"), saved.get("best_step")
+        value, step = number(saved, "best_value"), saved.get("best_step")
     if value is None:
         undefined["best"] = "no evaluation with a defined metric has been saved"
-    config = root.parent / run_dir.CONFIG_FILE
-    return {"metric": _select_metric(config), "value": value, "step": step if value is not None else None}
+    train = _settings(root.parent / run_dir.CONFIG_FILE).get("train")
+    metric = content.get("metric") or (train.get("select_metric") if isinstance(train, dict) else None)
+    return {"metric": metric, "value": value, "step": step if value is not None else None}
 
 
-def _select_metric(config: Path) -> str | None:
+def _settings(config: Path) -> dict[str, Any]:
+    """The settings of a run; empty where its config.yaml is missing or is none."""
     import yaml  # here, as the command line's help needs none
 
     try:
-        return str(yaml.safe_load(config.read_text("utf-8"))["train"]["select_metric"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        return None
+        settings = yaml.safe_load(config.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return settings if isinstance(settings, dict) and "name" in settings else {}
 
 
 def _owner(run: Path, undefined: dict[str, str]) -> dict[str, Any]:
     """Who holds the lock and what was last heard: state is none, alive, dead or unknown."""
-    lock, beat = read_state(run / run_dir.LOCK_FILE), read_state(run / run_dir.HEARTBEAT_FILE)
+    lock, beat = _read(run / run_dir.LOCK_FILE), _read(run / run_dir.HEARTBEAT_FILE)
     content = beat.content if beat else {}
-    heard = _number(content, "unix_time")
+    heard = number(content, "unix_time")
     age = round(time.time() - heard, 1) if heard is not None else None
     if age is None:
         undefined["owner.heartbeat_age_seconds"] = f"there is no readable {run_dir.HEARTBEAT_FILE}"
@@ -139,14 +179,11 @@ def _owner(run: Path, undefined: dict[str, str]) -> dict[str, Any]:
         return result
     lives = process_lives(lock.content)
     if lives is None:  # on another host: whether the counter goes up is all that can be known
-        period = _number(content, "beat_seconds")
+        period = number(content, "beat_seconds")
         end = time.monotonic() + 1.5 * min(period or 5.0, 60.0)
         while lives is None and time.monotonic() < end:
             time.sleep(0.2)
-            if (
-                read_state(run / run_dir.HEARTBEAT_FILE) != beat
-                or read_state(run / run_dir.LOCK_FILE) != lock
-            ):
+            if _read(run / run_dir.HEARTBEAT_FILE) != beat or _read(run / run_dir.LOCK_FILE) != lock:
                 lives = True
     if lives is None:
         undefined["owner.state"] = "its process cannot be seen from this host, and it did not beat just now"
@@ -206,76 +243,74 @@ def _pointer(root: Path, name: str, checkpoints: list[dict[str, Any]]) -> dict[s
     return {"name": name, "step": step, "problem": problem}
 
 
-def _last_row(path: Path) -> dict[str, Any]:
-    """The last whole row of a metrics file; empty where there is none."""
-    try:
-        with open(path, "rb") as f:
-            f.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            lines = f.read().split(b"\n")
-    except FileNotFoundError:
-        return {}
-    for line in reversed(lines):
-        try:
-            row = json.loads(line)
-        except ValueError:  # empty, or torn by a crash
-            continue
-        if isinstance(row, dict):
-            return row
-    return {}
-
-
 def _json_object(path: Path) -> dict[str, Any]:
-    state = read_state(path)
+    state = _read(path)
     return state.content if state else {}
 
 
-def _number(row: dict[str, Any], key: str) -> float | None:
-    value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+def _read(path: Path) -> LockState | None:
+    try:
+        return read_state(path)
+    except OSError:  # a folder of that name, or a disk that cannot read it
         return None
-    return float(value)
 
 
 def render(status: dict[str, Any]) -> str:
-    """The status for a person."""
-    p, best, owner, why = status["progress"], status["best"], status["owner"], status["undefined"]
-
-    def shown(key: str, form: str) -> str:
-        value = p[key]
-        return f"undefined ({why[f'progress.{key}']})" if value is None else format(value, form)
-
-    lines = [
-        f"run          {status['run']}",
-        f"progress     step {shown('step', 'd')} of {shown('total_steps', 'd')}, epoch {shown('epoch', '.3f')}",
-        f"             loss {shown('loss', '.4f')}, {shown('samples_per_second', '.1f')} samples/s, "
-        f"{shown('eta_seconds', '.0f')} s left",
-    ]
-    metric = best["metric"] or "metric"
-    value = (
-        f"undefined ({why['best']})"
-        if best["value"] is None
-        else f"{best['value']:.4f} at step {best['step']}"
-    )
-    lines.append(f"best {metric:<8}{value}")
+    """Return the status as text for a person: what is not known is left out, not spelled out."""
+    owner = status["owner"]
+    lines = [f"run          {status['run']}", *_progress_lines(status)]
+    best = status["best"]
+    value = "none yet" if best["value"] is None else f"{best['value']:.4f} at step {best['step']}"
+    lines.append(f"best {best['metric'] or 'metric':<8}{value}")
     lines.append(
         f"owner        {owner['state']}" + (f": {owner['owner']}" if owner["lock"] is not None else "")
     )
     if owner["heartbeat"]:
         age = owner["heartbeat_age_seconds"]
-        ago = "at an unknown time" if age is None else f"{age:.0f} s ago by this host's clock"
+        ago = "at an unknown time" if age is None else f"{duration(age)} ago by this host's clock"
         lines.append(f"heartbeat    {ago}: {owner['heartbeat'].get('phase', 'unknown')}")
     lines += [
         f"checkpoint   {c['name']} {c['bytes'] / _MIB:.1f} MiB "
         + ("valid" if c["valid"] else f"INVALID ({c['problem']})")
         for c in status["checkpoints"]
     ] or ["checkpoint   none"]
-    lines += [
-        f"{q['name']:<13}"
-        + " ".join(filter(None, [str(q["step"] or ""), f"({q['problem']})" if q["problem"] else ""]))
-        for q in status["pointers"]
-    ]
+    if status["checkpoints"]:
+        lines += [
+            f"{q['name']:<13}"
+            + " ".join(filter(None, [str(q["step"] or ""), f"({q['problem']})" if q["problem"] else ""]))
+            for q in status["pointers"]
+        ]
     for key in ("markers", "temporary", "abandoned"):
         if status[key]:
             lines.append(f"{key:<13}{', '.join(status[key])}")
     lines.append(f"disk         {status['free_bytes'] / 2**30:.1f} GiB free; checked {status['checked']}")
     return "\n".join(lines)
+
+
+def _progress_lines(status: dict[str, Any]) -> list[str]:
+    p, alive = status["progress"], status["owner"]["state"] == "alive"
+    if p["step"] is None:
+        return ["progress     no step yet"]
+    total = "" if p["total_steps"] is None else f" of {p['total_steps']}"
+    epoch = "" if p["epoch"] is None else f", epoch {p['epoch']:.3f}"
+    last = (
+        f", last progress {duration(p['idle_seconds'])} ago"
+        if alive and p["idle_seconds"] is not None
+        else ""
+    )
+    lines = [f"progress     step {p['step']}{total}{epoch}{last}"]
+    facts = [
+        f"loss {p['loss']:.4f}" if p["loss"] is not None else "",
+        f"{p['samples_per_second']:.1f} samples/s" if p["samples_per_second"] is not None else "",
+        f"{duration(p['eta_seconds'])} left" if p["eta_seconds"] is not None else "",
+    ]
+    if p["loss"] is None and p["logged_step"] is not None:
+        facts[0] = f"the loss of step {p['logged_step']} is not finite"
+    if any(facts):
+        lines.append(f"             {', '.join(filter(None, facts))}")
+    if p["stalled"]:
+        lines.append(
+            f"STALLED      no step for {duration(p['idle_seconds'])} (usually {duration(p['step_seconds'])}): a rank "
+            f"may be stopped or stuck; see {run_dir.LOGS_DIR}/. The watchdog ends it after train.watchdog_minutes"
+        )
+    return lines

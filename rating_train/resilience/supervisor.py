@@ -30,7 +30,10 @@ class Supervisor:
     def beat(self, phase: str, step: int, total_steps: int) -> None:
         """Report progress to this rank's watchdog and to heartbeat.json."""
         self.watchdog.beat(f"{phase}, step {step}")
-        self.lock.update(phase=phase, step=step, total_steps=total_steps)
+        # The heartbeat comes from a thread, also while this one is stuck: `status` tells the two apart by this time.
+        self.lock.update(
+            phase=phase, step=step, total_steps=total_steps, progress_unix_time=round(time.time(), 3)
+        )
 
     def agreed_to_stop(self) -> str:
         """Return why to stop, or ``""``. A collective, at a step boundary.

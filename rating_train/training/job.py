@@ -19,6 +19,7 @@ from rating_train.distributed.world import World
 from rating_train.engine.engine import Engine, build_engine
 from rating_train.model.regressor import build_regressor
 from rating_train.training import setup
+from rating_train.training.checks import check_batch_fits
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,9 @@ def assemble_job(config: Config, run: Path, world: World, device: torch.device) 
     model_inputs = setup.read_model_inputs(config)
     prompt = model_inputs.prompt
     data = open_training(config.data, prompt, world, plan.global_items, plan.rank_items)
+    check_batch_fits(
+        plan.global_items, data.samples, config.data.train_split
+    )  # of a remote dataset, only now
     eval_items = config.eval.micro_items or plan.micro_items
     eval_data = open_evaluation(
         config.data, prompt, world, config.data.eval_split, eval_items, config.eval.max_items

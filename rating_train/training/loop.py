@@ -14,6 +14,7 @@ import logging
 import time
 from pathlib import Path
 
+from rating_train import log as logs
 from rating_train import run_dir
 from rating_train.checkpoint.state import TrainState
 from rating_train.config.schema import Config
@@ -25,6 +26,7 @@ from rating_train.files import atomic_write_text
 from rating_train.resilience.graceful_stop import REQUEUE_REASONS, Stopped
 from rating_train.resilience.supervisor import Supervisor, supervise
 from rating_train.training import setup
+from rating_train.training.checks import check_job, make_run_folder, warn_of_missing_cores
 from rating_train.training.evaluation import evaluate
 from rating_train.training.job import Job, assemble_job, restore
 from rating_train.training.provenance import record_start
@@ -48,9 +50,11 @@ def train(config: Config, resume: str) -> str:
     """
     started = time.monotonic()
     run = Path(config.runs_dir) / config.name
-    world, device = setup.join_job(
-        lambda rank: run_dir.rank_log(run, rank), config.train.collective_timeout_minutes, config.train.device
-    )
+    world, device = setup.join_job(config.train.collective_timeout_minutes, config.train.device)
+    on_main(lambda: check_job(config, run, resume, world, device))
+    on_main(lambda: make_run_folder(run))
+    logs.set_up(world.rank, run_dir.rank_log(run, world.rank))
+    warn_of_missing_cores(config, world)
     with supervise(run, config.train, world, scheduled_job(), started) as supervisor:
         job = assemble_job(config, run, world, device)
         state, path = restore(job, resume)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,13 +77,10 @@ def evaluation_row(
     }
 
 
-def join_job(
-    log_file: Callable[[int], Path] | None = None, timeout_minutes: float = 10.0, wanted: str = "auto"
-) -> tuple[worlds.World, torch.device]:
-    """Join the process group and set up the log of this rank. A collective.
+def join_job(timeout_minutes: float = 10.0, wanted: str = "auto") -> tuple[worlds.World, torch.device]:
+    """Join the process group, and log to the terminal until a log file is known. A collective.
 
     Args:
-        log_file: gives the log file of a rank; ``None`` logs to the terminal only.
         timeout_minutes: of every collective.
         wanted: ``train.device``.
 
@@ -93,7 +88,7 @@ def join_job(
         This process's place, and its device.
     """
     world = worlds.detect()
-    logs.set_up(world.rank, log_file(world.rank) if log_file else None)
+    logs.set_up(world.rank)
     device = worlds.connect(world, timeout_minutes, wanted)
     nodes = f", {world.nodes} nodes" if world.nodes > 1 else ""
     on_main(lambda: log.info("%d ranks%s on %s", world.size, nodes, device.type))

@@ -54,15 +54,15 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
 #: through others: a login node runs them.
 TORCH_FREE = (
     "cli errors files log processes run_dir commands. config. demo. prepare. reports. resilience.run_lock "
-    "scoring. shards. cluster.submission checkpoint.store data.cache data.shared_memory_need data.stale_memory "
-    "model.architecture model.cost "
+    "scoring. shards. cluster.site cluster.submission checkpoint.store data.cache data.shared_memory_need "
+    "data.stale_memory model.architecture model.cost "
     "training.provenance prediction.options prediction.output prediction.rows prediction.work_dir "
 ).split()
 
 READS_ENVIRONMENT = {
     "distributed.world",
     "log",
-    "cluster.submission",
+    "cluster.site",
 }  # the last: where the site's settings are
 
 MAX_MODULES = 12

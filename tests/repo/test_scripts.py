@@ -318,7 +318,7 @@ def test_submit_shows_what_it_would_do_and_does_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     train, evaluate = (line for line in done.stdout.splitlines() if line.startswith("sbatch "))
     for option in (
-        "--partition=p --account=a --qos=long --nodes=2 --ntasks-per-node=8 --cpus-per-task=1 --gpus-per-node=h200:8",
+        "--partition=p --account=a --qos=long --nodes=2 --ntasks-per-node=8 --cpus-per-task=9 --gpus-per-node=h200:8",
         "--time=1-00:00:00",
         "--dependency=singleton,afterok:77",
         "slurm/train.sbatch",
@@ -388,7 +388,7 @@ def test_the_example_of_the_sites_settings_is_read_and_complete(tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert "--ntasks-per-node=4" in done.stdout and "--time=30" in done.stdout
     asked = re.search(
-        r"SITE_NAMES = \((.*?)\)", (REPO / "rating_train" / "cluster" / "submission.py").read_text(), re.S
+        r"SITE_NAMES = \((.*?)\)", (REPO / "rating_train" / "cluster" / "site.py").read_text(), re.S
     )
     assert asked is not None
     for name in re.findall(r'"(\w+)"', asked[1]):

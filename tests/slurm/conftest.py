@@ -79,7 +79,7 @@ class Cluster:
             )
         )
         site = self.folder / "cluster.env"
-        site.write_text('CLUSTER_SETUP="echo the site is set up"\n')
+        site.write_text('CLUSTER_SETUP="echo the site is set up" CLUSTER_TASKS_PER_NODE=1\n')
         (self.folder / "tmp").mkdir()
         dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
         self.env = {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith("SLURM")}

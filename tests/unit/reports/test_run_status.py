@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import yaml
 
 from rating_train import cli
 from rating_train.checkpoint import store
+from rating_train.log import duration
 from rating_train.processes import this_process
 from rating_train.reports.run_status import read_status
 from rating_train.resilience.run_lock import RunLock
@@ -83,7 +85,7 @@ def test_a_run_that_ended(run: Path, capsys: pytest.CaptureFixture[str], options
     ]
     assert value["markers"] == value["temporary"] == value["abandoned"] == []
     assert value["owner"]["state"] == "none" and value["free_bytes"] > 0
-    assert list(value["undefined"]) == ["owner.heartbeat_age_seconds"]
+    assert sorted(value["undefined"]) == ["owner.heartbeat_age_seconds", "progress.idle_seconds"]
     assert "step 2 of 2" in text and "step_00000002" in text and "INVALID" not in text
     assert ("sizes and SHA-256" in text) == (not options)
 
@@ -140,7 +142,7 @@ def test_what_lies_about_is_named(run: Path, capsys: pytest.CaptureFixture[str])
     assert value["abandoned"] == ["abandoned-0a1b2c_step_00000002"]
     assert value["markers"] == ["STOP", "REQUEUE"]
     assert [p["problem"] for p in value["pointers"]] == ["it cannot be read", "there is none"]
-    assert value["best"]["value"] is None and "undefined (no evaluation" in text
+    assert value["best"]["value"] is None and "best plcc    none yet" in text
     for part in ("STOP, REQUEUE", "step_00000003.tmp-0a1b", "abandoned-0a1b2c"):
         assert part in text
 
@@ -152,14 +154,34 @@ def test_a_run_that_has_only_begun(tmp_path: Path, capsys: pytest.CaptureFixture
     assert set(value["undefined"]) == {
         "best",
         "owner.heartbeat_age_seconds",
-        *(f"progress.{k}" for k in value["progress"]),
+        *(f"progress.{k}" for k in value["progress"] if k != "stalled"),
     }
-    assert "checkpoint   none" in text and "undefined (train.jsonl has no rows)" in text
+    assert "checkpoint   none" in text and "progress     no step yet" in text
+    assert "undefined" not in text, "what is not known yet is left out"
 
 
-def test_no_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "rubbish", ["", "config.yaml", "LOCK", "heartbeat.json", "train.jsonl", "checkpoints"]
+)
+@pytest.mark.parametrize("kind", [b"", b"\x00\xff rubbish {", "folder"])
+def test_no_run_directory(
+    rubbish: str, kind: bytes | str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither an empty folder nor one that holds something else under a run's names."""
+    if rubbish and isinstance(kind, bytes):
+        (tmp_path / rubbish).write_bytes(kind)
+    elif rubbish:
+        (tmp_path / rubbish).mkdir()
     assert cli.main(["status", str(tmp_path)]) == 2
-    assert "not a run directory" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "not a run directory" in error and error.count("\n") == 1
+
+
+def test_no_folder_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for name, reason in (("none", "there is no such folder"), ("file", "it is a file")):
+        assert cli.main(["status", str(tmp_path / name)]) == 2
+        assert f"not a run directory: {reason}" in capsys.readouterr().err
 
 
 def test_the_last_whole_row_counts_and_a_loss_may_be_undefined(
@@ -185,6 +207,28 @@ def test_a_living_owner_and_how_far_it_is(run: Path, capsys: pytest.CaptureFixtu
         assert f"alive: process {os.getpid()} on {socket.gethostname()}, job 77" in text
     value, text = status_of(run, capsys)
     assert value["owner"]["state"] == "none" and "ended: done" in text
+
+
+def test_a_run_that_beats_but_does_not_move_is_stalled(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The heartbeat is another thread's: it goes on while a rank is stopped."""
+    lock = RunLock(run, beat_seconds=0.1, stale_seconds=1)
+    lock.update(step=5, total_steps=20, phase="training", progress_unix_time=time.time())
+    with lock:
+        value, text = status_of(run, capsys)
+        assert value["progress"]["stalled"] is False and 0 <= value["progress"]["idle_seconds"] < 15
+        assert "STALLED" not in text and "last progress" in text and " left" in text
+        lock.update(progress_unix_time=time.time() - 95)
+        lock._beat()
+        value, text = status_of(run, capsys)
+        assert value["progress"]["stalled"] is True and 95 <= value["progress"]["idle_seconds"] < 110
+        assert value["progress"]["eta_seconds"] is None
+        usual = duration(value["progress"]["step_seconds"])
+        assert "STALLED      no step for 1 min 3" in text and f"(usually {usual})" in text
+        assert " left" not in text, "there is no time left to tell of a run that does not move"
+        lock.update(phase="evaluating")
+        lock._beat()
+        assert status_of(run, capsys)[0]["progress"]["stalled"] is False
+    assert status_of(run, capsys)[0]["progress"]["stalled"] is False, "it has ended"
 
 
 def test_owners_that_are_dead_elsewhere_or_beating(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

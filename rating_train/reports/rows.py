@@ -1,0 +1,37 @@
+"""Rows of a run's metrics files, and numbers in them that may be missing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_TAIL_BYTES = 1 << 16  # of a metrics file: some hundred rows
+
+
+def last_row(path: Path) -> dict[str, Any]:
+    """Return the last complete row of a metrics file; empty where there is none."""
+    try:
+        with open(path, "rb") as f:
+            f.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = f.read().split(b"\n")
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # empty, torn by a crash, or no row at all
+            continue
+        if isinstance(row, dict):
+            return row
+    return {}
+
+
+def number(row: Mapping[str, Any], key: str) -> float | None:
+    """Return ``row[key]`` as a finite float; ``None`` where it is missing, null, NaN or not a number."""
+    value = row.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)

@@ -1,0 +1,254 @@
+"""What is looked at before a job opens its data, downloads anything or builds a model: local files and numbers only."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from rating_train import run_dir
+from rating_train.checkpoint.resume import named_checkpoint
+from rating_train.config.resolve import BatchPlan, plan_batch
+from rating_train.config.schema import Config
+from rating_train.data.shared_memory_need import batch_bytes
+from rating_train.distributed import world as worlds
+from rating_train.distributed.collectives import all_gather
+from rating_train.distributed.world import World
+from rating_train.errors import UserError, one_error
+from rating_train.model.architecture import KNOWN_ARCHITECTURES, Architecture
+from rating_train.model.cost import visual_tokens
+from rating_train.model.load import read_architecture
+from rating_train.shards.verify import read_manifest
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_GIB = 2**30
+#: Bytes that training keeps of one token in one layer for the backward pass, at least, per hidden unit in bf16:
+#: inputs of the linear layers, norms and activations (Korthikanti et al. 2022, without the attention matrix).
+_LAYER_BYTES = 34
+_CHECKPOINTED_LAYER_BYTES = 2  # with gradient checkpointing a layer's input alone
+
+
+def check_job(config: Config, run: Path, resume: str, world: World, device: torch.device) -> None:
+    """Refuse what cannot be trained, with all problems in one error. Rank 0.
+
+    Raises:
+        UserError: ``resume`` names no checkpoint; the run directory cannot be made; the dataset, a split or the
+            backbone's folder is missing; the batch does not divide, is larger than the split or does not fit in memory;
+            the image does not divide.
+    """
+    problems: list[UserError] = []
+
+    def attempt(check: Callable[[], T]) -> T | None:
+        try:
+            return check()
+        except UserError as e:
+            problems.append(e)
+            return None
+
+    if resume not in ("auto", "never", "must"):
+        attempt(lambda: named_checkpoint(resume))
+    attempt(lambda: check_run_folder(run))
+    attempt(lambda: check_data(config))
+    plan = attempt(lambda: plan_batch(config.batch.global_items, config.batch.micro_items, world.size))
+    architecture = attempt(lambda: local_architecture(config))
+    visual = attempt(lambda: visual_tokens(architecture, config.data.image_px)) if architecture else None
+    if plan is not None and not problems:
+        attempt(lambda: check_memory(config, plan, visual or 0, architecture, world, device))
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise one_error([str(e) for e in problems], where=f"the configuration of {run}")
+
+
+def check_run_folder(run: Path) -> None:
+    """Refuse a run directory that cannot be made or written; nothing is made yet.
+
+    Raises:
+        UserError: a part of its path is a file, or the nearest folder that exists cannot be written.
+    """
+    nearest = next(path for path in (run, *run.absolute().parents) if os.path.lexists(path))
+    fix = "set runs_dir to a folder that all nodes can write to"
+    if not nearest.is_dir():
+        raise UserError(f"the run directory cannot be made: {nearest} is not a directory", where=run, fix=fix)
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"the run directory cannot be made: {nearest} cannot be written", where=run, fix=fix)
+
+
+def make_run_folder(run: Path) -> None:
+    """Make the run directory. Rank 0, after :func:`check_job`.
+
+    Raises:
+        UserError: the file system refuses.
+    """
+    try:
+        run_dir.make(run)
+    except OSError as e:
+        fix = "set runs_dir to a folder that all nodes can write to"
+        raise UserError(f"the run directory cannot be made ({e.strerror})", where=run, fix=fix) from e
+
+
+def check_data(config: Config) -> None:
+    """Refuse a local dataset that is missing, lacks a split, or is smaller than one global batch.
+
+    Raises:
+        UserError: see above.
+    """
+    data = config.data
+    if data.remote:
+        return  # its manifest is fetched later
+    splits = read_manifest(data.path)["splits"]
+    missing = [
+        f"data.{key}={name}"
+        for key, name in (("train_split", data.train_split), ("eval_split", data.eval_split))
+        if name not in splits
+    ]
+    if missing:
+        raise UserError(
+            f"the dataset has no split {', '.join(missing)}",
+            where=data.path,
+            expected=f"one of {', '.join(splits)}",
+            fix="set data.train_split and data.eval_split, or prepare with another --val-fraction",
+        )
+    check_batch_fits(config.batch.global_items, splits[data.train_split]["items"], data.train_split)
+
+
+def check_batch_fits(global_items: int, items: int, split: str) -> None:
+    """Refuse a global batch that is larger than the split.
+
+    Raises:
+        UserError: one step would read items twice.
+    """
+    if global_items > items:
+        raise UserError(
+            f"a global batch of {global_items:,} items is larger than the split {split!r}, which has {items:,}",
+            where="batch.global_items",
+            expected=f"at most {items:,}",
+            fix=f"set batch.global_items to {items:,} or less",
+        )
+
+
+def local_architecture(config: Config) -> Architecture | None:
+    """Return the backbone's shape where no network is needed for it, else ``None``.
+
+    Raises:
+        UserError: ``model.backbone`` is a path, and no folder with a config.json is there.
+    """
+    backbone = config.model.backbone
+    if Path(backbone).is_dir() or backbone in KNOWN_ARCHITECTURES:
+        return read_architecture(config.model)
+    if backbone.startswith(("/", "./", "../", "~")) or Path(backbone).exists():
+        raise UserError(
+            "the backbone's folder is not there",
+            where=f"model.backbone={backbone}",
+            expected="a folder with config.json and model.safetensors, or a hub id",
+            fix="check the path, or make a small model with `rating-train demo`",
+        )
+    return None
+
+
+def check_memory(
+    config: Config,
+    plan: BatchPlan,
+    visual: int,
+    architecture: Architecture | None,
+    world: World,
+    device: torch.device,
+) -> None:
+    """Refuse a batch that cannot fit in memory, by an estimate from below.
+
+    Counted: the items of one step of one rank in host memory, and what the backward pass of one micro-batch keeps on
+    the device. Weights, optimizer state and attention are not: what passes may still be too large.
+
+    Raises:
+        UserError: with the estimate, the memory that is there, and what to change.
+    """
+    tokens = config.data.text_tokens + visual
+    host = batch_bytes(plan.rank_items, config.data.image_px, tokens)
+    available = available_memory() // world.local_size
+    if host > available:
+        raise UserError(
+            f"one step of a rank reads {plan.rank_items:,} items, at least {host / _GIB:.1f} GiB; "
+            f"{available / _GIB:.1f} GiB of memory are available to it",
+            where="batch.global_items",
+            fix="lower batch.global_items, or start more ranks",
+        )
+    if architecture is None:
+        return
+    kept = plan.micro_items * activation_bytes(config, architecture, tokens)
+    if device.type == "cuda":
+        available = torch.cuda.get_device_properties(device).total_memory
+    if kept > available:
+        raise UserError(
+            f"the backward pass of a micro-batch of {plan.micro_items:,} items keeps at least {kept / _GIB:.1f} GiB; "
+            f"a rank has {available / _GIB:.1f} GiB",
+            where="batch.micro_items",
+            expected=f"at most {max(1, plan.micro_items * available // kept):,} by this estimate",
+            fix="set batch.micro_items lower (the rest is accumulation), or model.gradient_checkpointing=true",
+        )
+
+
+def activation_bytes(config: Config, architecture: Architecture, tokens: int) -> int:
+    """Return what one item keeps on the device for the backward pass, at least."""
+    per_unit = _CHECKPOINTED_LAYER_BYTES if config.model.gradient_checkpointing else _LAYER_BYTES
+    width = 1 if config.train.precision == "bf16" else 2
+    text, vision = architecture.text, architecture.vision
+    patches = (config.data.image_px // vision.patch) ** 2
+    decoder = text.layers * tokens * text.hidden
+    tower = (
+        0 if {"vision", "connector"} <= set(config.model.freeze) else vision.layers * patches * vision.hidden
+    )
+    return per_unit * width * (decoder + tower)
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that this node can still give: the kernel's estimate, or the control group's limit."""
+    fields = Path("/proc/meminfo").read_text().split()
+    found = [int(fields[fields.index("MemAvailable:") + 1]) << 10]
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:  # not in a control group of its own, or an older kernel
+        limit = "max"
+    if limit != "max":
+        found.append(max(0, int(limit) - int(used)))
+    return min(found)
+
+
+def missing_cores(world: World, workers: int) -> list[str]:
+    """Return the nodes whose ranks may use fewer cores than they have processes, in words. A collective.
+
+    Args:
+        world: this process's place.
+        workers: DataLoader workers of each rank; a rank needs one core for itself and one for each of them.
+    """
+    if not hasattr(os, "sched_getaffinity"):  # Linux alone says which cores a process may use
+        own: set[int] = set(range(os.cpu_count() or 1))
+    else:
+        own = os.sched_getaffinity(0)
+    nodes: dict[str, tuple[int, set[int]]] = {}
+    for name, cores in all_gather((worlds.node_name(), own)):
+        ranks, union = nodes.get(name, (0, set()))
+        nodes[name] = ranks + 1, union | cores
+    return [
+        f"{name}: {len(cores)} cores for {ranks} ranks with {workers} DataLoader workers each"
+        for name, (ranks, cores) in nodes.items()
+        if len(cores) < ranks * (workers + 1)
+    ]
+
+
+def warn_of_missing_cores(config: Config, world: World) -> None:
+    """Log one warning where DataLoader workers have to share cores. A collective."""
+    short = missing_cores(world, config.data.workers)
+    if short and world.is_main:
+        log.warning(
+            "%s%s: loading may be slower than training. Under Slurm give --cpus-per-task=%d; or set data.workers lower",
+            "; ".join(short[:3]), f"; and {len(short) - 3} more nodes" if len(short) > 3 else "",
+            config.data.workers + 1,
+        )  # fmt: skip

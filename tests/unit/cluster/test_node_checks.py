@@ -1,0 +1,68 @@
+"""What preflight asks of a node for one configuration: /dev/shm and cores, on this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rating_train.cluster.node_checks import Report, check_cores, check_shared_memory
+from rating_train.config.load import config_from_dict
+from rating_train.config.schema import Config
+from rating_train.data.shared_memory_need import shared_memory_need
+from rating_train.distributed.world import World
+
+
+def config(**data: object) -> Config:
+    return config_from_dict({"name": "run", "data": data, "batch": {"global_items": 64}})
+
+
+def checked(
+    check: Callable[..., None], capsys: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[int, str]:
+    report = Report(is_main=True)
+    check(report, World(), *arguments)
+    return report.failures, capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm here")
+def test_shared_memory_is_what_the_loaders_of_the_configuration_need(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    small = config(workers=1, prefetch_batches=1, image_px=64)
+    failures, line = checked(check_shared_memory, capsys, small)
+    assert failures == 0 and line.startswith("PASS  /dev/shm: at least ")
+    assert f"{shared_memory_need(small, 1, 1) / 2**30:.2f} GiB needed (for data.workers=1" in line
+
+    free = shutil.disk_usage("/dev/shm").free
+    large = config(workers=256, prefetch_batches=1024, image_px=384)
+    needed = shared_memory_need(large, 1, 1)
+    assert needed > free, "the case is as large as a configuration can be"
+    failures, line = checked(check_shared_memory, capsys, large)
+    assert failures == 1 and line.startswith("FAIL  /dev/shm: ")
+    assert f"expected {needed / 2**30:.2f} GiB (for data.workers=256 and data.prefetch_batches=1024" in line
+    assert "lower data.workers or data.prefetch_batches" in line
+
+    failures, line = checked(check_shared_memory, capsys, config(workers=0))
+    assert failures == 0 and "0.00 GiB needed" in line
+
+
+def test_without_a_configuration_a_usual_need_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    _, line = checked(check_shared_memory, capsys, None)
+    assert "1.00 GiB" in line and "as no configuration was given" in line
+
+
+def test_cores_are_those_that_the_job_may_use(capsys: pytest.CaptureFixture[str]) -> None:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        failures, line = checked(check_cores, capsys, config(workers=8))
+        assert failures == 1 and "FAIL  cores: " in line and ": 1 cores for 1 ranks with 8" in line
+        assert "--cpus-per-task=9" in line and "CLUSTER_CPUS_PER_TASK" in line
+        failures, line = checked(check_cores, capsys, config(workers=0))
+        assert failures == 0 and line == "PASS  cores: at least 1 for each rank (data.workers=0)\n"
+    finally:
+        os.sched_setaffinity(0, allowed)
