@@ -13,8 +13,8 @@ from rating_train.config.schema import TrainConfig
 from rating_train.distributed.collectives import on_main
 from rating_train.distributed.world import ScheduledJob, World
 from rating_train.errors import UserError
-from rating_train.files import remove, retry
-from rating_train.resilience.graceful_stop import StopFlag, Stopped
+from rating_train.files import atomic_write_text, remove, retry
+from rating_train.resilience.graceful_stop import REQUEUE_REASONS, StopFlag, Stopped
 from rating_train.resilience.run_lock import RunLock
 from rating_train.resilience.watchdog import Watchdog
 
@@ -34,6 +34,10 @@ class Supervisor:
         self.lock.update(
             phase=phase, step=step, total_steps=total_steps, progress_unix_time=round(time.time(), 3)
         )
+
+    def first_step_done(self) -> None:
+        """Note that there is something to save: from now on, signals wait for a step boundary."""
+        self.watchdog.leave_early = None
 
     def agreed_to_stop(self) -> str:
         """Return why to stop, or ``""``. A collective, at a step boundary.
@@ -88,6 +92,7 @@ def supervise(
             60 * config.watchdog_minutes, run_dir.stacks_file(run, world.rank), run / run_dir.HUNG_FILE
         )
         stop = StopFlag(run / run_dir.STOP_FILE, deadline(config, job, started), world.is_main)
+        watchdog.leave_early = lambda reason: _leave(run, lock, reason)
         with watchdog, stop:
             yield Supervisor(lock, watchdog, stop)
             stop.done()
@@ -113,6 +118,13 @@ def _prepare(run: Path) -> None:
             where=run,
             fix="free some space, or set runs_dir to a directory that this job can write to",
         ) from e
+
+
+def _leave(run: Path, lock: RunLock, reason: str) -> None:
+    """Leave a run in which this attempt has done nothing yet, from the watchdog's thread."""
+    if reason in REQUEUE_REASONS:
+        atomic_write_text(run / run_dir.REQUEUE_FILE, f"{reason} before the first step of this attempt\n")
+    lock.release(reason)
 
 
 def deadline(config: TrainConfig, job: ScheduledJob, started: float) -> float | None:

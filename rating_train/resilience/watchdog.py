@@ -6,7 +6,8 @@ them, and only an exit lets the launcher restart the job. So each rank has a thr
 their stacks are written too before the launcher ends them.
 
 The thread also reads signals through Python's wake-up descriptor, which works while the main thread is stuck in C
-code: a second SIGTERM or SIGINT, some seconds after the first, ends the process at once. If the thread itself cannot
+code: a second SIGTERM or SIGINT, some seconds after the first, ends the process at once; while there is nothing to save
+(:attr:`Watchdog.leave_early`), the first one does, unless the main thread ends it sooner. If the thread itself cannot
 run (something holds the interpreter lock), ``faulthandler``'s own timer, which needs no lock, ends the process.
 
 The run directory may be on a file system that fails or hangs. Nothing that it does ends the thread, which would end a
@@ -25,17 +26,19 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, NoReturn
 
-from rating_train.errors import EXIT_HUNG
+from rating_train.errors import EXIT_DONE, EXIT_HUNG
 from rating_train.files import MarkerFile, retry
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 10.0  # time for the other ranks to write their stacks
+LEAVE_SECONDS = 4.0  # for the main thread to notice a first signal by itself, where there is nothing to save
 AGAIN_SECONDS = 5.0  # a scheduler and a launcher may both forward the same first signal
 _LOCK_HELD_SECONDS = 60.0  # from the limit to faulthandler's timer
 _HUNG_DISK_SECONDS = 30.0  # for writing the stacks, beyond the grace period
@@ -58,7 +61,10 @@ class Watchdog:
         self._old_hung: tuple[int, int] | None = None
         self._doing = "starting"
         self._last = time.monotonic()
-        self._first_signal: float | None = None
+        self._first_signal: tuple[float, str] | None = None
+        #: What to do, with the signal as its argument, before this process ends with exit code 0 on a first signal;
+        #: ``None`` where there is something to save, which only the main thread can do.
+        self.leave_early: Callable[[str], None] | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -118,6 +124,7 @@ class Watchdog:
             return
         if ready:
             self._on_signals(self._reader.recv(4096))
+        self._leave_early()
         idle = time.monotonic() - self._last
         if self.limit_seconds and idle > self.limit_seconds:
             self._give_up(f"no progress for {idle:.0f} s while {self._doing}")
@@ -125,19 +132,35 @@ class Watchdog:
             self._give_up(f"another rank gave up (this one was {self._doing})")
 
     def _on_signals(self, numbers: bytes) -> None:
-        if not {signal.SIGTERM, signal.SIGINT} & set(numbers):
+        urgent = [number for number in numbers if number in (signal.SIGTERM, signal.SIGINT)]
+        if not urgent:
             return
         now = time.monotonic()
         if self._first_signal is None:
-            self._first_signal = now
-        elif now - self._first_signal > AGAIN_SECONDS:
+            self._first_signal = now, f"signal {signal.Signals(urgent[0]).name}"
+        elif now - self._first_signal[0] > AGAIN_SECONDS:
             self._give_up(f"asked to stop again while {self._doing}", wait=False)
+
+    def _leave_early(self) -> None:
+        leave = self.leave_early
+        if leave is None or self._first_signal is None:
+            return
+        since, reason = self._first_signal
+        if time.monotonic() - since < LEAVE_SECONDS:
+            return
+        log.warning("%s while %s: there is nothing to save, ending this process", reason, self._doing)
+        self._exit_at_last(_HUNG_DISK_SECONDS)
+        code = EXIT_HUNG  # unless what the launcher needs to know could be written
+        try:
+            leave(reason)
+            code = EXIT_DONE
+            logging.shutdown()
+        finally:
+            os._exit(code)
 
     def _give_up(self, why: str, wait: bool = True) -> NoReturn:
         """Write the stacks, notify the other ranks, and exit: also if the disk fails, or never answers."""
-        last_resort = threading.Timer(_HUNG_DISK_SECONDS + wait * GRACE_SECONDS, os._exit, (EXIT_HUNG,))
-        last_resort.daemon = True
-        last_resort.start()
+        self._exit_at_last(_HUNG_DISK_SECONDS + wait * GRACE_SECONDS)
         try:
             self._write_stacks(why)
             if wait:
@@ -146,6 +169,12 @@ class Watchdog:
             logging.shutdown()
         finally:
             os._exit(EXIT_HUNG)
+
+    def _exit_at_last(self, seconds: float) -> None:
+        """Exit after so long, whatever a disk does until then."""
+        last_resort = threading.Timer(seconds, os._exit, (EXIT_HUNG,))
+        last_resort.daemon = True
+        last_resort.start()
 
     def _write_stacks(self, why: str) -> None:
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)

@@ -108,6 +108,7 @@ def take_step(batch: Batch, job: Job, state: TrainState, recorder: Recorder, sup
         return str(e)
     state.record_step(job.plan.global_items, job.engine.step_skipped)
     recorder.step(batch, loss)
+    supervisor.first_step_done()
     supervisor.beat("training", state.step, job.total_steps)
     check_skipped(job, state)
     return ""

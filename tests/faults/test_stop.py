@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves the same step on every rank, leaves with 0, and goes on later."""
+"""A run that is asked to stop saves the same step on every rank, leaves with 0, and resumes later."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import pytest
 
 from rating_train.checkpoint import store
 from tests.conftest import Ranks
-from tests.faults.ledger import Attempt
-from tests.helpers.ranks import wait_for_step
+from tests.faults.ledger import Attempt, stop_process
+from tests.helpers.ranks import Process, wait_for_step
 
 LONG = {"epochs": 400, "save_every_steps": 0, "stop_check_steps": 2}
 
 
-def rank_processes(process) -> list[psutil.Process]:
-    """The ranks of a torchrun job: its direct children."""
+def rank_processes(process: Process) -> list[psutil.Process]:
+    """The ranks of a job: direct children of its launcher."""
     return psutil.Process(process.pid).children()
 
 
-def finish(process, timeout: float = 60) -> str:
+def finish(process: Process, timeout: float = 60) -> str:
     output, _ = process.communicate(timeout=timeout)
     assert process.returncode == 0, output[-4000:]
     return output
@@ -38,10 +38,10 @@ def test_a_signal_to_one_rank_or_to_all_processes_saves_and_requeues(
 ) -> None:
     run = tmp_path / "runs" / "run"
     config = tiny_config(train=LONG, data={"workers": 1})
-    process = ranks.start(2, "-m", "rating_train", "train", config)
+    process = ranks.start(2, "-m", "rating_train", "train", config, torchrun=False)
     wait_for_step(run, 3, process)
     targets = rank_processes(process)[1:]
-    if number == signal.SIGTERM:  # as a scheduler does it: every process of the job, loader processes too
+    if number == signal.SIGTERM:  # as a scheduler does it: every process of the job, DataLoader workers too
         targets = [p for rank in rank_processes(process) for p in (rank, *rank.children(recursive=True))]
     # A scheduler and a launcher pass on the same signal, one a little later than the other. To the ranks' very end,
     # as it may come while they leave.
@@ -71,7 +71,7 @@ def test_a_stop_file_saves_once_and_is_used_up(
     ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "runs" / "run"
-    process = ranks.start(2, "-m", "rating_train", "train", tiny_config(train=LONG))
+    process = ranks.start(2, "-m", "rating_train", "train", tiny_config(train=LONG), torchrun=False)
     wait_for_step(run, 3, process)
     (run / "STOP").touch()
     assert "STOP at step" in finish(process)
@@ -80,10 +80,10 @@ def test_a_stop_file_saves_once_and_is_used_up(
 
 
 @pytest.mark.timeout(200)
-def test_a_signal_during_a_save_is_honoured_at_the_next(
+def test_a_signal_during_a_save_is_honoured_right_after_it_or_at_the_next(
     ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The ranks look at the flag when they save alone: at the save under way the signal has come too late."""
+    """The ranks look at the flag only when they save, once the state is copied: a later signal waits for the next."""
     run = tmp_path / "runs" / "run"
     config = tiny_config(train={**LONG, "stop_check_steps": 1000, "save_every_steps": 5}, data={"workers": 1})
     job = Attempt(ranks, config, run, str(tmp_path))
@@ -92,7 +92,9 @@ def test_a_signal_during_a_save_is_honoured_at_the_next(
     assert not job.wait(lambda: False, 60, "the end")
     job.join()
     assert job.process.returncode == 0, job.output[-4000:]
-    assert_stopped_at(job, run, 10, saved=[10, 5])
+    step = len(job.new_steps())
+    assert step in (5, 10)
+    assert_stopped_at(job, run, step, saved=[10, 5] if step == 10 else [5])
 
 
 @pytest.mark.timeout(300)
@@ -122,6 +124,54 @@ def test_a_signal_during_an_evaluation_abandons_it_and_the_next_start_repeats_it
     pointed = json.loads((run / "checkpoints" / "best.json").read_text())
     assert (pointed["step"], pointed["value"], pointed["metric"]) == (best["step"], best["plcc"], "plcc")
     assert store.pointed_step(run / "checkpoints", store.BEST) == best["step"]
+
+
+def wait_for_start(run: Path, process: Process) -> None:
+    """Until the ranks begin their first step."""
+    log = run / "logs" / "rank_00000.log"
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and "starting at step 0" in log.read_text()):
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.timeout(200)
+def test_one_term_ends_a_first_step_between_two_micro_batches(
+    ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A step of a hundred micro-batches on each rank: there is nothing to save before it is complete."""
+    run = tmp_path / "runs" / "run"
+    long_step = {"batch": {"global_items": 200, "micro_items": 1}, "data": {"text_tokens": 1024}}
+    process = ranks.start(
+        2, "-m", "rating_train", "train", tiny_config(train=LONG, **long_step), torchrun=False
+    )
+    wait_for_start(run, process)
+    first, second = rank_processes(process)
+    for target in (first, second):
+        target.send_signal(signal.SIGTERM)
+    output = finish(process)
+    assert "signal SIGTERM at step 0 of" in output
+    assert (run / "REQUEUE").read_text().startswith("signal SIGTERM ")
+    assert not (run / "train.jsonl").exists() and not list((run / "checkpoints").iterdir())
+    assert not (run / "LOCK").exists()
+
+
+@pytest.mark.timeout(200)
+def test_one_term_ends_a_rank_that_waits_for_another_in_its_first_step(
+    ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its main thread is stuck in a collective, and cannot look at anything."""
+    run = tmp_path / "runs" / "run"
+    process = ranks.start(2, "-m", "rating_train", "train", tiny_config(train=LONG), torchrun=False)
+    wait_for_start(run, process)
+    waiting, stopped = sorted(rank_processes(process), key=lambda p: p.pid)  # as they were started
+    stop_process(stopped)
+    waiting.send_signal(signal.SIGTERM)
+    waiting.wait(timeout=60)
+    assert (run / "REQUEUE").read_text() == "signal SIGTERM before the first step of this attempt\n"
+    assert "there is nothing to save, ending this process" in (run / "logs" / "rank_00000.log").read_text()
+    assert not (run / "LOCK").exists() and not (run / "HUNG").exists()
 
 
 def assert_stopped_at(job: Attempt, run: Path, step: int, saved: list[int]) -> None:

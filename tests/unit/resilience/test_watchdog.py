@@ -142,6 +142,40 @@ def test_a_second_signal_some_time_after_the_first_ends_the_process(
     assert not (tmp_path / "HUNG").exists()
 
 
+NOTHING_TO_SAVE = """
+watchdog.LEAVE_SECONDS = 0.5
+watch = make(300)
+watch.leave_early = lambda reason: (folder / "left").write_text(reason)
+"""
+
+
+def test_where_there_is_nothing_to_save_one_signal_ends_a_process_that_is_stuck(
+    start: Start, tmp_path: Path
+) -> None:
+    process = start(NOTHING_TO_SAVE + STUCK.replace("make(LIMIT)", "watch"))
+    process.send_signal(signal.SIGTERM)
+    assert end(process, 20)[0] == 0
+    assert (tmp_path / "left").read_text() == "signal SIGTERM"
+    assert (tmp_path / "stacks_0.txt").read_text() == "" and not (tmp_path / "HUNG").exists()
+
+
+@pytest.mark.parametrize(
+    "then", ["watch.leave_early = None", "signal.signal(signal.SIGUSR1, lambda *_: None)"]
+)
+def test_with_something_to_save_or_on_another_signal_the_main_thread_decides(
+    start: Start, tmp_path: Path, then: str
+) -> None:
+    process = start(f"""{NOTHING_TO_SAVE}
+{then}
+with watch:
+    print("ready", flush=True)
+    time.sleep(2.5)
+""")
+    process.send_signal(signal.SIGTERM if then.startswith("watch") else signal.SIGUSR1)
+    assert end(process)[0] == 0
+    assert not (tmp_path / "left").exists()
+
+
 def test_a_signal_forwarded_twice_counts_once_and_other_signals_do_not_count(
     start: Start, tmp_path: Path
 ) -> None:
