@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from rating_train.errors import UserError
 from rating_train.reports.run_report import make_report
 from rating_train.shards.schema import MANIFEST_NAME
 
@@ -21,6 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw the report of every run, or the page of every dataset, and print where it is."""
     for directory in args.run:
+        if not directory.is_dir():
+            what = (
+                "a file is neither a run nor a dataset" if directory.exists() else "there is no such folder"
+            )
+            raise UserError(what, where=directory, fix="give run directories, or dataset directories")
         if (directory / MANIFEST_NAME).is_file():
             from rating_train.reports.dataset_report import make_data_report
 

@@ -68,14 +68,14 @@ def dump_config(config: Config) -> str:
 
 def _chain(path: Path, seen: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
     """Return the layers of a file, its furthest base first."""
-    if path.resolve() in seen:
-        raise UserError("`base:` files form a circle", where=" -> ".join(map(str, (*seen, path))))
     if len(seen) > _MAX_BASES:
         raise UserError(f"more than {_MAX_BASES} `base:` files in a chain", where=path)
     try:
         content = parse_yaml(_read(path))
     except ValueError as e:  # UnicodeDecodeError is one
         raise UserError(f"not valid YAML ({e})", where=path) from e
+    if path.resolve() in seen:  # only now: a symbolic link to itself cannot be resolved, and is refused above
+        raise UserError("`base:` files form a circle", where=" -> ".join(map(str, (*seen, path))))
     if content is None:
         content = {}
     if not isinstance(content, dict):

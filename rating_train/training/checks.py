@@ -116,7 +116,9 @@ def check_data(config: Config) -> None:
             expected=f"one of {', '.join(splits)}",
             fix="set data.train_split and data.eval_split, or prepare with another --val-fraction",
         )
-    check_batch_fits(config.batch.global_items, splits[data.train_split]["items"], data.train_split)
+    items = splits[data.train_split].get("items")
+    if isinstance(items, int):  # else the manifest is damaged, which is found when the split is opened
+        check_batch_fits(config.batch.global_items, items, data.train_split)
 
 
 def check_batch_fits(global_items: int, items: int, split: str) -> None:
