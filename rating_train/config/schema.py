@@ -41,8 +41,8 @@ class DataConfig:
     )
     verify: Literal["first_read", "size"] = setting(
         "first_read",
-        "Check the hash of each shard when the node first reads it (about 3.5 GB/s from memory), or only its size "
-        "at start-up. Downloads are always hashed.",
+        "Check the hash of each shard before the first step that reads it (about 3.5 GB/s from memory; the ranks "
+        "share the work), or only its size at start-up. Downloads are always hashed.",
     )
     train_split: str = setting("train", "Split to train on.")
     eval_split: str = setting("val", "Split to evaluate on while training.")

@@ -3,146 +3,177 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import signal
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from rating_train.config.schema import DataConfig
-from rating_train.data.cache import Fetched, Source
+from rating_train.data.cache import Source
 from rating_train.data.collate import Batch, Collator
-from rating_train.data.order import Ids, SampleOrder, digest, epoch_of_step, evaluation_batches, rank_part
+from rating_train.data.order import FirstReads, Ids, SampleOrder, evaluation_batches, rank_part
 from rating_train.data.prompt import PromptEncoder
-from rating_train.data.stale_memory import claim_blocks, sweep_stale
-from rating_train.data.streaming_dataset import (
-    OrderedDataset,
-    check_split,
-    fetch_split,
-    open_split,
-    shuffled_epoch,
-)
+from rating_train.data.shuffle import shuffled_epoch
+from rating_train.data.streaming_dataset import Request, SplitDataset, fetch_split
 from rating_train.distributed.collectives import all_gather, on_main
 from rating_train.distributed.world import World
 from rating_train.errors import UserError
 from rating_train.processes import die_with_parent
+from rating_train.shards.manifest import check_split
 
 log = logging.getLogger(__name__)
+
+_AHEAD_BATCHES = 8  # of a DataLoader worker, whose shards are fetched ahead where nothing else is asked for
+
+#: One batch of this rank: its sample ids, and the shards that this rank has to check before it reads them.
+_Row = tuple[Ids, Sequence[int]]
+
+
+@dataclass
+class OpenSplit:
+    """A split that was found good, as this rank reads it.
+
+    Attributes:
+        dataset: reads samples by id.
+        collator: makes batches of them.
+        config: the section `data`.
+        world: this rank's place.
+        sharers: the ranks that read the same files as this one and share the checking of their hashes; ``None`` checks
+            nothing.
+    """
+
+    dataset: SplitDataset
+    collator: Collator
+    config: DataConfig
+    world: World
+    sharers: Sequence[int] | None
+    first_reads: FirstReads = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.first_reads = FirstReads(self.dataset.samples_per_shard, self.world.rank, self.sharers)
+
+    def rows(self, batches: Ids) -> Iterator[_Row]:
+        """Yield this rank's part of global batches, (K, G) sample ids, of which it keeps no more than that part."""
+        checks = self.first_reads.of(batches, self.world.size)
+        mine = rank_part(batches, self.world.rank, self.world.size)
+        return ((row, checks.get(number, ())) for number, row in enumerate(mine))
 
 
 @dataclass
 class TrainingData:
     """The training split of one rank. ``manifest`` is the dataset's; ``samples`` is N of one epoch."""
 
-    dataset: OrderedDataset
+    split: OpenSplit
     order: SampleOrder
-    collator: Collator
-    config: DataConfig
-    world: World
+    rank_items: int
     manifest: dict[str, Any]
-    epoch_digest: Callable[[int], str]
 
     @property
     def samples(self) -> int:
         return self.order.samples
 
     def order_digest(self, step: int) -> str:
-        """Digest of the order of the epoch in which ``step`` starts."""
-        return self.epoch_digest(epoch_of_step(step, self.samples, self.order.global_items))
+        """Return the digest of the order of the epoch in which ``step`` starts."""
+        return self.order.order_digest(step)
 
-    def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
-        """This rank's batches of the steps [first_step, last_step), in order.
+    def batches(self, first_step: int, last_step: int) -> Generator[Batch, None, None]:
+        """Yield this rank's batches of the steps [first_step, last_step), in order.
 
-        The count of steps done is all the state there is: a resumed run calls this with it.
+        The number of completed steps is all the state there is: a resumed run calls this with it.
         """
-        step = first_step
-        while step < last_step:
-            end = min(last_step, self.order.segment_end(step))
-            ids = rank_part(self.order.batches(step, end), self.world.rank, self.world.size)
-            yield from _load(self.dataset, ids, self.collator, self.config)
-            step = end
+        return _load(self.split, self._rows(first_step, last_step), last_step - first_step, self.rank_items)
+
+    def _rows(self, first_step: int, last_step: int) -> Iterator[_Row]:
+        for step, end in self.order.segments(first_step, last_step):
+            rows = self.split.rows(self.order.batches(step, end))
+            if end < last_step:
+                self.order.release(end)
+            yield from rows
 
 
 @dataclass
 class EvaluationData:
     """A split to evaluate: every sample on exactly one rank, equal numbers of batches on all ranks."""
 
-    dataset: OrderedDataset
-    collator: Collator
-    config: DataConfig
+    split: OpenSplit
     samples: int
-    ids: Ids
+    rank_items: int
 
     def batches(self) -> Generator[Batch, None, None]:
-        """This rank's batches; the last ones may repeat the last sample (see ``evaluation_batches``)."""
-        return _load(self.dataset, self.ids, self.collator, self.config)
+        """Yield this rank's batches; the last ones may repeat the last sample (see ``evaluation_batches``)."""
+        every = evaluation_batches(self.samples, 0, 1, self.split.world.size * self.rank_items)
+        return _load(self.split, self.split.rows(every), len(every), self.rank_items)
 
 
 def open_training(
     config: DataConfig, prompt: PromptEncoder, world: World, global_items: int, rank_items: int
 ) -> TrainingData:
     """Check and open the training split. A collective."""
-    manifest, dataset = _open(config, config.train_split, rank_items, world)
-    epoch_ids = functools.lru_cache(maxsize=2)(
-        lambda epoch: shuffled_epoch(
-            dataset.samples_per_shard,
+    manifest, split = _open(config, config.train_split, prompt, world)
+
+    def epoch_ids(epoch: int) -> Ids:
+        return shuffled_epoch(
+            split.dataset.samples_per_shard,
             seed=config.shuffle_seed,
             epoch=epoch,
             block_samples=config.shuffle_block_samples,
             canonical_nodes=config.num_canonical_nodes,
             shuffle=config.shuffle,
         )
-    )
-    order = SampleOrder(int(dataset.num_samples), global_items, epoch_ids)
-    # Asked for at every checkpoint: at 16 million items, hashing an order once per epoch is enough.
-    epoch_digest = functools.lru_cache(maxsize=2)(lambda epoch: digest(epoch_ids(epoch)))
-    return TrainingData(
-        dataset, order, Collator(prompt, config.image_px), config, world, manifest, epoch_digest
-    )
+
+    order = SampleOrder(len(split.dataset), global_items, epoch_ids)
+    return TrainingData(split, order, rank_items, manifest)
 
 
 def open_evaluation(
     config: DataConfig, prompt: PromptEncoder, world: World, split: str, rank_items: int, max_items: int = 0
 ) -> EvaluationData:
-    """Check and open a split for evaluation. A collective. ``max_items`` 0 takes the whole split."""
-    _, dataset = _open(config, split, rank_items, world)
-    samples = int(dataset.num_samples)
+    """Check and open a split for evaluation. A collective. ``max_items`` 0 takes the complete split."""
+    _, opened = _open(config, split, prompt, world)
+    samples = len(opened.dataset)
     if max_items and max_items < samples:
         log.info("evaluating the first %d of %d items of %s", max_items, samples, split)
         samples = max_items
-    ids = evaluation_batches(samples, world.rank, world.size, rank_items)
-    return EvaluationData(dataset, Collator(prompt, config.image_px), config, samples, ids)
+    return EvaluationData(opened, samples, rank_items)
 
 
 def _open(
-    config: DataConfig, split: str, rank_items: int, world: World
-) -> tuple[dict[str, Any], OrderedDataset]:
-    """Check a split, or fetch its index from the remote, and open it: (manifest, dataset). A collective."""
-    source = Source(
-        path=config.path,
-        remote=config.remote,
-        cache_limit_bytes=config.cache_limit_mb << 20,
-        predownload_items=config.predownload_items,
-        verify_hash=config.verify == "first_read",
-    )
-    if world.local_rank == 0:
-        sweep_stale()
-    fetched: Fetched | None = None
+    config: DataConfig, split: str, prompt: PromptEncoder, world: World
+) -> tuple[dict[str, Any], OpenSplit]:
+    """Check a split, or fetch its index from the remote, and open it: (manifest, split). A collective."""
+    source = Source(config.path, config.remote, config.cache_limit_mb << 20)
     if source.remote:
         fetched = _on_node_leaders(lambda: fetch_split(source, split), world)
-        manifest = on_main(lambda: fetched.manifest if fetched else {})
+        manifest = on_main(lambda: fetched or {})
     else:
         manifest = on_main(lambda: check_split(source.path, split))
-    dataset = open_split(source, split, rank_items, world, fetched)
-    dataset.claim = claim_blocks([dataset])
-    return manifest, dataset
+    dataset = _alike(lambda: SplitDataset(source, split))
+    sharers = _sharers(dataset, world) if config.verify == "first_read" else None
+    return manifest, OpenSplit(dataset, Collator(prompt, config.image_px), config, world, sharers)
 
 
-def _on_node_leaders(action: Callable[[], Fetched], world: World) -> Fetched | None:
+def _sharers(dataset: SplitDataset, world: World) -> list[int]:
+    """Return the ranks that read the very same files: not copies on the disks of other nodes. A collective."""
+    everyone = all_gather(dataset.identity())
+    return [rank for rank, identity in enumerate(everyone) if identity == everyone[world.rank]]
+
+
+def _alike(action: Callable[[], SplitDataset]) -> SplitDataset:
+    """Run what raises the same :class:`UserError` on every rank, if any: each sees the same files and settings."""
+    try:
+        return action()
+    except UserError as e:
+        e.on_all_ranks = True
+        raise
+
+
+def _on_node_leaders(action: Callable[[], dict[str, Any]], world: World) -> dict[str, Any] | None:
     """Run ``action`` on one rank of every node; what fails on any of them is raised on every rank."""
     result, failure = None, ""
     if world.local_rank == 0:
@@ -160,32 +191,42 @@ def _on_node_leaders(action: Callable[[], Fetched], world: World) -> Fetched | N
     return result
 
 
-def _load(
-    dataset: OrderedDataset, ids: Ids, collator: Collator, config: DataConfig
-) -> Generator[Batch, None, None]:
-    """Read (K, B) sample ids as K batches, through ``config.workers`` processes."""
-    workers = min(config.workers, len(ids))
-    dataset.set_batches(ids)
+def _requests(dataset: SplitDataset, rows: Iterable[_Row], workers: int, ahead: int) -> Iterator[Request]:
+    """Yield a request for each row, which names the shards of the next ``ahead`` rows of the same worker."""
+    rows, stride = iter(rows), max(1, workers)
+    window = deque(islice(rows, stride * ahead + 1))
+    while window:
+        ids, check = window.popleft()
+        window.extend(islice(rows, 1))
+        coming = [dataset.shards_of(later) for later, _ in list(window)[stride - 1 :: stride][:ahead]]
+        yield Request(ids, check, list(dict.fromkeys(chain.from_iterable(coming))))
+
+
+def _load(split: OpenSplit, rows: Iterable[_Row], count: int, items: int) -> Generator[Batch, None, None]:
+    """Read ``count`` rows of ``items`` ids as so many batches, through ``data.workers`` processes."""
+    config = split.config
+    workers = min(config.workers, count)
+    ahead = -(-config.predownload_items // items) or _AHEAD_BATCHES
+    requests = _requests(split.dataset, rows, workers, ahead if config.remote else 0)
     loader: DataLoader = DataLoader(
-        dataset,
-        batch_size=ids.shape[1],
+        split.dataset,
+        batch_sampler=requests,  # type: ignore[arg-type]
         num_workers=workers,
-        collate_fn=collator,
+        collate_fn=split.collator,
         prefetch_factor=config.prefetch_batches if workers else None,
         pin_memory=torch.cuda.is_available(),
-        drop_last=False,
         worker_init_fn=set_up_worker,
         # The loader draws a seed when it starts; from the global generator, that would change the dropout of a
         # resumed run, and of every run that evaluates in between.
         generator=torch.Generator().manual_seed(0),
     )
-    count = 0
-    with contextlib.closing(iterate(loader)) as batches:
+    done = 0
+    with contextlib.closing(split.dataset), contextlib.closing(iterate(loader)) as batches:
         for batch in batches:
-            count += 1
+            done += 1
             yield batch
-    if count != len(ids):
-        raise RuntimeError(f"the loader gave {count} of {len(ids)} batches")
+    if done != count:
+        raise RuntimeError(f"the DataLoader gave {done} of {count} batches")
 
 
 def iterate(loader: DataLoader) -> Generator[Any, None, None]:
@@ -201,20 +242,20 @@ def iterate(loader: DataLoader) -> Generator[Any, None, None]:
         raise _as_raised(e) from None
     except (ConnectionError, EOFError) as e:  # where torch itself says nothing of the process
         raise RuntimeError(
-            "a loader process of this rank died while it handed over a batch: killed, perhaps for want of memory "
+            "a DataLoader worker of this rank died while it handed over a batch: killed, perhaps for lack of memory "
             "(fewer data.workers, or a smaller data.prefetch_batches, need less)"
         ) from e
     finally:
         # Now, not when the last traceback is collected: at the end of this process, multiprocessing would send
-        # SIGTERM to loader processes that are left, which they ignore, and wait for them for ever.
+        # SIGTERM to DataLoader workers that are left, which they ignore, and wait for them for ever.
         if loader.num_workers:
             batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _as_raised(error: UserError) -> UserError:
-    """The error as a loader process raised it.
+    """Return the error as a DataLoader worker raised it.
 
-    Torch hands it over as an error of the same class whose text is the whole traceback, of which the last line
+    Torch hands it over as an error of the same class whose text is the complete traceback, of which the last line
     is the error's own.
     """
     _, marker, text = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")
@@ -222,9 +263,9 @@ def _as_raised(error: UserError) -> UserError:
 
 
 def set_up_worker(_worker: int) -> None:
-    """Loader processes leave stopping to their rank, and never outlive it.
+    """Have a DataLoader worker leave stopping to its rank, and never outlive it.
 
-    A scheduler signals every process of a job. A loader process that died of it would fail the step in which its
+    A scheduler signals every process of a job. A worker that ended by the signal would fail the step in which its
     rank wants to save.
     """
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):

@@ -21,7 +21,9 @@ import pytest
 
 from rating_train.config.load import config_from_dict
 from rating_train.data.cache import Source
-from rating_train.data.streaming_dataset import fetch_split, open_split
+from rating_train.data.loader import _requests
+from rating_train.data.order import FirstReads
+from rating_train.data.streaming_dataset import SplitDataset, fetch_split
 from rating_train.errors import UserError
 from tests.conftest import Ranks
 from tests.helpers.runs import losses
@@ -79,7 +81,7 @@ def s3(remote: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[
 
 
 class Watch:
-    """The largest size of a directory while it is watched, in bytes."""
+    """The largest size of all files under a directory while it is watched, in bytes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.peak = folder, 0
@@ -97,10 +99,10 @@ class Watch:
     def _run(self) -> None:
         while not self._stop.wait(0.01):
             size = 0
-            with contextlib.suppress(OSError):
-                for entry in os.scandir(self.folder):
+            for folder, _, names in os.walk(self.folder):
+                for name in names:
                     with contextlib.suppress(OSError):
-                        size += entry.stat().st_size
+                        size += os.stat(os.path.join(folder, name)).st_size
             self.peak = max(self.peak, size)
 
 
@@ -141,7 +143,7 @@ def test_a_bucket_that_is_not_there_is_named(
     elsewhere = Source(str(tmp_path / "cache"), f"s3://{BUCKET}/elsewhere/")
     with pytest.raises(UserError, match=rf"not found.*s3://{BUCKET}/elsewhere/manifest\.json.*data\.remote"):
         fetch_split(elsewhere, "train")
-    assert fetch_split(Source(str(tmp_path / "cache"), f"s3://{BUCKET}/data"), "train").manifest["splits"]
+    assert fetch_split(Source(str(tmp_path / "cache"), f"s3://{BUCKET}/data"), "train")["splits"]
 
 
 # --- the cache in one process --------------------------------------------------------------------------
@@ -151,26 +153,36 @@ def source(cache: Path, remote: Path, **more: int) -> Source:
     return Source(str(cache), str(remote), **more)
 
 
-def read(where: Source, ids: np.ndarray) -> list[str]:
-    dataset = open_split(where, "train", 4, fetched=fetch_split(where, "train"))
-    dataset.set_batches(ids)
-    return [sample["id"] for sample in dataset]
+def read(where: Source, ids: np.ndarray, ahead: int = 2) -> list[str]:
+    """The ids of the samples of some batches, (K, B), as a DataLoader worker reads them."""
+    fetch_split(where, "train")
+    dataset = SplitDataset(where, "train")
+    checks = FirstReads(dataset.samples_per_shard, 0, [0]).of(ids, 1)
+    rows = ((row, checks.get(k, ())) for k, row in enumerate(ids))
+    with contextlib.closing(dataset):
+        return [
+            sample["id"]
+            for request in _requests(dataset, rows, 0, ahead)
+            for sample in dataset.__getitems__(request)
+        ]
 
 
 @pytest.mark.timeout(60)
 def test_a_thrashed_cache_still_gives_every_sample_in_order(remote: Path, tmp_path: Path) -> None:
-    """Each item from another shard, with room for six of them, and fetching more ahead than there is room."""
+    """Each item from another shard, in a cache of six of them, and more fetched ahead than the cache holds."""
     items = json.loads((remote / "manifest.json").read_text())["splits"]["train"]["items"]
     ids = np.random.default_rng(3).permutation(items)[:200].reshape(-1, 4)
-    whole = open_split(remote, "train", 4)
-    expected = [whole[int(i)]["id"] for i in ids.reshape(-1)]
-    where = source(tmp_path / "cache", remote, cache_limit_bytes=400_000, predownload_items=40)
-    assert read(where, ids) == expected
+    complete = SplitDataset(remote, "train")
+    expected = [complete[int(i)]["id"] for i in ids.reshape(-1)]
+    where = source(tmp_path / "cache", remote, cache_limit_bytes=400_000)
+    with Watch(tmp_path / "cache" / "train") as watch:
+        assert read(where, ids, ahead=10) == expected
+    assert 0 < watch.peak <= 400_000
 
 
 @pytest.fixture
 def filled(remote: Path, tmp_path: Path) -> Path:
-    """A cache that an earlier job left whole."""
+    """A cache that an earlier job left complete."""
     cache = tmp_path / "cache"
     shutil.copytree(remote / "train", cache / "train")
     shutil.copy(remote / "manifest.json", cache)
@@ -203,30 +215,32 @@ def test_a_flipped_byte_in_the_remote_is_named(remote: Path, tmp_path: Path) -> 
     assert not (tmp_path / "cache" / "train" / bad.name).exists()
 
 
-@pytest.mark.parametrize("what", ["other dataset", "foreign file", "no index", "remote itself", "in use"])
+@pytest.mark.parametrize(
+    "what", ["other dataset", "foreign file", "foreign folder", "no index", "remote itself"]
+)
 def test_a_cache_directory_with_something_else_in_it_is_refused(
     what: str, filled: Path, remote: Path, demo: Path
 ) -> None:
-    where, held = source(filled, remote), None
+    where = source(filled, remote)
     if what == "other dataset":
         shutil.copy(demo / "data/train/index.json", filled / "train/index.json")
     elif what == "foreign file":
         (filled / "train" / "thesis.txt").write_text("the only copy")
+    elif what == "foreign folder":
+        (filled / "train" / "shard.00001.mds.thesis").mkdir()
+        (filled / "train" / "shard.00001.mds.thesis" / "thesis.txt").write_text("the only copy")
     elif what == "no index":
         (filled / "train" / "index.json").unlink()
-    elif what == "remote itself":
-        where = source(remote, remote)
     else:
-        held = fetch_split(where, "train")
+        where = source(remote, remote)
     before = fingerprint(Path(where.path))
-    with pytest.raises(UserError, match=r"does not match|same directory|in use"):
+    with pytest.raises(UserError, match=r"does not match|same directory"):
         fetch_split(where, "train")
     assert fingerprint(Path(where.path)) == before, "nothing is deleted"
-    del held
 
 
 def test_a_limit_below_four_shards_is_refused(remote: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"at-least four times the largest shard.*data\.cache_limit_mb"):
+    with pytest.raises(UserError, match=r"four of the largest shards.*take \d+.*data\.cache_limit_mb"):
         read(source(tmp_path / "cache", remote, cache_limit_bytes=100_000), np.zeros((1, 4), np.int64))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import random
 import re
 import signal
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.helpers.ranks import SHARED_MEMORY, Ranks
+from tests.helpers.ranks import Ranks
 
 TOKEN = "RATING_TRAIN_TEST_TOKEN"  # in the environment of a job: identifies all its processes, orphans too
 VICTIMS = ("rank 0", "rank 1", "loader", "agent", "job")  # job: all at once, its helper processes too
@@ -149,11 +148,12 @@ class Attempt:
         return found
 
     def memory_blocks(self) -> set[str]:
-        """Return the numbers of the shared-memory blocks that the ranks have mapped."""
+        """Return the files of /dev/shm that the ranks have mapped and that still have a name."""
         found: set[str] = set()
         for rank in self.ranks().values():
             with contextlib.suppress(OSError):
-                found |= set(re.findall(r"/dev/shm/(\d{6})_", Path(f"/proc/{rank.pid}/maps").read_text()))
+                maps = Path(f"/proc/{rank.pid}/maps").read_text()
+                found |= set(re.findall(r"/dev/shm/\S+$", maps, re.MULTILINE))
         return found
 
 
@@ -177,8 +177,7 @@ class Ledger:
     starts: int = 0
     refused: int = 0
     start_seconds: list[float] = field(default_factory=list)
-    blocks: set[str] = field(default_factory=set)  # numbers of all jobs so far
-    most_blocks_left: int = 0
+    blocks: set[str] = field(default_factory=set)  # named shared memory of all jobs so far
     seconds: float = 0.0
 
     def table(self, steps: int, steps_done: int, straight_seconds: float) -> str:
@@ -192,18 +191,12 @@ class Ledger:
             f"kills {len(self.kills)}, of which {sum(k.save_cut for k in self.kills)} cut a save and "
             f"{sum(not k.noticed for k in self.kills)} were not noticed; restarts {self.starts - 1}, "
             f"of which {self.refused} were refused",
-            f"a job ended at most {max((k.end_seconds for k in self.kills), default=0):.1f} s after its kill; "
-            f"most blocks of shared memory left behind {self.most_blocks_left}",
+            f"a job ended at most {max((k.end_seconds for k in self.kills), default=0):.1f} s after its kill",
             f"steps {steps}, done {steps_done}: {steps_done - steps} were repeated",
             f"seconds {self.seconds:.1f}, undisturbed {straight_seconds:.1f}: "
             f"{self.seconds - straight_seconds:.1f} lost; from a start to its first step {starting:.1f} on average",
         ]
         return "\n".join(lines)
-
-
-def blocks_left(numbers: set[str]) -> set[str]:
-    """Return the blocks of these numbers that are in /dev/shm now."""
-    return {name for name in os.listdir(SHARED_MEMORY) if name[:6] in numbers}
 
 
 def supervise(
@@ -226,7 +219,6 @@ def supervise(
         assert not left, f"left running after {ledger.kills[-1:]}: {left}\n{job.output[-3000:]}"
         if job.first_step_seconds is not None:
             ledger.start_seconds.append(job.first_step_seconds)
-        ledger.most_blocks_left = max(ledger.most_blocks_left, len(blocks_left(ledger.blocks)))
         if job.process.returncode == 0:
             ledger.seconds = time.monotonic() - began
             return ledger

@@ -98,7 +98,7 @@ def test_a_killed_worker_fails_the_run_with_a_clear_error(start: Callable[..., A
     # Which message appears depends on what the rank and its worker were doing at that moment.
     said = (
         rf"DataLoader worker \(pid(\(s\))? {loader.pid}\) (is killed by signal: Killed|exited unexpectedly)"
-        "|a loader process of this rank died while it handed over a batch"
+        "|a DataLoader worker of this rank died while it handed over a batch"
     )
     assert re.search(said, output), output
     assert not (job.run / "LOCK").exists()

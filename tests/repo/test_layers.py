@@ -42,7 +42,7 @@ SAME_LAYER = {
 
 #: Dependency -> the only modules that may import it (a trailing dot opens a whole package).
 ADAPTERS: dict[str, tuple[str, ...]] = {
-    "streaming": ("data.streaming_dataset", "data.shared_memory"),
+    "streaming": ("data.streaming_dataset",),
     "deepspeed": ("engine.", "checkpoint.deepspeed_io"),
     "transformers": ("model.attention", "model.load", "data.prompt"),
     "aiohttp": ("prepare.images.http_client",),
@@ -54,8 +54,8 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
 #: through others: a login node runs them.
 TORCH_FREE = (
     "cli errors files log processes run_dir commands. config. demo. prepare. reports. resilience.run_lock "
-    "scoring. shards. cluster.site cluster.submission checkpoint.store data.cache data.shared_memory_need "
-    "data.stale_memory model.architecture model.cost "
+    "scoring. shards. cluster.site cluster.submission checkpoint.store data.cache data.shard_cache "
+    "data.shared_memory_need model.architecture model.cost "
     "training.provenance prediction.options prediction.output prediction.rows prediction.work_dir "
 ).split()
 

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 
 import numpy as np
 import pytest
 
-from rating_train.data import order as order_module
 from rating_train.data.order import (
+    EpochOrders,
+    FirstReads,
+    Ids,
     SampleOrder,
     digest,
     epoch_of_step,
     evaluation_batches,
-    first_step_of_epoch,
-    interleave,
     rank_part,
-    worker_part,
 )
 
 # (N, G): G divides N, does not, is 1, equals N, and is larger than N, even several times.
 SHAPES = [(24, 12), (25, 12), (7, 3), (101, 12), (5, 1), (12, 12), (5, 12), (1, 4), (3, 64), (1000, 7)]
+
+
+def first_step_of_epoch(epoch: int, samples: int, global_items: int) -> int:
+    """The first step whose batch starts within ``epoch`` or later."""
+    return -(-epoch * samples // global_items)
 
 
 def permuted(samples: int) -> SampleOrder:
@@ -38,7 +44,7 @@ def random_order(samples: int, global_items: int, seed: int = 3) -> SampleOrder:
 
 
 @pytest.mark.parametrize(("samples", "global_items"), SHAPES)
-def test_every_epoch_holds_every_sample_exactly_once_across_steps_and_borders(
+def test_every_epoch_holds_every_sample_exactly_once_across_steps_and_epochs(
     samples: int, global_items: int
 ) -> None:
     epochs = 4
@@ -49,7 +55,8 @@ def test_every_epoch_holds_every_sample_exactly_once_across_steps_and_borders(
     stream = batches.reshape(-1)
     for epoch in range(epochs):
         one = stream[epoch * samples : (epoch + 1) * samples]
-        assert np.array_equal(one, order.epoch_ids(epoch)), "the epoch in its own order, none left out"
+        expected = np.random.default_rng([3, epoch]).permutation(samples)
+        assert np.array_equal(one, expected), "the epoch in its own order, none left out"
         assert np.array_equal(np.sort(one), np.arange(samples))
 
 
@@ -80,55 +87,104 @@ def test_the_ranks_together_read_the_same_ordered_global_batch(samples: int, ran
     assert np.array_equal(np.concatenate(parts, axis=1), batches)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("steps", [1, 4, 15])
-def test_batches_dealt_to_workers_in_turn_come_back_in_order(workers: int, steps: int) -> None:
-    batches = permuted(101).batches(0, steps)
-    parts = [worker_part(batches, w, workers) for w in range(workers)]
-    assert sum(map(len, parts)) == steps
-    collected = [parts[k % workers][k // workers] for k in range(steps)]
-    assert np.array_equal(np.stack(collected), batches)
-
-
-@pytest.mark.parametrize("parts", [0, 1, 2, 3, 7, 16, 101, 200])
-@pytest.mark.parametrize("samples", [1, 2, 16, 101])
-def test_interleaving_is_a_permutation(samples: int, parts: int) -> None:
-    ids = np.random.default_rng(samples).permutation(samples).astype(np.int64)
-    mixed = interleave(ids, parts)
-    assert mixed.dtype == np.int64
-    assert np.array_equal(np.sort(mixed), np.arange(samples))
-
-
-def test_interleaving_takes_one_item_of_each_run_in_turn() -> None:
-    assert interleave(np.arange(7), 3).tolist() == [0, 3, 5, 1, 4, 6, 2]
-    assert interleave(np.arange(6), 2).tolist() == [0, 3, 1, 4, 2, 5]
-    assert interleave(np.arange(6), 1).tolist() == [0, 1, 2, 3, 4, 5]
-
-
 @pytest.mark.parametrize(("samples", "global_items"), [*SHAPES, (3_000_000, 64), (16_455_671, 4096)])
-def test_segments_always_go_forward_and_end_where_an_epoch_begins(samples: int, global_items: int) -> None:
+def test_segments_follow_one_another_and_lie_within_an_epoch(samples: int, global_items: int) -> None:
     order = random_order(samples, global_items)
-    step = 0
-    for _ in range(20):
-        end = order.segment_end(step)
-        assert end > step
-        epoch = epoch_of_step(end, samples, global_items)
-        starts = {first_step_of_epoch(e, samples, global_items) for e in (epoch, epoch + 1)}
-        assert end in starts or end == step + 1
-        assert (end - step - 1) * global_items <= max(samples, 2_000_000), "memory stays bounded"
-        step = end
+    segments = list(itertools.islice(order.segments(5, 10**9), 20))
+    assert segments[0][0] == 5
+    for (step, end), (following, _) in itertools.pairwise(segments):
+        assert step < end == following
+        first, last = step * global_items // samples, (end * global_items - 1) // samples
+        assert first == last or end == step + 1, "only a single batch crosses epochs"
+    assert list(order.segments(5, 6)) == [(5, 6)] and list(order.segments(5, 5)) == []
 
 
-def test_a_run_made_of_segments_is_the_run_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    order = random_order(25, 12)
-    monkeypatch.setattr(order_module, "_SEGMENT_SAMPLES", 60)
-    step, pieces = 0, []
-    while step < 50:
-        end = min(50, order.segment_end(step))
+@pytest.mark.parametrize(("samples", "global_items"), SHAPES)
+def test_a_run_made_of_segments_is_the_run_in_one_go_and_makes_each_order_once(
+    samples: int, global_items: int
+) -> None:
+    made: list[int] = []
+
+    def epoch_ids(epoch: int) -> Ids:
+        made.append(epoch)
+        return np.random.default_rng([3, epoch]).permutation(samples)
+
+    whole = random_order(samples, global_items).batches(3, 60)
+    order = SampleOrder(samples, global_items, epoch_ids)
+    pieces = []
+    for step, end in order.segments(3, 60):
         pieces.append(order.batches(step, end))
-        step = end
-    assert len(pieces) > 5
-    assert np.array_equal(np.concatenate(pieces), order.batches(0, 50))
+        order.release(end)
+        order.order_digest(end - 1)  # as a checkpoint asks for it
+    assert np.array_equal(np.concatenate(pieces), whole)
+    assert made == sorted(set(made)), "none is made twice"
+
+
+def test_the_order_of_an_epoch_is_free_once_it_is_released() -> None:
+    references = []
+
+    def epoch_ids(epoch: int) -> Ids:
+        ids = np.random.default_rng(epoch).permutation(100)
+        references.append(weakref.ref(ids))
+        return ids
+
+    orders = EpochOrders(epoch_ids, tail=12)
+    expected = np.random.default_rng(0).permutation(100)
+    assert np.array_equal(orders.part(0, 0, 100), expected)
+    assert orders.digest(0) == digest(expected)
+    orders.release(1)
+    assert references[0]() is not None, "another epoch's end frees nothing"
+    orders.release(0)
+    gc.collect()
+    assert references[0]() is None
+    assert np.array_equal(orders.part(0, 88, 100), expected[88:]) and len(references) == 1
+    assert orders.digest(0) == digest(expected) and len(references) == 1
+    assert np.array_equal(orders.part(0, 87, 100), expected[87:]) and len(references) == 2, "made again"
+
+
+@pytest.mark.parametrize("sharing", ["all nodes", "each node", "odd nodes"])
+@pytest.mark.parametrize(("nodes", "ranks_per_node"), [(1, 1), (1, 4), (2, 2), (4, 3)])
+def test_each_shard_is_checked_once_by_those_who_share_it_before_a_step_that_reads_it_can_end(
+    nodes: int, ranks_per_node: int, sharing: str
+) -> None:
+    rng = np.random.default_rng(7)
+    shard_samples = rng.integers(1, 40, size=60)
+    sizes = rng.integers(10_000, 20_000, size=60)
+    samples, ranks = int(shard_samples.sum()), nodes * ranks_per_node
+    batches = random_order(samples, 24).batches(0, 2 * samples // 24)
+    shard_of = np.repeat(np.arange(60), shard_samples)
+
+    def sharers(rank: int) -> list[int]:
+        node = rank // ranks_per_node
+        together = {"all nodes": range(nodes), "each node": [node], "odd nodes": range(node % 2, nodes, 2)}
+        return [r for r in range(ranks) if r // ranks_per_node in together[sharing]]
+
+    hashed_bytes = np.zeros(nodes, np.int64)
+    checks: dict[int, list[tuple[int, int]]] = {}  # shard -> (row, rank) that checks it
+    for rank in range(ranks):
+        first_reads = FirstReads(shard_samples, rank, sharers(rank))
+        for begin in range(0, len(batches), 17):  # as segments come
+            for row, shards in first_reads.of(batches[begin : begin + 17], ranks).items():
+                own = shard_of[rank_part(batches[begin + row : begin + row + 1], rank, ranks)]
+                assert set(shards) <= set(own.reshape(-1).tolist()), "it reads what it checks"
+                for shard in shards:
+                    checks.setdefault(shard, []).append((begin + row, rank))
+                    hashed_bytes[rank // ranks_per_node] += sizes[shard]
+    assert set(checks) == set(range(60))
+    for group in {tuple(sharers(rank)) for rank in range(ranks)}:
+        columns = np.concatenate([rank_part(batches, r, ranks) for r in group], axis=1)
+        reads = [(shard_of[columns] == shard).any(axis=1) for shard in range(60)]
+        for shard in range(60):
+            rows = [row for row, rank in checks[shard] if rank in group]
+            assert rows == np.flatnonzero(reads[shard])[:1].tolist(), "once, at the first read, if it is read"
+        of_group = {rank // ranks_per_node for rank in group}
+        assert hashed_bytes[list(of_group)].sum() == sizes[np.any(reads, axis=1)].sum()
+    if sharing == "all nodes" and nodes > 1:
+        assert hashed_bytes.max() < 0.8 * sizes.sum(), "and the nodes share the work"
+
+
+def test_nothing_is_checked_where_nobody_is_to_check() -> None:
+    assert FirstReads(np.array([5, 5]), 0, None).of(np.arange(10).reshape(2, 5), 1) == {}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -168,6 +224,6 @@ def test_the_digest_tells_two_orders_apart_and_ignores_memory_layout() -> None:
     ids = np.arange(20, dtype=np.int64)
     swapped = ids.copy()
     swapped[[3, 4]] = swapped[[4, 3]]
-    assert digest(ids) == digest(np.repeat(ids, 2)[::2])
+    assert digest(ids) == digest(np.repeat(ids, 2)[::2]) == digest(ids.astype(np.int32))
     assert digest(ids) != digest(swapped)
     assert digest(ids) != digest(ids[:-1])

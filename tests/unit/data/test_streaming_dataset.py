@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from streaming import MDSWriter
 
-from rating_train.data.streaming_dataset import check_split, open_split, read_manifest, shuffled_epoch
+from rating_train.data import streaming_dataset
+from rating_train.data.streaming_dataset import Request, SplitDataset
 from rating_train.demo.catalogue import make_catalogue
 from rating_train.errors import UserError
 from rating_train.files import sha256_file
 from rating_train.prepare.options import PrepareOptions
 from rating_train.prepare.pipeline import prepare
-from rating_train.shards.schema import MANIFEST_NAME
+from rating_train.shards.manifest import check_split, read_manifest
+from rating_train.shards.mds_read import iter_sampled
+from rating_train.shards.schema import MANIFEST_NAME, MDS_COLUMNS
+from tests.small_shards import flip_a_byte
 
 N = 120
 
@@ -149,70 +155,96 @@ def test_a_missing_index_is_found(data: Path) -> None:
 
 
 def test_a_split_reads_exactly_the_given_samples_in_the_given_order(built: Path) -> None:
-    dataset = open_split(built, "train", 4)
-    samples = int(dataset.num_samples)
-    assert samples == read_manifest(built)["splits"]["train"]["items"]
-    ids = np.random.default_rng(2).integers(0, samples, size=(5, 4))
-    dataset.set_batches(ids)
-    read = [sample["id"] for sample in dataset]
-    assert read == [dataset[int(i)]["id"] for i in ids.reshape(-1)], "repeated samples included"
-    dataset.set_batches(ids[::-1])
-    assert [sample["id"] for sample in dataset] == [dataset[int(i)]["id"] for i in ids[::-1].reshape(-1)]
+    dataset = SplitDataset(built, "train")
+    stored = list(iter_sampled([built / "train"]))
+    assert len(dataset) == len(stored) == read_manifest(built)["splits"]["train"]["items"]
+    ids = np.random.default_rng(2).integers(0, len(stored), size=20)
+    expected = [stored[i] for i in ids]
+    assert dataset.__getitems__(Request(ids)) == expected, "repeated samples included"
+    assert dataset.__getitems__(Request(ids[::-1])) == expected[::-1]
+    assert [dataset[int(i)] for i in ids] == expected
 
 
-def test_reading_without_an_order_is_refused(built: Path) -> None:
-    with pytest.raises(RuntimeError, match="set_batches"):
-        next(iter(open_split(built, "val", 4)))
+def test_a_shard_is_hashed_where_it_is_asked_for(data: Path) -> None:
+    path = shard(data)
+    flip_a_byte(path, 4000)
+    dataset = SplitDataset(data, "train")
+    assert len(dataset.__getitems__(Request([0, 1]))) == 2
+    with pytest.raises(
+        UserError, match=rf"shard train/{path.name} has xxh64 .*; none of it was read.*{path}"
+    ):
+        dataset.__getitems__(Request([0, 1], check=[0]))
 
 
-# --- the shuffle --------------------------------------------------------------------------------------
-
-SHARDS = np.array([40, 41, 7, 100, 1, 53], dtype=np.int64)
-DEFAULTS: dict[str, Any] = {"seed": 9, "epoch": 0, "block_samples": 64, "canonical_nodes": 1, "shuffle": True}
-
-
-def epoch(shards: np.ndarray = SHARDS, **changes: Any) -> np.ndarray:
-    return shuffled_epoch(shards, **{**DEFAULTS, **changes})
+def test_a_shard_that_disappears_is_named(data: Path) -> None:
+    dataset = SplitDataset(data, "train")
+    shard(data).unlink()
+    with pytest.raises(UserError, match=r"shard train/shard\.00000\.mds is missing"):
+        dataset[0]
 
 
-@pytest.mark.filterwarnings("ignore:Shuffle block size")
-@pytest.mark.parametrize("shards", [[1], [3], [40, 41, 7], [5] * 30, [1000, 1]])
-@pytest.mark.parametrize("canonical_nodes", [1, 2, 3, 8, 64])
-@pytest.mark.parametrize("block_samples", [1, 16, 262_144])
-def test_a_shuffled_epoch_is_a_permutation(
-    shards: list[int], canonical_nodes: int, block_samples: int
+def test_bytes_that_are_no_sample_are_named(data: Path) -> None:
+    path = shard(data)
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(UserError, match=r"shard train/shard\.00000\.mds holds a sample that cannot be read"):
+        SplitDataset(data, "train")[0]
+
+
+@pytest.mark.timeout(60)
+def test_a_file_system_that_fails_for_a_moment_is_waited_for(
+    data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = epoch(np.array(shards), canonical_nodes=canonical_nodes, block_samples=block_samples)
-    assert ids.dtype == np.int64
-    assert np.array_equal(np.sort(ids), np.arange(sum(shards)))
+    """A directory where the shard should be: reading it is an error of the file system, until it is replaced."""
+    path = shard(data)
+    dataset = SplitDataset(data, "train")
+    expected = dataset[3]
+    path.rename(path.with_suffix(".moved"))
+    path.mkdir()
+
+    def repair() -> None:
+        path.rmdir()
+        path.with_suffix(".moved").rename(path)
+
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:
+            repair()
+
+    monkeypatch.setattr(streaming_dataset.time, "sleep", sleep)
+    assert dataset[3] == expected and len(waited) == 3
+    path.rename(path.with_suffix(".moved"))
+    path.mkdir()
+    monkeypatch.setattr(streaming_dataset.time, "sleep", waited.append)
+    with pytest.raises(UserError, match=r"cannot be read \(.*Is a directory"):
+        dataset[3]
+    assert sum(waited[3:]) > 1, "seconds"
 
 
-def test_an_unshuffled_epoch_is_in_stored_order_in_every_epoch() -> None:
-    for number in (0, 1, 7):
-        assert np.array_equal(epoch(shuffle=False, epoch=number), np.arange(SHARDS.sum()))
+def test_other_columns_are_refused_before_anything_is_unpickled(tmp_path: Path) -> None:
+    """A shard may ask for pickle; what it holds would run."""
+    marker = tmp_path / "ran"
+
+    class Hostile:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (marker,))
+
+    with MDSWriter(columns={**MDS_COLUMNS, "title": "pkl"}, out=str(tmp_path / "data/train")) as writer:
+        writer.write(
+            {**dict.fromkeys(MDS_COLUMNS, ""), "image": b"", "title": Hostile()}
+            | {"rating": np.float32(4), "rating_count": np.int64(3)}
+        )
+    with pytest.raises(UserError, match=r"has other columns.*'title': 'pkl'"):
+        SplitDataset(tmp_path / "data", "train")[0]
+    assert not marker.exists()
 
 
-@pytest.mark.filterwarnings("ignore:Shuffle block size")
-def test_every_epoch_and_every_seed_has_an_order_of_its_own() -> None:
-    orders = {tuple(epoch(epoch=e, seed=s)) for e in range(5) for s in (0, 9, 10)}
-    assert len(orders) == 15
+def test_copies_of_a_dataset_are_told_from_one_that_several_ranks_see(built: Path, data: Path) -> None:
+    assert SplitDataset(built, "train").identity() == SplitDataset(built, "train").identity()
+    assert SplitDataset(built, "train").identity() != SplitDataset(data, "train").identity()
 
 
-@pytest.mark.filterwarnings("ignore:Shuffle block size")
-def test_the_order_depends_on_nothing_but_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = epoch(epoch=3)
-    np.random.seed(4)
-    np.random.rand(10)
-    for name, value in {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    before = np.random.get_state()[1].copy()
-    assert np.array_equal(epoch(epoch=3), first), "neither the global generator nor the world size matters"
-    assert np.array_equal(np.random.get_state()[1], before), "and the global generator is left alone"
-
-
-def test_samples_are_mixed_across_shards_within_a_block() -> None:
-    shards = np.array([100] * 10)
-    ids = epoch(shards, block_samples=1000)
-    runs = np.flatnonzero(np.diff(ids // 100)).size
-    assert runs > 500, "neighbours come from different shards"
-    assert np.abs(np.corrcoef(ids, np.arange(1000))[0, 1]) < 0.2
+def test_a_dataset_travels_to_a_spawned_worker(built: Path) -> None:
+    dataset = SplitDataset(built, "train")
+    assert pickle.loads(pickle.dumps(dataset))[5] == dataset[5]
