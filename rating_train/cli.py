@@ -43,6 +43,7 @@ VERBS = {
     "evaluate": "score a checkpoint: PLCC, SRCC, RMSE, MAE, CES",
     "compare": "which run is better on the same items, by how much",
     "predict": "score a catalogue into a CSV or Parquet file",
+    "export": "write a checkpoint as a folder that transformers loads",
     "cost": "parameters, MACs, FLOPs, C, E and CES of a configuration",
     "report": "plot a run, or describe a dataset",
     "status": "show the progress of a run and which checkpoints are valid",

@@ -7,7 +7,7 @@ import dataclasses
 
 from rating_train.commands.shared import add_set_option
 from rating_train.errors import EXIT_DONE
-from rating_train.prediction.options import PredictOptions
+from rating_train.prediction.options import DEVICES, PredictOptions
 from rating_train.scoring.ces import CONVENTIONS
 
 
@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, type=int, default=default[name], help=f"{text} (default: {default[name]})")
+    parser.add_argument(
+        "--device", choices=DEVICES, default="auto", help="auto (default): a GPU if there is one"
+    )
     parser.add_argument(
         "--submission", action="store_true", help="write the challenge's file: item_id, score, params, flops"
     )

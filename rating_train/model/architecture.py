@@ -165,6 +165,15 @@ def architecture_from_config(
     )
 
 
+def architecture_from_dict(values: Mapping[str, Any]) -> Architecture:
+    """Return the architecture that ``dataclasses.asdict`` took apart."""
+    parts = {
+        "text": TextArchitecture(**values["text"]),
+        "vision": VisionArchitecture(**values["vision"]),
+    }
+    return Architecture(**{**values, **parts})
+
+
 class _Reader:
     """Reads typed values with defaults and collects problems instead of stopping at the first."""
 

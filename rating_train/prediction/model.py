@@ -16,9 +16,18 @@ from rating_train.checkpoint.state import STATE_FILE
 from rating_train.config.load import load_config
 from rating_train.config.schema import Config
 from rating_train.data.collate import Collator
+from rating_train.distributed.device import choose_device, probe
 from rating_train.errors import UserError
 from rating_train.files import read_json, sha256_file
 from rating_train.model.cost import count_forward, count_parameters
+from rating_train.prediction.exported import (
+    PROCESSOR_NAME,
+    WEIGHTS_NAME,
+    exported_architecture,
+    exported_config,
+    exported_weights,
+    is_exported,
+)
 from rating_train.shards.manifest import read_manifest
 from rating_train.training import setup
 from rating_train.training.evaluate_run import choose_checkpoint
@@ -45,14 +54,14 @@ class FoundModel:
         folder: the checkpoint, or the exported folder.
         config: the run's configuration.
         squares: how images become the squares that the model was trained on.
-        zero_stage: of the checkpoint.
+        zero_stage: of the checkpoint; ``None`` for an exported folder.
         identity: what the scores depend on, for comparison with that of an unfinished prediction.
     """
 
     folder: Path
     config: Config
     squares: SquareRecipe
-    zero_stage: int
+    zero_stage: int | None
     identity: dict[str, Any]
 
 
@@ -74,17 +83,24 @@ class Scorer:
         return count_parameters(architecture)["total"], forward.total(convention)
 
 
+def pick_device(wanted: str = "auto") -> torch.device:
+    """Return the device of a process without a launcher: ``auto`` takes a GPU if there is one."""
+    return choose_device(wanted, 0, {}, probe())
+
+
 def find_model(path: Path, checkpoint: str = "best", settings: tuple[str, ...] = ()) -> FoundModel:
-    """Find and verify the model of a run. Reads no weights.
+    """Find and verify a model. Reads no weights.
 
     Args:
-        path: run directory.
-        checkpoint: best, latest or a step.
+        path: run directory, or exported folder.
+        checkpoint: of a run: best, latest or a step.
         settings: ``section.key=value``, what is to differ from the run's configuration.
 
     Raises:
         UserError: neither a run nor an exported folder, no such checkpoint, or a damaged one.
     """
+    if is_exported(path):
+        return _find_exported(path, settings)
     if not (path / run_dir.CONFIG_FILE).is_file():
         raise UserError(
             "neither a run directory (it has no config.yaml) nor an exported model",
@@ -101,10 +117,21 @@ def find_model(path: Path, checkpoint: str = "best", settings: tuple[str, ...] =
     return FoundModel(folder, config, _stored_squares(config), stage, identity)
 
 
+def _find_exported(path: Path, settings: tuple[str, ...]) -> FoundModel:
+    processor = read_json(path / PROCESSOR_NAME)
+    identity = {"model": path.resolve().name, "model_sha256": sha256_file(path / WEIGHTS_NAME)}
+    squares = SquareRecipe(int(processor["stored_px"]), int(processor["jpeg_quality"]))
+    return FoundModel(path, exported_config(path, settings), squares, None, identity)
+
+
 def load_scorer(found: FoundModel, device: torch.device) -> Scorer:
     """Load the weights, the tokenizer and the backbone's configuration of a model that was found."""
-    inputs = setup.read_model_inputs(found.config)
-    weights = consolidated_weights(found.folder, found.zero_stage)
+    if found.zero_stage is None:
+        inputs = setup.model_inputs_of(found.config, exported_architecture(found.folder))
+        weights = exported_weights(found.folder)
+    else:
+        inputs = setup.read_model_inputs(found.config)
+        weights = consolidated_weights(found.folder, found.zero_stage)
     predictor = load_predictor(
         found.config, inputs.architecture, inputs.prompt.layout.image_start, weights, device
     )

@@ -13,6 +13,7 @@ from rating_train.prepare.records.sources import source_kind
 from rating_train.scoring.ces import CONVENTIONS, PAPER_CONVENTION
 from rating_train.shards.schema import RATING_MAX, RATING_MIN
 
+DEVICES = ("auto", "cuda", "cpu")
 OUT_KINDS = (".csv", ".parquet")
 
 
@@ -34,6 +35,7 @@ class PredictOptions:
         batch_items: items of a forward pass.
         part_rows: rows of a part, the unit of work that is either finished or done again.
         workers: processes of each rank that read and decode images; 0 does it between the forward passes.
+        device: auto (a GPU if there is one), cuda or cpu.
         submission: write the file of the challenge.
         convention: how its operations are counted.
         fill: score of rows that cannot be scored, in a submission; ``None`` refuses to write one with such rows.
@@ -52,6 +54,7 @@ class PredictOptions:
     batch_items: int = 64
     part_rows: int = 1024
     workers: int = 2
+    device: str = "auto"
     submission: bool = False
     convention: str = PAPER_CONVENTION
     fill: float | None = None

@@ -56,7 +56,7 @@ def predict(options: PredictOptions) -> Summary | None:
         UserError: impossible options, no such model, unreadable sources, an unfinished prediction with other options,
             another command that writes the same output.
     """
-    world, device = setup.join_job(timeout_minutes=_TIMEOUT_MINUTES)
+    world, device = setup.join_job(timeout_minutes=_TIMEOUT_MINUTES, wanted=options.device)
     work = WorkDir(options.out)
     with contextlib.ExitStack() as held:
         plan = on_main(lambda: _plan(options, work, held))

@@ -38,7 +38,11 @@ def read_model_inputs(config: Config) -> ModelInputs:
     Raises:
         UserError: unknown backbone, an image size that does not divide, a tokenizer that does not fit.
     """
-    architecture = read_architecture(config.model)
+    return model_inputs_of(config, read_architecture(config.model))
+
+
+def model_inputs_of(config: Config, architecture: Architecture) -> ModelInputs:
+    """Read the tokenizer of a backbone whose architecture is known. Errors: as :func:`read_model_inputs`."""
     visual = visual_tokens(architecture, config.data.image_px)
     where = config.model.tokenizer or config.model.backbone
     tokenizer = load_tokenizer(where, config.model.revision)

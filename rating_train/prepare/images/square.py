@@ -14,7 +14,7 @@ import warnings
 
 from PIL import Image
 
-from rating_train.prepare.images.lookup import ImageProblem
+from rating_train.prepare.images.lookup import DEFAULT_MAX_BYTES, ImageProblem, check_size
 
 DEFAULT_MAX_PIXELS = 89_000_000  # about Pillow's own threshold: 256 MiB as RGB
 
@@ -70,6 +70,50 @@ def square_jpeg(data: bytes, size_px: int, quality: int = 90, max_pixels: int = 
         raise ImageProblem("image_unreadable", f"{type(e).__name__}: {e}"[:200]) from e
 
 
+def square_file(picture: bytes | Image.Image, size_px: int, quality: int = 90) -> bytes:
+    """Return the square of a picture as :func:`square_jpeg` makes it, also of one that is open already.
+
+    A picture that was opened and not decoded yet counts as its file. One that was decoded, or drawn, has no file: it is
+    resized from its pixels, which for a large JPEG differ slightly from the decoder's own reduction.
+
+    Args:
+        picture: bytes of an image file, or a picture. It is not changed.
+        size_px: S.
+        quality: of the JPEG, 1 to 95.
+
+    Returns:
+        bytes of an image file: a JPEG, or a PNG of a picture that was decoded from such a square JPEG.
+
+    Raises:
+        ImageProblem: it cannot be used.
+    """
+    data = picture if isinstance(picture, bytes) else _undecoded_bytes(picture)
+    if data is not None:
+        return square_jpeg(data, size_px, quality)
+    assert isinstance(picture, Image.Image)
+    orientation = _orientation(picture)
+    if _is_target(picture, size_px) and orientation not in _UPRIGHT:
+        out = io.BytesIO()
+        picture.save(out, "PNG", compress_level=1)
+        return out.getvalue()
+    try:
+        return _encoded(_to_rgb_square(picture, size_px, None), orientation, quality)
+    except (OSError, ValueError) as e:
+        raise ImageProblem("image_unreadable", f"{type(e).__name__}: {e}"[:200]) from e
+
+
+def _undecoded_bytes(picture: Image.Image) -> bytes | None:
+    """Return the file of a picture that was opened and not decoded yet; ``None`` for any other."""
+    file = getattr(picture, "fp", None)
+    if not getattr(picture, "tile", None) or file is None or not file.seekable():
+        return None
+    position = file.tell()
+    file.seek(0)
+    data: bytes = file.read(DEFAULT_MAX_BYTES + 1)
+    file.seek(position)
+    return check_size(data, DEFAULT_MAX_BYTES)
+
+
 def _convert(data: bytes, size_px: int, quality: int, max_pixels: int) -> bytes:
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         width, height = image.size
@@ -80,18 +124,26 @@ def _convert(data: bytes, size_px: int, quality: int, max_pixels: int) -> bytes:
             raise ImageProblem(
                 "image_too_large", f"more than {most_scans} scans of {width} x {height} pixels"
             )
-        upright = _UPRIGHT.get(_orientation(image))
-        is_target = image.format == "JPEG" and image.mode == "RGB" and image.size == (size_px, size_px)
+        orientation = _orientation(image)  # of the header: what a PNG says after its pixels does not count
+        is_target = _is_target(image, size_px) and orientation not in _UPRIGHT
         # The side stays at least twice the target, so that the bilinear filter still sees real detail.
         drafted = image.draft(image.mode, (2 * size_px, 2 * size_px))
         image.load()  # a truncated file raises here
         # The bound excludes a file that is mostly metadata, the last marker one that lacks its end.
-        if is_target and upright is None and len(data) <= 3 * size_px**2 and data.endswith(b"\xff\xd9"):
+        if is_target and len(data) <= 3 * size_px**2 and data.endswith(b"\xff\xd9"):
             return data
         # The original may end within the last pixel of a reduced picture: the box is the part that belongs to it.
         square = _to_rgb_square(image, size_px, drafted[1] if drafted else None)
-    if upright is not None:
-        square = square.transpose(upright)
+    return _encoded(square, orientation, quality)
+
+
+def _is_target(image: Image.Image, size_px: int) -> bool:
+    return image.format == "JPEG" and image.mode == "RGB" and image.size == (size_px, size_px)
+
+
+def _encoded(square: Image.Image, orientation: int, quality: int) -> bytes:
+    if orientation in _UPRIGHT:
+        square = square.transpose(_UPRIGHT[orientation])
     square.info.clear()  # otherwise Pillow writes the source's comment into the new file
     out = io.BytesIO()
     square.save(out, "JPEG", quality=quality)

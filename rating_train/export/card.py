@@ -1,0 +1,263 @@
+"""The model card: recipe, data, metrics with intervals, cost by convention, limits, licence of the backbone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+import yaml
+
+from rating_train import run_dir
+from rating_train.config.schema import Config
+from rating_train.export import compare
+from rating_train.export.compare import Compared, Items
+from rating_train.model.cost import count_forward, count_parameters
+from rating_train.prediction.exported import CARD_NAME
+from rating_train.scoring.bootstrap import CONFIDENCE, Interval, intervals
+from rating_train.scoring.ces import CONVENTIONS, ces_table
+from rating_train.scoring.metrics import score
+from rating_train.scoring.predictions import read_predictions
+from rating_train.training.setup import ModelInputs
+
+TEMPLATE = Path(__file__).with_name("card.md")
+PROJECT = "https://arxiv.org/abs/2605.27737"
+
+#: Licences of published backbones, as their model cards state them.
+LICENCES = {
+    "HuggingFaceTB/SmolVLM2-256M-Video-Instruct": "apache-2.0",
+    "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": "apache-2.0",
+}
+#: Metric -> (its name, its name on the hub).
+_METRICS = {
+    "plcc": ("PLCC", "pearsonr"),
+    "srcc": ("SRCC", "spearmanr"),
+    "rmse": ("RMSE (stars)", "rmse"),
+    "mae": ("MAE (stars)", "mae"),
+}
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card is written from.
+
+    Attributes:
+        run: run directory.
+        step: of the checkpoint.
+        split: that metrics are of.
+        folder: name of the exported folder.
+        fingerprint: of the training data.
+        inputs: configuration, architecture and prompt.
+        items: what the export was compared on.
+        own: precision of the checkpoint's scores.
+        compared: the comparisons.
+        onnx: names of the graphs.
+        licence: as given by the user; "" takes the backbone's.
+    """
+
+    run: Path
+    step: int
+    split: str
+    folder: str
+    fingerprint: str
+    inputs: ModelInputs
+    items: Items
+    own: str
+    compared: Sequence[Compared]
+    onnx: Sequence[str]
+    licence: str
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Metrics of a split: name -> value and interval; ``items`` scored; ``complete``: the whole split."""
+
+    values: dict[str, float | None]
+    intervals: dict[str, Interval | None]
+    items: int
+    complete: bool
+
+
+def write_card(folder: Path, facts: CardFacts) -> None:
+    """Write README.md into an exported folder."""
+    metrics = read_metrics(facts)
+    text = Template(TEMPLATE.read_text("utf-8")).substitute(_values(facts, metrics))
+    head = yaml.safe_dump(_front_matter(facts, metrics), sort_keys=False, allow_unicode=True, width=110)
+    text = re.sub(r"\n{3,}", "\n\n", text)  # where an optional paragraph is left out
+    (folder / CARD_NAME).write_text(f"---\n{head}---\n\n{text}", "utf-8")
+
+
+def read_metrics(facts: CardFacts) -> Metrics:
+    """Compute the metrics from the predictions of an evaluation of this step, else from the compared items."""
+    file = run_dir.predictions_file(facts.run, facts.split, facts.step)
+    if file.is_file():
+        rows = [row for row in read_predictions(file) if row.rating is not None]
+        scores, ratings = [row.score for row in rows], [float(row.rating or 0) for row in rows]
+    else:
+        scores, ratings = facts.items.scores, facts.items.ratings
+    values = score(scores, ratings)
+    found = intervals(np.asarray(scores, np.float64), np.asarray(ratings, np.float64))
+    return Metrics(
+        {name: getattr(values, name) for name in _METRICS}, found, len(scores), complete=file.is_file()
+    )
+
+
+def backbone_name(config: Config) -> str:
+    """Return the backbone's hub id, or the last part of a local path: a card names no path of the machine."""
+    backbone = config.model.backbone
+    return Path(backbone).resolve().name if Path(backbone).exists() else backbone
+
+
+def backbone_licence(config: Config) -> str:
+    """Return the licence of the backbone where it is known: published ones, or a local folder's own model card."""
+    backbone = config.model.backbone
+    card = Path(backbone) / "README.md"
+    if backbone in LICENCES:
+        return LICENCES[backbone]
+    if card.is_file():
+        head = re.match(r"---\n(.*?)\n---\n", card.read_text("utf-8"), flags=re.S)
+        values = yaml.safe_load(head[1]) if head else {}
+        return str(values.get("license", "")) if isinstance(values, dict) else ""
+    return ""
+
+
+def _front_matter(facts: CardFacts, metrics: Metrics) -> dict[str, Any]:
+    config = facts.inputs.config
+    licence = facts.licence or backbone_licence(config)
+    results = []
+    for key, (name, hub_name) in _METRICS.items():
+        if (value := metrics.values[key]) is None:
+            continue
+        found: dict[str, Any] = {"type": hub_name, "name": name, "value": round(value, 5)}
+        if interval := metrics.intervals.get(key):
+            found["args"] = {
+                "confidence": CONFIDENCE, "low": round(interval.low, 5), "high": round(interval.high, 5),
+            }  # fmt: skip
+        results.append(found)
+    dataset = {
+        "name": Path(config.data.path).name, "type": Path(config.data.path).name, "split": facts.split,
+        "revision": facts.fingerprint,
+    }  # fmt: skip
+    published = config.model.backbone in LICENCES
+    return {
+        "library_name": "transformers",
+        "license": licence or "other",
+        **({"base_model": config.model.backbone} if published else {}),
+        "tags": ["regression", "image-text", "product-ratings", "smolvlm"],
+        "model-index": [
+            {
+                "name": config.name,
+                "results": [
+                    {
+                        "task": {"type": "image-text-regression", "name": "Average rating"},
+                        "dataset": dataset,
+                        "metrics": results,
+                    }
+                ],
+            }
+        ],
+    }
+
+
+def _values(facts: CardFacts, metrics: Metrics) -> dict[str, object]:
+    config, layout = facts.inputs.config, facts.inputs.prompt.layout
+    licence = facts.licence or backbone_licence(config)
+    return {
+        "name": config.name,
+        "folder": facts.folder,
+        "project": PROJECT,
+        "parameters": f"{count_parameters(facts.inputs.architecture)['total']:,}",
+        "backbone": f"the backbone `{backbone_name(config)}`",
+        "onnx": _onnx_text(facts),
+        "metrics_items": f"{metrics.items:,}",
+        "split": facts.split,
+        "confidence": f"{100 * CONFIDENCE:g}",
+        "metrics": _metric_table(metrics),
+        "metrics_note": ""
+        if metrics.complete
+        else "These are only the items that the export was compared on: the run has no evaluation of this step.",
+        "tokens": layout.length,
+        "visual": layout.visual_tokens,
+        "image_px": config.data.image_px,
+        "cost": _cost_table(facts.inputs, metrics.values["plcc"]),
+        "compared_items": len(facts.items.scores),
+        "compared": compare.render(facts.items, facts.own, facts.compared),
+        "step": f"{facts.step:,}",
+        "run": config.name,
+        "trained": "in full"
+        if not config.model.freeze
+        else f"without {', '.join(config.model.freeze)} (frozen)",
+        "recipe": _recipe_table(config),
+        "fingerprint": facts.fingerprint,
+        "field_chars": config.data.field_chars,
+        "licence": f"{licence}: the backbone's, of which these weights are a fine-tuning."
+        if licence
+        else "The backbone's licence applies; it is not stated beside its weights. Look it up before you share this.",
+    }
+
+
+def _onnx_text(facts: CardFacts) -> str:
+    if not facts.onnx:
+        return ""
+    names = ", ".join(f"`onnx/{name}`" for name in facts.onnx)
+    return (
+        f"\nONNX graphs, pooling and head inside: {names}. Inputs: `images` (B, 3, S, S) uint8,\n"
+        "`input_ids` (B, T) int64, and `used_tokens` (B,) int64, the sum of the processor's `attention_mask`.\n"
+        "Output: `rating` (B,) float32.\n"
+    )
+
+
+def _metric_table(metrics: Metrics) -> str:
+    rows = []
+    for key, (name, _) in _METRICS.items():
+        value, interval = metrics.values[key], metrics.intervals.get(key)
+        shown = "undefined" if value is None else f"{value:.4f}"
+        rows.append((name, shown, f"{interval.low:.4f} to {interval.high:.4f}" if interval else "undefined"))
+    return _markdown(("metric", "value", "interval"), rows)
+
+
+def _cost_table(inputs: ModelInputs, plcc: float | None) -> str:
+    parameters = count_parameters(inputs.architecture)["total"]
+    forward = count_forward(inputs.architecture, inputs.config.data.image_px, inputs.prompt.layout.length)
+    rows = [
+        (
+            f"`{row.convention}`: {CONVENTIONS[row.convention]}", f"{row.count / 1e9:.3f} G", f"{row.c:.3f}",
+            f"{row.e:.3f}", "undefined" if row.ces is None else f"{row.ces:.4f}",
+        )
+        for row in ces_table(plcc, parameters, forward.totals())
+    ]  # fmt: skip
+    return _markdown(("convention", "operations of one item", "C", "E", "CES"), rows)
+
+
+def _recipe_table(config: Config) -> str:
+    o, t = config.optim, config.train
+    rates = ", ".join(
+        f"{part} {getattr(o.lr, part):g}" for part in ("vision", "connector", "decoder", "head")
+    )
+    rows = [
+        ("image", f"{config.data.image_px} px square, bilinear"),
+        (
+            "text",
+            f"{config.data.field_chars} characters of each field, {config.data.text_tokens} text tokens",
+        ),
+        ("loss", config.loss.kind),
+        ("global batch", f"{config.batch.global_items} items"),
+        ("peak learning rates", rates),
+        ("schedule", f"{o.schedule}, {100 * o.warmup_fraction:g} % warm-up, {t.epochs:g} epochs at most"),
+        (
+            "AdamW",
+            f"betas {o.beta1:g}, {o.beta2:g}; weight decay {o.weight_decay:g}; clipping at {o.clip_norm:g}",
+        ),
+        ("precision", f"{t.precision}, DeepSpeed ZeRO stage {config.zero.stage}"),
+        ("checkpoint chosen by", t.select_metric),
+    ]
+    return _markdown(("setting", "value"), rows)
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

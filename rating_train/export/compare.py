@@ -1,0 +1,193 @@
+"""Whether an exported folder scores as the checkpoint does: both score the same items, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rating_train.errors import UserError
+from rating_train.export import reload
+from rating_train.files import read_json
+from rating_train.log import text_table
+from rating_train.prediction.model import Scorer
+from rating_train.prediction.rows import DatasetRows
+from rating_train.scoring.metrics import score
+from rating_train.shards.manifest import read_manifest
+from rating_train.shards.schema import TEXT_FIELDS
+
+LEAST_ITEMS = 64
+#: In the checkpoint's own precision the export runs the same operations, so the scores are equal (seen: 0). This bound
+#: allows for kernels that are chosen otherwise in another process; a wrong pixel or token moves scores by far more.
+SAME_PRECISION_STARS = 1e-4
+#: fp32 against bf16: roundings of bf16, which the checkpoint was evaluated with. Beyond it, something else differs.
+OTHER_PRECISION_STARS = 0.25
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One way to run the exported model, against the checkpoint on the same items.
+
+    Attributes:
+        what: what ran, for example ``AutoModel``.
+        precision: fp32, bf16, int8 and so on.
+        largest: largest difference of two scores, in stars.
+        mean: mean difference, in stars.
+        plcc: of these scores and the true ratings; ``None`` where it is undefined.
+        plcc_change: PLCC minus the checkpoint's; ``None`` where either is undefined.
+        bound: largest difference that is allowed; ``inf`` if it is only reported.
+    """
+
+    what: str
+    precision: str
+    largest: float
+    mean: float
+    plcc: float | None
+    plcc_change: float | None
+    bound: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the difference is within its bound; a NaN is not."""
+        return self.largest <= self.bound
+
+
+@dataclass(frozen=True)
+class Items:
+    """Items to compare on: stored samples, the checkpoint's scores, the true ratings."""
+
+    samples: list[dict[str, Any]]
+    scores: list[float]
+    ratings: list[float]
+
+    @property
+    def plcc(self) -> float | None:
+        """PLCC of the checkpoint on these items."""
+        return score(self.scores, self.ratings).plcc
+
+    def compared(
+        self, what: str, precision: str, scores: Sequence[float], bound: float = math.inf
+    ) -> Compared:
+        """Compare scores of the same items with the checkpoint's."""
+        found = np.asarray(scores, dtype=np.float64)
+        difference = np.abs(found - np.asarray(self.scores))
+        plcc = score(found, self.ratings).plcc if np.isfinite(found).all() else None
+        change = None if plcc is None or self.plcc is None else plcc - self.plcc
+        return Compared(
+            what, precision, float(difference.max()), float(difference.mean()), plcc, change, bound
+        )
+
+
+def score_items(scorer: Scorer, data: str, split: str, count: int) -> Items:
+    """Score the first items of a dataset with the checkpoint: of ``split``, then of its other splits.
+
+    Raises:
+        UserError: no dataset is there, or it has fewer than :data:`LEAST_ITEMS` items.
+    """
+    splits = list(read_manifest(data)["splits"])
+    samples: list[dict[str, Any]] = []
+    for name in sorted(splits, key=lambda name: name != split):
+        rows = DatasetRows(data, name)
+        samples += [row.sample for row in rows.read(0, min(rows.count(), count - len(samples))) if row.sample]
+    if len(samples) < LEAST_ITEMS:
+        raise UserError(
+            f"the dataset has {len(samples)} items to compare the export on",
+            where=data,
+            expected=f"at least {LEAST_ITEMS}",
+            fix="give another one with --data",
+        )
+    scores: list[float] = []
+    for part in batches(samples):
+        scores += scorer.predictor(scorer.collator(part)).tolist()
+    return Items(samples, scores, [float(sample["rating"]) for sample in samples])
+
+
+def batches(samples: list[dict[str, Any]]) -> Iterable[list[dict[str, Any]]]:
+    """Yield samples in the batches that both sides score: in bf16, another batch may round otherwise."""
+    return (samples[i : i + reload.BATCH_ITEMS] for i in range(0, len(samples), reload.BATCH_ITEMS))
+
+
+def compare_reloaded(folder: Path, items: Items, own: str, device: torch.device) -> list[Compared]:
+    """Load the folder in a process without this package, and compare its scores in the run's precision and in fp32.
+
+    Args:
+        folder: the exported folder.
+        items: what the checkpoint scored.
+        own: precision that the checkpoint was scored in: ``bf16``, ``fp32`` or ``autocast``.
+        device: where the checkpoint was scored.
+
+    Raises:
+        UserError: the folder cannot be loaded; the process's last lines are in the message.
+    """
+    precisions = [own] if own == "fp32" else [own, "fp32"]
+    with tempfile.TemporaryDirectory(prefix="rating_train-export-") as temporary:
+        work = Path(temporary)
+        for number, sample in enumerate(items.samples):
+            (work / f"{number}.jpg").write_bytes(sample["image"])
+        lines = (json.dumps({name: sample[name] for name in TEXT_FIELDS}) for sample in items.samples)
+        (work / "items.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+        # The loader of remote code keeps a copy of it: here among what is removed.
+        command = ["env", f"HF_MODULES_CACHE={work / 'modules'}", "HF_HUB_OFFLINE=1", sys.executable]
+        paths = [reload.__file__, str(folder.resolve()), str(work), str(work / "scores.json")]
+        command += [*paths, device.type, *precisions]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=work)
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if line.strip()][-1:] or [
+                f"exit code {done.returncode}"
+            ]
+            raise UserError(
+                f"the export cannot be loaded again ({said[0]}); nothing was written", where=folder
+            )
+        scores: Mapping[str, list[float]] = read_json(work / "scores.json")
+    bounds = {own: SAME_PRECISION_STARS}
+    return [
+        items.compared(
+            "AutoModel", precision, scores[precision], bounds.get(precision, OTHER_PRECISION_STARS)
+        )
+        for precision in precisions
+    ]
+
+
+def render(items: Items, own: str, compared: Sequence[Compared]) -> str:
+    """Return the comparison as a table for a terminal and the model card."""
+    header = ("what", "precision", "largest difference", "mean difference", "PLCC", "change of PLCC")
+    rows = [("checkpoint", own, "", "", _number(items.plcc), "")]
+    rows += [
+        (
+            c.what, c.precision, f"{c.largest:.2e} stars", f"{c.mean:.2e} stars", _number(c.plcc),
+            "undefined" if c.plcc_change is None else f"{c.plcc_change:+.5f}",
+        )
+        for c in compared
+    ]  # fmt: skip
+    return "\n".join(text_table(header, rows))
+
+
+def check(compared: Sequence[Compared], folder: Path) -> None:
+    """Refuse an export that does not score as the checkpoint.
+
+    Raises:
+        UserError: names each difference beyond its bound.
+    """
+    problems = [
+        f"{c.what} in {c.precision} differs by up to {c.largest:.3g} stars (allowed: {c.bound:g})"
+        for c in compared
+        if not c.ok
+    ]
+    if problems:
+        raise UserError(
+            f"the export does not score as the checkpoint: {'; '.join(problems)}; nothing was written",
+            where=folder,
+        )
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.5f}"

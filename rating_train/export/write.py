@@ -1,0 +1,194 @@
+"""The verb ``export``: a checkpoint to a folder that ``transformers`` loads without this package."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from rating_train import __version__
+from rating_train.checkpoint.deepspeed_io import consolidated_weights
+from rating_train.checkpoint.state import STATE_FILE
+from rating_train.config.load import dump_config
+from rating_train.config.schema import Config
+from rating_train.data.prompt import load_tokenizer
+from rating_train.errors import UserError
+from rating_train.export import compare
+from rating_train.export.card import CardFacts, write_card
+from rating_train.export.hub.configuration_rating import RatingConfig
+from rating_train.export.hub.modeling_rating import RatingModel
+from rating_train.export.hub.processing_rating import RatingProcessor, fast_tokenizer
+from rating_train.export.inline import self_contained
+from rating_train.export.options import ExportOptions, check_options
+from rating_train.files import fsync_path, read_json
+from rating_train.prediction.exported import (
+    CONFIG_NAME,
+    PREFIX,
+    PROCESSOR_NAME,
+    TRAINING_NAME,
+    WEIGHTS_NAME,
+)
+from rating_train.prediction.model import FoundModel, Scorer, find_model, load_scorer, pick_device
+from rating_train.shards.writer import make_temporary, remove_stale
+
+log = logging.getLogger(__name__)
+
+_HUB = "rating_train.export.hub"
+_MODULES = ("configuration_rating", "modeling_rating", "processing_rating")
+_AUTO_MAP = {
+    "AutoConfig": "configuration_rating.RatingConfig",
+    "AutoModel": "modeling_rating.RatingModel",
+    "AutoModelForSequenceClassification": "modeling_rating.RatingModel",
+    "AutoProcessor": "processing_rating.RatingProcessor",
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: the folder, its size, and how its scores compare with the checkpoint's."""
+
+    folder: Path
+    bytes: int
+    table: str
+
+
+def export(options: ExportOptions) -> Exported:
+    """Write a checkpoint as a folder, load it again, compare, and give it its name only if it scores the same.
+
+    Raises:
+        UserError: impossible options, no such checkpoint, an existing folder, no dataset to compare on, or an export
+            that scores differently; nothing is left then.
+    """
+    check_options(options)
+    out = Path(options.out)
+    if out.exists():
+        raise UserError("the folder exists already", where=out, fix="remove it, or give another --out")
+    found = find_model(Path(options.run), options.checkpoint, options.settings)
+    if found.zero_stage is None:
+        raise UserError("this is an exported folder already", where=options.run, expected="a run directory")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(out)
+    device = pick_device(options.device)
+    scorer = load_scorer(found, device)
+    split = found.config.data.eval_split
+    items = compare.score_items(scorer, options.data or found.config.data.path, split, options.items)
+    folder, lock = make_temporary(out)
+    try:
+        _write_files(folder, scorer)
+        own = precision_of(found.config)
+        compared = compare.compare_reloaded(folder, items, own, device)
+        compare.check(compared, out)
+        step = read_json(found.folder / STATE_FILE)["train_state"]["step"]
+        facts = CardFacts(
+            run=Path(options.run), step=step, split=split, folder=out.name, fingerprint=_fingerprint(found),
+            inputs=scorer.inputs, items=items, own=own, compared=compared, onnx=(), licence=options.licence,
+        )  # fmt: skip
+        write_card(folder, facts)
+        size = _make_durable(folder)
+        os.rename(folder, out)
+        fsync_path(out.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # no such folder any more where all went well
+        os.close(lock)
+    return Exported(out, size, compare.render(items, own, compared))
+
+
+def precision_of(config: Config) -> str:
+    """Return how the checkpoint is evaluated: ``fp32``, ``bf16`` weights, or ``autocast`` (bf16 at ZeRO stage 0)."""
+    if config.train.precision == "fp32":
+        return "fp32"
+    return "bf16" if config.zero.stage > 0 else "autocast"
+
+
+def _write_files(folder: Path, scorer: Scorer) -> None:
+    """Write everything but the model card."""
+    found, inputs = scorer.found, scorer.inputs
+    assert found.zero_stage is not None  # export() refuses an exported folder
+    weights = consolidated_weights(found.folder, found.zero_stage)
+    tensors = {f"{PREFIX}{name}": value.contiguous() for name, value in weights.items()}
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    _config(scorer).save_pretrained(folder)
+    (folder / WEIGHTS_NAME).chmod(
+        (folder / CONFIG_NAME).stat().st_mode
+    )  # its writer lets nobody else read it
+    _write_processor(folder, scorer)
+    for module in _MODULES:
+        (folder / f"{module}.py").write_text(self_contained(f"{_HUB}.{module}"), "utf-8")
+    (folder / TRAINING_NAME).write_text(dump_config(without_paths(inputs.config)), "utf-8")
+
+
+def _config(scorer: Scorer) -> RatingConfig:
+    found, config = scorer.found, scorer.inputs.config
+    return RatingConfig(
+        architecture=dataclasses.asdict(scorer.inputs.architecture),
+        image_px=config.data.image_px,
+        image_start=scorer.inputs.prompt.layout.image_start,
+        head_dropout=config.model.head_dropout,
+        trained={
+            "by": f"rating_train {__version__}",
+            "run": config.name,
+            "checkpoint": found.identity["model"],
+            "checkpoint_sha256": found.identity["model_sha256"],
+            "precision": precision_of(config),
+            "data_fingerprint": _fingerprint(found),
+        },
+        architectures=[RatingModel.__name__],
+        auto_map=_AUTO_MAP,
+        dtype="float32",
+        id2label={0: "rating"},
+        label2id={"rating": 0},
+        # CrossEncoder of sentence-transformers would apply a sigmoid to the one logit.
+        sentence_transformers={"activation_fn": "torch.nn.modules.linear.Identity"},
+    )
+
+
+def _write_processor(folder: Path, scorer: Scorer) -> None:
+    found, inputs = scorer.found, scorer.inputs
+    where = found.config.model.tokenizer or found.config.model.backbone
+    processor = RatingProcessor(
+        fast_tokenizer(load_tokenizer(where, found.config.model.revision)),
+        image_px=found.config.data.image_px,
+        stored_px=found.squares.size_px,
+        jpeg_quality=found.squares.jpeg_quality,
+        visual_tokens=inputs.prompt.layout.visual_tokens,
+        text_tokens=inputs.prompt.layout.text_tokens,
+        field_chars=inputs.prompt.field_chars,
+    )
+    processor.save_pretrained(folder)
+    path = folder / PROCESSOR_NAME
+    path.write_text(json.dumps({**read_json(path), "auto_map": _AUTO_MAP}, indent=2) + "\n", "utf-8")
+
+
+def _fingerprint(found: FoundModel) -> str:
+    identity: dict[str, Any] = read_json(found.folder / STATE_FILE)["identity"]
+    return str(identity["order"].get("data_fingerprint", ""))
+
+
+def without_paths(config: Config) -> Config:
+    """Return the configuration with the last parts of its local paths: an export tells nothing of the machine."""
+
+    def last(path: str) -> str:
+        return Path(path).name if path and Path(path).exists() else path
+
+    data = dataclasses.replace(
+        config.data, path=Path(config.data.path).name, remote="", cache_limit_mb=0, predownload_items=0
+    )
+    model = dataclasses.replace(
+        config.model, backbone=last(config.model.backbone), tokenizer=last(config.model.tokenizer)
+    )
+    return dataclasses.replace(config, data=data, model=model, runs_dir=Path(config.runs_dir).name)
+
+
+def _make_durable(folder: Path) -> int:
+    """Flush all files to the disk; their size in bytes."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in (*files, *(path for path in folder.rglob("*") if path.is_dir()), folder):
+        fsync_path(path)
+    return sum(path.stat().st_size for path in files)

@@ -1,0 +1,233 @@
+"""`rating-train export`: the folder works without the package, scores as the checkpoint does, or is not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from rating_train import load, register_auto_classes
+from rating_train.errors import UserError
+from rating_train.export import write
+from rating_train.export.options import ExportOptions
+from rating_train.export.write import Exported, export
+from rating_train.files import read_json, read_json_lines
+from rating_train.prediction.options import PredictOptions
+from rating_train.prediction.output import read_output
+from rating_train.prediction.run import predict
+from tests.conftest import REPO
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def exported(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    out = tmp_path_factory.mktemp("export") / "rater-1.0"
+    return export(ExportOptions(run=str(trained_run), out=str(out), items=64, device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def listings(demo: Path) -> list[dict[str, Any]]:
+    return list(read_json_lines(demo / "catalogue" / "catalogue.jsonl"))[:20]
+
+
+def test_the_scores_are_those_of_the_checkpoint(exported: Exported) -> None:
+    checkpoint, same, fp32 = exported.table.splitlines()[2:]
+    assert checkpoint.split()[:2] == ["checkpoint", "bf16"] and "PLCC" in exported.table.splitlines()[0]
+    assert same.split()[:3] == ["AutoModel", "bf16", "0.00e+00"] and same.split()[-1] == "+0.00000"
+    assert fp32.split()[:2] == ["AutoModel", "fp32"] and 0 < float(fp32.split()[2]) < 0.25
+
+
+STRANGER = """
+import json, sys
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoProcessor
+
+sys.modules["rating_train"] = None
+folder, images, listings = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+assert (config.num_labels, config.problem_type) == (1, "regression")
+model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+inputs = processor(images=[Image.open(path) for path in images], listings=listings)
+assert inputs["pixel_values"].dtype == torch.uint8 and len(inputs["attention_mask"]) == len(images)
+with torch.no_grad():
+    ratings = model.eval()(**inputs).logits
+one = processor(images[0], listings[0])
+with torch.no_grad():
+    assert abs(model(**one).logits[0, 0] - ratings[0, 0]) < 1e-5
+model.train()  # it can be fine-tuned further
+output = model(**inputs, labels=torch.full((len(images),), 3.0))
+output.loss.backward()
+assert output.loss > 0 and all(p.grad is not None for n, p in model.named_parameters() if "head" in n)
+try:
+    model(pixel_values=inputs["pixel_values"].float(), input_ids=inputs["input_ids"])
+except ValueError as e:
+    assert "uint8" in str(e)
+else:
+    raise AssertionError("scaled pixels are refused")
+print(json.dumps({"shape": list(ratings.shape), "ratings": ratings[:, 0].tolist()}))
+"""
+
+
+def test_a_process_without_the_package_gets_the_same_ratings(
+    exported: Exported, demo: Path, listings: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    images = [str(demo / "catalogue" / row["image_path"]) for row in listings]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGER, str(exported.folder), json.dumps(images), json.dumps(listings)],
+        env={
+            **environment,
+            "HF_MODULES_CACHE": str(tmp_path / "modules"),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["shape"] == [20, 1]
+    fp32 = load(exported.folder, device="cpu", settings=["train.precision=fp32"])
+    assert found["ratings"] == pytest.approx(fp32.score(images, listings), abs=1e-5)
+
+
+def test_with_the_package_no_code_of_the_folder_runs(
+    exported: Exported, demo: Path, listings: list[dict[str, Any]]
+) -> None:
+    from transformers import AutoModel, AutoProcessor
+
+    register_auto_classes()
+    register_auto_classes()  # a second time is no error
+    model = AutoModel.from_pretrained(exported.folder).eval()
+    assert type(model).__module__ == "rating_train.export.hub.modeling_rating"
+    processor = AutoProcessor.from_pretrained(exported.folder)
+    images = [Image.open(demo / "catalogue" / row["image_path"]) for row in listings]
+    with torch.no_grad():
+        ratings = model(**processor(images=images, listings=listings)).logits[:, 0].tolist()
+    fp32 = load(exported.folder, device="cpu", settings=["train.precision=fp32"])
+    assert ratings == pytest.approx(fp32.score(images, listings), abs=1e-5)
+
+
+@pytest.mark.usefixtures("alone")
+def test_load_and_predict_take_the_folder(
+    exported: Exported, trained_run: Path, demo: Path, listings: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    images = [demo / "catalogue" / row["image_path"] for row in listings]
+    expected = load(trained_run, device="cpu").score(images, listings)
+    assert load(exported.folder, device="cpu").score(images, listings) == expected
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listings))
+    options = PredictOptions(
+        model=str(exported.folder), out=str(tmp_path / "out.csv"), source=(str(tmp_path / "some.jsonl"),),
+        images=str(demo / "catalogue"), workers=0, batch_items=32,
+    )  # fmt: skip
+    predict(options)
+    assert [row.score for row in read_output(tmp_path / "out.csv")] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_model_card(exported: Exported, trained_run: Path) -> None:
+    text = (exported.folder / "README.md").read_text("utf-8")
+    _, head, body = text.split("---\n", 2)
+    card = yaml.safe_load(head)
+    (result,) = card["model-index"][0]["results"]
+    (row,) = read_json_lines(trained_run / "eval.jsonl")
+    found = {metric["type"]: metric for metric in result["metrics"]}
+    for kind, name in (("pearsonr", "plcc"), ("spearmanr", "srcc"), ("rmse", "rmse"), ("mae", "mae")):
+        assert found[kind]["value"] == pytest.approx(row[name], abs=1e-5)
+        assert found[kind]["args"]["low"] <= found[kind]["value"] <= found[kind]["args"]["high"]
+    fingerprint = read_json(trained_run / "provenance.json")["data_fingerprint"]
+    assert result["dataset"]["revision"] == fingerprint and fingerprint in body
+    for part in ("mac_linear", "flop_attention", "CES", "## Limits", "## Licence", "peak learning rates"):
+        assert part in body
+    assert "$" not in body and exported.table in body
+
+
+def test_nothing_of_the_machine_is_in_the_folder(exported: Exported, trained_run: Path) -> None:
+    private = (str(trained_run.parents[1]), str(REPO), str(exported.folder.parent))
+    for path in exported.folder.rglob("*"):
+        if path.suffix in (".json", ".yaml", ".md", ".py"):
+            text = path.read_text("utf-8")
+            assert not [p for p in private if p in text], path.name
+    modes = {path.name: path.stat().st_mode & 0o777 for path in exported.folder.iterdir()}
+    assert len(set(modes.values())) == 1, f"one may not be less readable than another: {modes}"
+
+
+def test_an_export_that_scores_differently_is_not_left_there(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = write._write_files
+
+    def with_one_weight_changed(folder: Path, *more: Any) -> None:
+        own(folder, *more)
+        weights = load_file(folder / "model.safetensors")
+        weights["regressor.head.outer.bias"] += 0.01
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(write, "_write_files", with_one_weight_changed)
+    options = ExportOptions(run=str(trained_run), out=str(tmp_path / "model"), items=64, device="cpu")
+    with pytest.raises(
+        UserError, match=r"AutoModel in bf16 differs by up to 0\.0\d+ stars .*nothing was written"
+    ):
+        export(options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_cannot_be_loaded_says_why(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = write._write_files
+
+    def without_a_module(folder: Path, *more: Any) -> None:
+        own(folder, *more)
+        (folder / "modeling_rating.py").write_text("raise RuntimeError('torn')\n")
+
+    monkeypatch.setattr(write, "_write_files", without_a_module)
+    options = ExportOptions(run=str(trained_run), out=str(tmp_path / "model"), items=64, device="cpu")
+    with pytest.raises(
+        UserError, match=r"cannot be loaded again \(RuntimeError: torn\); nothing was written"
+    ):
+        export(options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_refused(exported: Exported, trained_run: Path, tmp_path: Path) -> None:
+    run, out = str(trained_run), str(tmp_path / "new")
+    for options, said in (
+        (ExportOptions(run=run, out=str(exported.folder)), "the folder exists already"),
+        (ExportOptions(run=str(exported.folder), out=out), "an exported folder already"),
+        (ExportOptions(run=run, out=out, items=10), "--items 10 is less than 64"),
+        (ExportOptions(run=run, out=out, checkpoint="77"), "there is no checkpoint 77"),
+        (ExportOptions(run=run, out=out, data=str(tmp_path)), "not a dataset"),
+    ):
+        with pytest.raises(UserError, match=said):
+            export(options)
+    assert not Path(out).exists()
+
+
+def test_damaged_weights_are_named(exported: Exported, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(exported.folder, copy)
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=r"the weights cannot be read .*model\.safetensors"):
+        load(copy, device="cpu")
+    config = read_json(copy / "config.json")
+    del config["architecture"]["text"]
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"the architecture is not complete .*config\.json"):
+        load(copy, device="cpu")
