@@ -28,10 +28,13 @@ class TrainState:
     skipped_in_a_row: int = 0
     evaluation_due: bool = False
 
-    def record_step(self, items: int, skipped: bool) -> None:
+    def record_step(self, items: int) -> None:
         """Count one more step, of ``items`` items over all ranks."""
         self.step += 1
         self.samples += items
+
+    def record_skip(self, skipped: bool) -> None:
+        """Count whether a step was skipped; once for each step, in order, perhaps some steps later."""
         self.skipped_steps += int(skipped)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 

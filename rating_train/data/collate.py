@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from rating_train.data.prompt import PromptEncoder
 
-_TENSORS = ("images", "input_ids", "used_tokens", "ratings", "rating_counts")
+_TENSORS = ("images", "input_ids", "used_tokens", "ratings", "rating_counts", "id_hashes")
 
 
 @dataclass
@@ -36,6 +37,14 @@ class Batch:
     ratings: Tensor  # (B,) float32
     rating_counts: Tensor  # (B,) float32
     truncated_tokens: int  # field tokens that did not fit, over all items
+    #: (B,) int64, CRC-32 of each id; dropout masks derive from it. Made here, in the DataLoader worker, so that it
+    #: is pinned and copied with the other tensors.
+    id_hashes: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.id_hashes is None:
+            hashes = [zlib.crc32(i.encode("utf-8")) for i in self.ids]
+            self.id_hashes = torch.tensor(hashes, dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -48,6 +48,13 @@ def batch_bytes(items: int, image_px: int, tokens: int) -> int:
         image_px: side of the image, in pixels.
         tokens: T, text and visual tokens of an item.
     """
-    images, input_ids, used_tokens, ratings, rating_counts = 3 * image_px**2, 8 * tokens, 8, 4, 4
-    sizes = (items * size for size in (images, input_ids, used_tokens, ratings, rating_counts))
+    item = {
+        "images": 3 * image_px**2,
+        "input_ids": 8 * tokens,
+        "used_tokens": 8,
+        "ratings": 4,
+        "rating_counts": 4,
+        "id_hashes": 8,
+    }
+    sizes = (items * size for size in item.values())
     return sum(-(-size // _PAGE_BYTES) * _PAGE_BYTES for size in sizes)

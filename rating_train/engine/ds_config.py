@@ -1,6 +1,6 @@
-"""The DeepSpeed configuration, generated whole from ours. Pure; imports no DeepSpeed.
+"""Generate the complete DeepSpeed configuration from ours. Pure; imports no DeepSpeed.
 
-Nothing is "auto" and nothing that matters is left to a default: DeepSpeed's have changed between versions
+Nothing is "auto", and nothing that matters is left to a default: defaults of DeepSpeed have changed between versions
 (gradient clipping went from 0 to 1.0).
 """
 
@@ -14,11 +14,11 @@ from rating_train.errors import UserError
 
 
 def build_ds_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
-    """The dict for ``deepspeed.initialize``.
+    """Build the dict for ``deepspeed.initialize``.
 
     Stage 0 is plain data parallelism: fp32 weights with bf16 autocast. DeepSpeed's own bf16 at stage 0 would
-    accumulate gradients in bf16 and start Adam with a fake step (see ``engine/optimizer.py``); clipping and
-    the guard against non-finite gradients are then the optimizer's.
+    accumulate gradients in bf16 and start Adam with a fake step, so clipping and the guard against non-finite
+    gradients are left to the optimizer (see ``engine/optimizer.py``).
 
     Raises:
         UserError: a key of ``zero.extra`` collides with a derived one.
@@ -30,12 +30,12 @@ def build_ds_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": plan.micro_items,
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": config.optim.clip_norm if stage > 0 else 0.0,
-        # Without the check, stage 2 would apply a step whose gradient is not finite.
+        # Without it, stage 2 would apply a step whose gradient norm is not finite.
         "bf16": {"enabled": bf16 and stage > 0, "check_grad_overflow": True},
         "fp16": {"enabled": False},
         "torch_autocast": {"enabled": bf16 and stage == 0, "dtype": "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
-        # Reduce in the dtype that accumulates: a bf16 sum over many ranks loses the small gradients.
+        # Reduce in the dtype of the accumulation: a bf16 sum over many ranks loses small gradients.
         "communication_data_type": "fp32",
         "zero_optimization": _zero(config),
         # The tag is a constant: to compare it over ranks costs two collectives at every save.
@@ -44,6 +44,8 @@ def build_ds_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
+        # Its throughput timer would synchronise the device before and after every micro-batch.
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},
         "memory_breakdown": False,
     }
 

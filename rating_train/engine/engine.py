@@ -1,11 +1,11 @@
-"""The door to DeepSpeed's engine: build it, step it, read from it."""
+"""Build the DeepSpeed engine, step it, read from it."""
 
 from __future__ import annotations
 
 import datetime
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from rating_train.config.schema import Config
 from rating_train.data.collate import Batch
 from rating_train.distributed.groups import connect_groups, limit_collectives
 from rating_train.engine.ds_config import build_ds_config
-from rating_train.engine.optimizer import build_optimizer
+from rating_train.engine.optimizer import GuardedAdamW, build_optimizer
 from rating_train.errors import UserError
 from rating_train.model.head import dropout_keys
 from rating_train.model.loss import rating_loss
@@ -31,11 +31,11 @@ MIN_DEEPSPEED = (0, 19, 5)
 
 @dataclass
 class Engine:
-    """A DeepSpeed engine with what one optimizer step needs.
+    """A DeepSpeed engine with all that one optimizer step needs.
 
     Args:
         ds: the DeepSpeed engine (also what checkpoints are written through).
-        groups: the optimizer's groups, in its order.
+        groups: the optimizer's parameter groups, in its order.
         config: the run's configuration.
         plan: how the global batch is divided.
         device: this rank's device.
@@ -46,16 +46,23 @@ class Engine:
     config: Config
     plan: BatchPlan
     device: torch.device
+    _skipped: list[bool | Tensor] = field(default_factory=list)
 
     def step(
         self, batch: Batch, step: int, total_steps: int, before_micro: Callable[[], None] | None = None
     ) -> Tensor:
-        """One optimizer step on this rank's batch, in micro-batches; returns its mean loss.
+        """Take one optimizer step on this rank's batch, in micro-batches. Nothing here waits for the device.
 
-        What ``before_micro`` raises, on all ranks before the same micro-batch, leaves the weights as they were.
+        Args:
+            batch: items of this rank, in host memory (pinned, where the device is a GPU).
+            step: optimizer steps done before this one.
+            total_steps: of the run, for the learning rate.
+            before_micro: called before each micro-batch. What it raises, on all ranks before the same micro-batch,
+                leaves the weights as they were.
 
-        The loss is a detached float32 scalar on the device: reading it waits for the device, so the loop
-        does that only when it logs.
+        Returns:
+            This rank's mean loss, a detached float32 scalar on the device. Reading it waits for the device, so the
+            loop reads it only when it logs.
         """
         self.set_lr(lr_factor(step, total_steps, self.config.optim))
         self.ds.train()
@@ -63,52 +70,68 @@ class Engine:
         for micro in batch.split(self.plan.micro_items):
             if before_micro is not None:
                 before_micro()
-            keys = dropout_keys(micro.ids, self.config.train.seed, step).to(self.device)
             micro = micro.to(self.device)
+            keys = dropout_keys(micro.id_hashes, self.config.train.seed, step)
             scores = self.ds(micro.images, micro.input_ids, micro.used_tokens, keys)
             loss = rating_loss(scores, micro.ratings, micro.rating_counts, self.config.loss)
             self.ds.backward(loss)
-            self.ds.step()  # acts on the last micro-batch of the step
+            self.ds.step()  # updates the weights after the last micro-batch of the step
             losses.append(loss.detach().float())
+        optimizer = self.ds.optimizer
+        self._skipped.append(
+            optimizer.found_inf if isinstance(optimizer, GuardedAdamW) else optimizer.overflow
+        )
         return torch.stack(losses).mean()
 
-    @property
-    def step_skipped(self) -> bool:
-        """Whether the last step was left out, on every rank alike, for a non-finite gradient."""
-        return bool(getattr(self.ds.optimizer, "overflow", False))
+    def read_skipped(self, wait: bool) -> list[bool]:
+        """Tell which steps since the last answer were skipped, on every rank alike, for a non-finite gradient.
+
+        Args:
+            wait: whether to wait for the device. DeepSpeed's optimizers know the answer on the host; at stage 0 it
+                is on the device.
+
+        Returns:
+            One flag for each step, oldest first; none where they are not known without waiting.
+        """
+        flags = self._skipped
+        on_device = [flag for flag in flags if isinstance(flag, Tensor)]
+        if on_device and not wait:
+            return []
+        self._skipped = []
+        return [bool(flag) for flag in (torch.stack(on_device).tolist() if on_device else flags)]
 
     @property
     def grad_norm(self) -> float | None:
-        """Global gradient norm of the last step before clipping; ``None`` where it was not finite."""
+        """Gradient norm of the last step before clipping; ``None`` if it was not finite. Waits for the device."""
         value = self.ds.get_global_grad_norm()
         value = float(value) if value is not None else None
         return value if value is not None and 0 <= value < float("inf") else None
 
     def set_lr(self, factor: float) -> None:
-        """Learning rate of every group: its peak times ``factor``."""
+        """Set the learning rate of every group to its peak times ``factor``."""
         for group, options in zip(self.groups, self.ds.optimizer.param_groups, strict=True):
             options["lr"] = group.peak_lr * factor
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
-        """(B,) float32 ratings on the CPU. Under ZeRO-3 a collective."""
+        """Rate a batch: (B,) float32 on the CPU. Under ZeRO-3 a collective."""
         self.ds.eval()
         batch = batch.to(self.device)
         return self.ds(batch.images, batch.input_ids, batch.used_tokens).float().cpu()
 
     @property
     def model(self) -> RatingRegressor:
-        """The module inside (its weights are divided over ranks under ZeRO-3)."""
+        """The regressor inside (under ZeRO-3 its weights are divided over the ranks)."""
         return self.ds.module
 
 
 def build_engine(model: RatingRegressor, config: Config, plan: BatchPlan, device: torch.device) -> Engine:
-    """Hand the model to DeepSpeed. A collective; the process group must be connected.
+    """Hand the model to DeepSpeed. A collective; the process group must exist.
 
     Raises:
-        UserError: DeepSpeed is older than 0.19.5 (silent gradient bugs at stages 0 and 1).
+        UserError: DeepSpeed is older than 0.19.5, which has silent gradient bugs at stages 0 and 1.
     """
-    import deepspeed  # here, not above: it looks for accelerators, and says so, when it is imported
+    import deepspeed  # not at the top: its import looks for accelerators and logs what it finds
 
     found = tuple(int(x) for x in deepspeed.__version__.split("+")[0].split(".")[:3])
     if found < MIN_DEEPSPEED:
@@ -119,7 +142,7 @@ def build_engine(model: RatingRegressor, config: Config, plan: BatchPlan, device
         )
     groups = param_groups(model, config.optim)
     log.info("optimizer groups\n%s", group_table(model, groups))
-    optimizer = build_optimizer(groups, config, device)
+    optimizer = build_optimizer(groups, config)
     _without_shared_memory_collectives(deepspeed)
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
@@ -127,23 +150,46 @@ def build_engine(model: RatingRegressor, config: Config, plan: BatchPlan, device
         timeout=datetime.timedelta(minutes=config.train.collective_timeout_minutes),
     )
     ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=build_ds_config(config, plan))
-    limit_collectives(config.train.collective_timeout_minutes)  # of the groups that DeepSpeed made, too
+    limit_collectives(config.train.collective_timeout_minutes)  # also in the groups that DeepSpeed has made
     connect_groups(device)
+    _decide_by_the_norm(ds.optimizer)
     check_fp32_buffers(ds.module)
     return Engine(ds, groups, config, plan, device)
 
 
 def _without_shared_memory_collectives(deepspeed: Any) -> None:
-    """Keep DeepSpeed's CPU all-reduce out: it compiles C++ at start-up and shares named memory between runs.
+    """Turn off DeepSpeed's all-reduce for CPUs: it compiles C++ at start-up and shares named memory between runs.
 
-    Marking the operator as incompatible is what DeepSpeed does itself on a machine without a compiler; gloo
-    then does all collectives. On GPUs nothing changes.
+    The operator is marked as incompatible, as DeepSpeed itself does on a machine without a compiler. gloo then does
+    all collectives on CPUs. Nothing changes on GPUs.
     """
     getattr(deepspeed.ops, "__compatible_ops__")["deepspeed_shm_comm"] = False  # noqa: B009
 
 
+def _decide_by_the_norm(optimizer: Any) -> None:
+    """Drop the scan for non-finite gradients of stages 1 and 2 where the gradient norm finds the same.
+
+    The scan takes about twelve small kernels for each gradient, an all-reduce and a read-back in every step. The
+    global norm, computed anyway for clipping and the log, is not finite where any gradient is not; DeepSpeed skips
+    the step for it from 0.19.6 on (recognised by a helper that came with it; older versions keep the scan). With an
+    offloaded optimizer gradients are checked on their way to the host, so nothing is scanned.
+    """
+    from deepspeed.runtime import utils
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    norm_decides = hasattr(utils, "combine_grad_norm_groups") and getattr(
+        optimizer, "compute_grad_norm", False
+    )
+    if isinstance(optimizer, DeepSpeedZeroOptimizer) and norm_decides and not optimizer.cpu_offload:
+        optimizer.check_overflow = lambda partition_gradients=True: None
+
+
 def check_fp32_buffers(model: torch.nn.Module) -> None:
-    """Rotary frequencies in bf16 would turn far positions by whole radians, silently; refuse that."""
+    """Refuse buffers in bf16: rotary frequencies rounded to it rotate far positions by radians.
+
+    Raises:
+        RuntimeError: DeepSpeed has cast a buffer.
+    """
     wrong = [n for n, b in model.named_buffers() if b.is_floating_point() and b.dtype != torch.float32]
     if wrong:
         raise RuntimeError(f"DeepSpeed cast buffers that must stay in fp32: {', '.join(wrong[:3])}")

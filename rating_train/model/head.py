@@ -5,9 +5,6 @@ Legend: B items, T tokens, D decoder width, H hidden units of the head.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -71,19 +68,18 @@ class RatingHead(nn.Module):
         return (1 + 4 * torch.sigmoid(self.outer(x))).squeeze(-1)
 
 
-def dropout_keys(ids: Sequence[str], seed: int, step: int) -> Tensor:
-    """Make the keys of the dropout masks of these items at this step.
+def dropout_keys(id_hashes: Tensor, seed: int, step: int) -> Tensor:
+    """Make the keys of the dropout masks of these items at this step, on the device of the hashes.
 
     Args:
-        ids: B item ids.
+        id_hashes: (B,) int64, a 32-bit hash of each item's id.
         seed: ``train.seed``.
         step: optimizer steps done before this one.
 
     Returns:
-        (B,) int64 on the CPU.
+        (B,) int64: the hash in the low 32 bits, seed and step above.
     """
-    base = (seed * 1_000_003 + step) << 32
-    return torch.tensor([_signed(base + zlib.crc32(i.encode("utf-8"))) for i in ids], dtype=torch.int64)
+    return id_hashes + _signed((seed * 1_000_003 + step) << 32)
 
 
 def item_dropout(x: Tensor, p: float, keys: Tensor) -> Tensor:

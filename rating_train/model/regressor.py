@@ -5,6 +5,7 @@ Legend: B items, S pixels a side, T tokens (V visual), D decoder width.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -112,6 +113,16 @@ def build_regressor(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) not in config.freeze)
     return model
+
+
+def empty_regressor(
+    config: ModelConfig, architecture: Architecture, image_px: int, image_start: int
+) -> RatingRegressor:
+    """Build the regressor without memory for its weights (on the device ``meta``), to count or to trace it."""
+    with torch.device("meta"):
+        return build_regressor(
+            dataclasses.replace(config, weights="random"), architecture, image_px, image_start, seed=0
+        )
 
 
 def part_of(parameter_name: str) -> str:

@@ -95,6 +95,7 @@ def loop(job: Job, state: TrainState, recorder: Recorder, supervisor: Supervisor
             outcome = outcome or boundary(job, state, recorder, saver, supervisor)
             if outcome:
                 break
+    record_skips(job, state, wait=True)
     saver.finish()
     return outcome or FINISHED
 
@@ -106,11 +107,11 @@ def take_step(batch: Batch, job: Job, state: TrainState, recorder: Recorder, sup
         loss = job.engine.step(batch, state.step, job.total_steps, before_micro)
     except Stopped as e:  # the weights are those of the step before, which is on disk
         return str(e)
-    state.record_step(job.plan.global_items, job.engine.step_skipped)
+    state.record_step(job.plan.global_items)
     recorder.step(batch, loss)
     supervisor.first_step_done()
     supervisor.beat("training", state.step, job.total_steps)
-    check_skipped(job, state)
+    record_skips(job, state, wait=False)
     return ""
 
 
@@ -121,10 +122,12 @@ def boundary(job: Job, state: TrainState, recorder: Recorder, saver: Saver, supe
     def due(every_steps: int) -> bool:
         return bool(every_steps) and state.step % every_steps == 0
 
-    if last or due(t.log_every_steps):
+    logged, saving = last or due(t.log_every_steps), last or due(t.save_every_steps)
+    state.evaluation_due = evaluated = last or due(t.eval_every_steps)
+    if logged or saving or evaluated:
+        record_skips(job, state, wait=True)
+    if logged:
         recorder.log_training()
-    state.evaluation_due = last or due(t.eval_every_steps)
-    evaluated, saving = state.evaluation_due, last or due(t.save_every_steps)
     saver.finalize_if_done()
     if saving:  # before an evaluation, which may take long, or be cut short
         saver.save()
@@ -180,27 +183,35 @@ def early_stop(job: Job, state: TrainState) -> str:
     return EARLY_STOP
 
 
-def check_skipped(job: Job, state: TrainState) -> None:
-    """Give up, on all ranks alike, after too many steps in a row without a finite gradient.
+def record_skips(job: Job, state: TrainState, wait: bool) -> None:
+    """Take into the state which steps were skipped for want of a finite gradient; give up after too many in a row.
+
+    Args:
+        job: the job.
+        state: what to record it in.
+        wait: whether to wait for the device where it alone knows: when logging or saving, not in every step.
 
     Raises:
-        UserError: more than ``train.max_skipped_steps`` in a row.
+        UserError: more than ``train.max_skipped_steps`` in a row; on all ranks alike.
     """
-    if not state.skipped_in_a_row:
-        return
-    log.warning(
-        "step %d skipped: its loss or gradient is not finite (%d skipped so far)",
-        state.step, state.skipped_steps,
-    )  # fmt: skip
-    if state.skipped_in_a_row > job.config.train.max_skipped_steps:
-        error = UserError(
-            f"{state.skipped_in_a_row} steps in a row had a loss or gradient that is not finite",
-            where=f"step {state.step}",
-            fix="lower optim.lr.*, raise optim.warmup_fraction or lower optim.clip_norm; "
-            "the last checkpoint is intact, and `--resume auto` resumes from it",
-        )
-        error.on_all_ranks = True
-        raise error
+    flags = job.engine.read_skipped(wait)
+    for step, skipped in enumerate(flags, state.step - len(flags) + 1):
+        state.record_skip(skipped)
+        if skipped:
+            log.warning(
+                "step %d skipped: its loss or gradient is not finite (%d skipped so far)",
+                step,
+                state.skipped_steps,
+            )
+        if state.skipped_in_a_row > job.config.train.max_skipped_steps:
+            error = UserError(
+                f"{state.skipped_in_a_row} steps in a row had a loss or gradient that is not finite",
+                where=f"step {step}",
+                fix="lower optim.lr.*, raise optim.warmup_fraction or lower optim.clip_norm; "
+                "the last checkpoint is intact, and `--resume auto` resumes from it",
+            )
+            error.on_all_ranks = True
+            raise error
 
 
 def leave_marker(run: Path, state: TrainState, outcome: str) -> None:

@@ -64,7 +64,7 @@ def main() -> None:
         loss = sum_over_ranks([float(engine.step(batch, step, steps))])[0] / world.size
         losses.append(loss)
         norms.append(engine.grad_norm)
-        assert not engine.step_skipped
+        assert engine.read_skipped(wait=True) == [False]
         seconds.append(round(time.monotonic() - started, 2))
     (memory,) = sum_over_ranks([peak_memory_gib(torch.device("cpu"))])
     if world.is_main:

@@ -87,7 +87,8 @@ def reference(model, config, data, micro_items):
             model_p[name].data.copy_(p.data.float())
     groups = param_groups(model, config.optim)
     options = [{"params": list(g.parameters), "weight_decay": g.weight_decay} for g in groups]
-    optimizer = torch.optim.AdamW(options, lr=0.0, betas=(0.9, 0.999), eps=config.optim.eps)
+    # The same kernel as the engine: another rounds the last bit differently, and bf16 then amplifies that.
+    optimizer = torch.optim.AdamW(options, lr=0.0, betas=(0.9, 0.999), eps=config.optim.eps, fused=True)
     pairs = [(m, p) for m, p in zip(model.parameters(), low.parameters(), strict=True) if m.requires_grad]
     losses = []
     for step, batch in enumerate(data):

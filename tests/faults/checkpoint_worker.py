@@ -95,8 +95,8 @@ def full(argument: str) -> None:
 
     record_step = TrainState.record_step
 
-    def record(state: TrainState, items: int, skipped: bool) -> None:
-        record_step(state, items, skipped)
+    def record(state: TrainState, items: int) -> None:
+        record_step(state, items)
         if state.step == int(argument) and os.environ["RANK"] == "0":
             fill(Path(os.environ["FULL_FOLDER"]), 0)
 

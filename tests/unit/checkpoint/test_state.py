@@ -27,7 +27,8 @@ def identity(
 def test_skipped_steps_count_as_steps_and_samples() -> None:
     state = TrainState()
     for skipped in (False, True, True, False, True):
-        state.record_step(64, skipped)
+        state.record_step(64)
+        state.record_skip(skipped)
     assert (state.step, state.samples, state.skipped_steps, state.skipped_in_a_row) == (5, 320, 3, 1)
 
 
@@ -35,7 +36,8 @@ def test_a_good_step_resets_the_skips_in_a_row() -> None:
     state = TrainState()
     seen = []
     for skipped in (True, True, False, True):
-        state.record_step(1, skipped)
+        state.record_step(1)
+        state.record_skip(skipped)
         seen.append(state.skipped_in_a_row)
     assert seen == [1, 2, 0, 1]
 
@@ -57,7 +59,7 @@ def test_the_best_value_is_kept_and_ties_and_undefined_ones_do_not_count(
     state = TrainState()
     answers = []
     for value in values:
-        state.record_step(1, False)
+        state.record_step(1)
         answers.append(state.record_metric(value, larger))
     assert (state.best_value, state.best_step, state.evals_since_best) == (best, at, since)
     assert [i + 1 for i, a in enumerate(answers) if a][-1:] == ([at] if at else [])

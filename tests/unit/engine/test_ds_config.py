@@ -117,3 +117,4 @@ def test_deepspeed_itself_reads_back_what_was_meant(
     assert parsed.bfloat16_config.enabled == (precision == "bf16" and stage > 0)
     assert parsed.grad_accum_dtype == "fp32"
     assert not parsed.checkpoint_tag_validation_enabled
+    assert not parsed.timers_config.enabled, "its throughput timer synchronises the device"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,11 @@ from torch import nn
 from rating_train.model.head import Linear32, RatingHead, dropout_keys, item_dropout, masked_mean
 
 B, T, D = 5, 11, 8
+
+
+def hashes(ids: list[str]) -> torch.Tensor:
+    """(B,) int64, as the collator makes them."""
+    return torch.tensor([zlib.crc32(i.encode("utf-8")) for i in ids])
 
 
 def hidden_and_used(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,7 +101,7 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean() -> None:
     torch.manual_seed(4)
     head = RatingHead(D, 256, dropout=0.5)
     pooled = torch.randn(1, D).expand(4000, D)
-    keys = dropout_keys([f"item {i}" for i in range(4000)], seed=17, step=3)
+    keys = dropout_keys(hashes([f"item {i}" for i in range(4000)]), seed=17, step=3)
     head.train()
     noisy = head(pooled, keys)
     with pytest.raises(ValueError, match="dropout_keys"):
@@ -110,15 +117,31 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean() -> None:
 def test_dropout_follows_item_and_step_and_not_the_batch() -> None:
     ids = [f"item {i}" for i in range(64)]
     ones = torch.ones(64, 288)
-    whole = item_dropout(ones, 0.1, dropout_keys(ids, 17, 5))
-    parts = [item_dropout(ones[:16], 0.1, dropout_keys(ids[i : i + 16], 17, 5)) for i in range(0, 64, 16)]
-    assert torch.equal(whole, torch.cat(parts))
-    others = [dropout_keys(ids, 17, 6), dropout_keys(ids, 18, 5), dropout_keys(ids[::-1], 17, 5)]
-    assert all(not torch.equal(whole, item_dropout(ones, 0.1, keys)) for keys in others)
+    together = item_dropout(ones, 0.1, dropout_keys(hashes(ids), 17, 5))
+    parts = [
+        item_dropout(ones[:16], 0.1, dropout_keys(hashes(ids[i : i + 16]), 17, 5)) for i in range(0, 64, 16)
+    ]
+    assert torch.equal(together, torch.cat(parts))
+    others = [(ids, 17, 6), (ids, 18, 5), (ids[::-1], 17, 5)]
+    for other, seed, step in others:
+        assert not torch.equal(together, item_dropout(ones, 0.1, dropout_keys(hashes(other), seed, step)))
+
+
+@pytest.mark.parametrize("seed", [0, 17, 2**31])
+@pytest.mark.parametrize("step", [0, 5, 10**6])
+def test_dropout_keys_are_those_of_earlier_versions(seed: int, step: int) -> None:
+    """A resumed run must drop what it would have dropped: ((seed * 1000003 + step) << 32) + CRC-32, as int64."""
+    ids = ["B00000001", "ünïcode", "z" * 40]
+    keys = dropout_keys(hashes(ids), seed, step)
+    for key, i in zip(keys.tolist(), ids, strict=True):
+        value = ((seed * 1_000_003 + step) << 32) + zlib.crc32(i.encode())
+        assert key % 2**64 == value % 2**64
 
 
 def test_dropout_bits_are_evenly_spread() -> None:
-    keys = torch.cat([dropout_keys([f"B{i:09d}" for i in range(200)], 17, step) for step in range(50)])
+    keys = torch.cat(
+        [dropout_keys(hashes([f"B{i:09d}" for i in range(200)]), 17, step) for step in range(50)]
+    )
     kept = item_dropout(torch.ones(10_000, 288), 0.1, keys) > 0
     deviation = (0.1 * 0.9) ** 0.5
     assert abs(kept.float().mean().item() - 0.9) < 5 * deviation / (10_000 * 288) ** 0.5

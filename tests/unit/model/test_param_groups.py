@@ -93,7 +93,7 @@ def test_torch_optimizers_take_the_groups_and_frozen_parts_do_not_move() -> None
     g = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, 64, 64), generator=g, dtype=torch.uint8)
     ids = torch.randint(7, 500, (2, 40), generator=g)
-    keys = dropout_keys(["a", "b"], seed=1, step=0)
+    keys = dropout_keys(torch.tensor([1, 2]), seed=1, step=0)
     regressor(images, ids, torch.tensor([40, 30]), keys).sum().backward()
     optimizer.step()
     for name, parameter in regressor.named_parameters():
