@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from rating_train.prediction.exported import (
     WEIGHTS_NAME,
 )
 from rating_train.prediction.model import FoundModel, Scorer, find_model, load_scorer, pick_device
-from rating_train.shards.writer import make_temporary, remove_stale
+from rating_train.shards.writer import make_temporary, sweep
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def export(options: ExportOptions) -> Exported:
     if found.zero_stage is None:
         raise UserError("this is an exported folder already", where=options.run, expected="a run directory")
     out.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale(out)
+    sweep(out.parent, re.escape(out.name))
     device = pick_device(options.device)
     scorer = load_scorer(found, device)
     split = found.config.data.eval_split

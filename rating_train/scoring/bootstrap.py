@@ -70,6 +70,7 @@ def resample_metrics(
     groups: Sequence[str] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    metrics: Sequence[str] = METRICS,
 ) -> list[dict[str, Float64Array]]:
     """Compute every metric of every model on the same resamples.
 
@@ -79,6 +80,7 @@ def resample_metrics(
         groups: N names; items of one group are drawn together. ``None``: each item is a group.
         resamples: how many resamples are drawn.
         seed: the same seed draws the same resamples.
+        metrics: which to compute, of :data:`METRICS`; Kendall's tau-b takes most of the time.
 
     Returns:
         For each model, metric -> (resamples,) float64; NaN where a resample leaves the metric undefined.
@@ -98,10 +100,10 @@ def resample_metrics(
     if resamples < 1:
         raise UserError(f"{resamples} resamples", where="bootstrap", expected="1 or more")
     models = [_Model(v, vectors[-1]) for v in vectors[:-1]]
-    found: list[dict[str, list[Float64Array]]] = [{name: [] for name in METRICS} for _ in models]
+    found: list[dict[str, list[Float64Array]]] = [{name: [] for name in metrics} for _ in models]
     for counts in _counts(len(targets), groups, resamples, seed):
         for model, values in zip(models, found):
-            for name, column in model.metrics(counts).items():
+            for name, column in model.metrics(counts, metrics).items():
                 values[name].append(column)
     return [{name: np.concatenate(columns) for name, columns in values.items()} for values in found]
 
@@ -133,8 +135,11 @@ def compare(
     resamples: int = RESAMPLES,
     seed: int = 0,
     confidence: float = CONFIDENCE,
+    metrics: Sequence[str] = METRICS,
 ) -> dict[str, Difference | None]:
     """Paired bootstrap of ``metric(second) - metric(first)``: both models are scored on the same resamples.
+
+    Arguments and errors: as :func:`resample_metrics`.
 
     Returns:
         metric -> :class:`Difference`; ``None`` where either model's metric is undefined on the items themselves.
@@ -142,8 +147,8 @@ def compare(
     own = [point_metrics(p, targets) for p in (first, second)]
     differences: dict[str, Difference | None] = {}
     enough = _group_count(len(targets), groups) >= 2
-    values = resample_metrics([first, second], targets, groups, resamples, seed) if enough else None
-    for name in METRICS:
+    values = resample_metrics([first, second], targets, groups, resamples, seed, metrics) if enough else None
+    for name in metrics:
         a, b = own[0][name], own[1][name]
         interval = percentile(values[1][name] - values[0][name], confidence) if values else None
         differences[name] = Difference(b - a, interval) if a is not None and b is not None else None
@@ -200,7 +205,7 @@ class _Model:
         self._error = predicted - true
         self._ties = [_Ties(self._predicted), _Ties(self._true)]
 
-    def metrics(self, counts: Float64Array) -> dict[str, Float64Array]:
+    def metrics(self, counts: Float64Array, wanted: Sequence[str] = METRICS) -> dict[str, Float64Array]:
         """metric -> (R,) values for item counts (N, R)."""
         with np.errstate(all="ignore"):
             total = counts.sum(0)
@@ -208,14 +213,16 @@ class _Model:
             squared = (error * error) @ counts
             _, y_var, _ = _moments(y, y, counts, total)
             rank_x, rank_y = (ties.ranks(counts) for ties in self._ties)
-            return {
+            found = {
                 "plcc": _pearson(*_moments(x, y, counts, total)),
                 "srcc": _pearson(*_rank_moments(rank_x, rank_y, counts, total)),
-                "kendall": self._kendall(counts, total),
                 "rmse": np.sqrt(squared / total),
                 "mae": np.abs(error) @ counts / total,
                 "r2": np.where(y_var > 0, 1 - squared / y_var, np.nan),
             }
+            if "kendall" in wanted:
+                found["kendall"] = self._kendall(counts, total)
+            return {name: found[name] for name in wanted}
 
     def _kendall(self, counts: Float64Array, total: Float64Array) -> Float64Array:
         """tau-b = (concordant - discordant) / sqrt((pairs - ties in x) (pairs - ties in y))."""

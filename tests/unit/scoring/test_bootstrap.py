@@ -124,12 +124,14 @@ def test_groups_keep_the_coverage_that_items_lose() -> None:
 
 
 def test_two_models_that_are_equally_good_rarely_differ() -> None:
-    alarms = dict.fromkeys(METRICS, 0)
+    metrics = [name for name in METRICS if name != "kendall"]  # which takes most of the time
+    alarms = dict.fromkeys(metrics, 0)
     for seed in range(200):
-        generator = np.random.default_rng(seed)
+        generator = np.random.default_rng(10_000 + seed)
         y = generator.normal(size=200)
         first, second = (y + generator.normal(size=200) for _ in range(2))
-        for name, difference in compare(first, second, y, resamples=250, seed=seed).items():
+        found = compare(first, second, y, resamples=1000, seed=seed, metrics=metrics)
+        for name, difference in found.items():
             alarms[name] += difference is not None and difference.significant
     assert max(alarms.values()) <= 0.07 * 200, alarms
 
