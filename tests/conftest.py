@@ -66,20 +66,34 @@ def shared_data() -> Path:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small demo: catalogue, tiny model, and shards of 64 pixels (about 250 train, 50 val, 300 in all)."""
     from rating_train.demo.model import make_demo
-    from rating_train.prepare.pipeline import PrepareOptions, prepare
 
     out = tmp_path_factory.mktemp("demo") / "demo"
     make_demo(out, items=300, seed=17)
+    _prepare_demo(out, out / "data")
+    return out
+
+
+@pytest.fixture(scope="session")
+def few_items(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of the first 60 listings of the small demo: epochs of about 50 items, for runs of several epochs."""
+    out = tmp_path_factory.mktemp("few") / "data"
+    _prepare_demo(demo, out, limit=60)
+    return out
+
+
+def _prepare_demo(demo: Path, out: Path, limit: int = 0) -> None:
+    from rating_train.prepare.pipeline import PrepareOptions, prepare
+
     prepare(
         PrepareOptions(
-            source=(str(out / "catalogue" / "catalogue.jsonl"),),
-            images=str(out / "catalogue"),
-            out=str(out / "data"),
+            source=(str(demo / "catalogue" / "catalogue.jsonl"),),
+            images=str(demo / "catalogue"),
+            out=str(out),
             image_size_px=64,
             val_fraction=0.2,
+            limit=limit,
         )
     )
-    return out
 
 
 #: Variations of what other tests hold already, left out of the daily run for their time.

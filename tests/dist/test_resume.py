@@ -1,10 +1,11 @@
 """10 straight steps equal 5 + kill -9 + 5, bit for bit: weights, optimizer state, losses and ordered ids.
 
-60 items a step of about 240 an epoch: the ten steps cross two epoch borders, one before the kill and one after.
+12 items a step of about 50 an epoch: the ten steps cross two epoch boundaries, one before the kill and one after.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,12 +35,14 @@ def kill_after_step(ranks: Ranks, config: Path, run: Path, step: int, saved: int
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_ten_steps_equal_five_kill_five(
-    stage: int, ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
+    stage: int, ranks: Ranks, tiny_config: Callable[..., Path], few_items: Path, tmp_path: Path
 ) -> None:
+    items = json.loads((few_items / "manifest.json").read_text())["splits"]["train"]["items"]
+    assert 4 * 12 < items < 5 * 12, "the epochs end in the fifth step and in the ninth or tenth"
     sections = {
-        "batch": {"global_items": 60, "micro_items": 15},
+        "batch": {"global_items": 12, "micro_items": 3},
         "zero": {"stage": stage},
-        "data": {"workers": 2 if stage == 2 else 0},
+        "data": {"path": str(few_items), "workers": 2 if stage == 2 else 0},
         "train": {"epochs": 9, "max_steps": 10, "save_every_steps": 5, "keep_last": 9},
     }
     straight, broken = tiny_config("straight", **sections), tiny_config("broken", **sections)
