@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import subprocess
@@ -47,6 +48,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.line(line)
 
 
+@pytest.fixture(autouse=True)
+def own_log_handlers() -> Iterator[None]:
+    """Give every test the log as it was: verbs that run in this process send it elsewhere."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    for handler in set(root.handlers) - set(handlers):
+        root.removeHandler(handler)
+        handler.close()
+    for handler in set(handlers) - set(root.handlers):
+        root.addHandler(handler)
+    root.setLevel(level)
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """The repository's root."""
@@ -81,7 +96,7 @@ def few_items(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def _prepare_demo(demo: Path, out: Path, limit: int = 0) -> None:
+def _prepare_demo(demo: Path, out: Path, limit: int | None = None) -> None:
     from rating_train.prepare.pipeline import PrepareOptions, prepare
 
     prepare(

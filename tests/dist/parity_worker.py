@@ -98,6 +98,10 @@ def reference(model, config, data, micro_items):
         accumulation = len(micros) // RANKS
         sums = [torch.zeros_like(m) for m, _ in pairs]
         total = 0.0
+        # Stage 2 reduces in fp32 and keeps the result of each micro-batch in the weights' dtype; stage 3 does so only
+        # where there are several.
+        stage = config.zero.stage
+        rounded = bf16 and (stage == 2 or (stage == 3 and accumulation > 1))
         for turn in range(accumulation):  # one micro-batch of every rank at a time, as the ranks do
             reduced = [torch.zeros_like(m) for m, _ in pairs]
             for micro in micros[turn::accumulation]:
@@ -108,8 +112,7 @@ def reference(model, config, data, micro_items):
                 for r, g in zip(reduced, torch.autograd.grad(loss, [p for _, p in pairs]), strict=True):
                     r += g.float() / RANKS
             for s, r in zip(sums, reduced, strict=True):
-                # Stages 2 and 3 reduce in fp32 and keep the result of each micro-batch in the weights' dtype.
-                s += r.bfloat16().float() if bf16 and config.zero.stage >= 2 else r
+                s += r.bfloat16().float() if rounded else r
         for (master, _), s in zip(pairs, sums, strict=True):
             master.grad = s
         if config.optim.clip_norm:

@@ -20,7 +20,7 @@ from rating_train.distributed.world import World
 
 def test_a_batch_is_its_pages() -> None:
     assert batch_bytes(1, 64, 100) == 6 * 4096 + 2 * 4096  # six tensors; the image takes three pages
-    assert batch_bytes(64, 384, 212) == 64 * 3 * 384 * 384 + 27 * 4096 + 3 * 4096
+    assert batch_bytes(64, 384, 212) == 64 * 3 * 384 * 384 + 27 * 4096 + 4 * 4096
 
 
 def test_both_loaders_of_all_ranks_of_a_node_are_counted() -> None:
