@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from streaming import StreamingDataset
+from streaming import LocalDataset
 
 from rating_train.demo.tokenizer import IMAGE_TOKEN_ID, PAD_TOKEN_ID, make_tokenizer
 from rating_train.model.architecture import Architecture, TextArchitecture, VisionArchitecture
@@ -22,10 +22,8 @@ VOCABULARY = 6144
 
 def main() -> None:
     data, out = sys.argv[1], Path(sys.argv[2])
-    dataset = StreamingDataset(local=data, split="train", batch_size=1)
-    texts = (
-        " ".join(row[k] for k in TEXT_FIELDS) for row in (dataset[i] for i in range(dataset.num_samples))
-    )
+    dataset = LocalDataset(local=data, split="train")
+    texts = (" ".join(row[k] for k in TEXT_FIELDS) for row in (dataset[i] for i in range(len(dataset))))
     vocabulary = make_tokenizer(texts, out, VOCABULARY)
     architecture = Architecture(
         text=TextArchitecture(

@@ -45,7 +45,8 @@ def _find(root: Path, resume: str) -> Path | None:
         return None
     if resume not in ("auto", "must"):
         path = named_checkpoint(resume)
-        if problem := store.problem(path, wait=True):
+        # Only what is named like a checkpoint can be one that another host has just committed.
+        if problem := store.problem(path, wait=path.name.startswith("step_")):
             raise UserError(f"the checkpoint cannot be trusted: {problem}", where=path)
         if path.resolve().parent == root.resolve():
             for name in cleanup.set_aside_after(root, int(path.name.partition("_")[2])):

@@ -78,6 +78,10 @@ class Watchdog:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._reader.setblocking(False)
+        self._signals = (
+            select.poll()
+        )  # select.select refuses descriptors from 1,024 on, which a rank may reach
+        self._signals.register(self._reader, select.POLLIN)
         self._previous = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self.beat("starting")
         self._thread.start()
@@ -119,7 +123,7 @@ class Watchdog:
             faulthandler.dump_traceback_later(
                 self.limit_seconds + _LOCK_HELD_SECONDS, exit=True, file=self._stacks
             )
-        ready, _, _ = select.select([self._reader], [], [], POLL_SECONDS)
+        ready = self._signals.poll(1000 * POLL_SECONDS)
         if self._ended.is_set():
             return
         if ready:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from streaming import MDSWriter, StreamingDataset
+from streaming import LocalDataset, MDSWriter
 
 from rating_train.commands import prepare as prepare_verb
 from rating_train.demo.catalogue import make_catalogue
@@ -63,7 +63,7 @@ def options(catalogue: Path, out: Path, **changes: Any) -> PrepareOptions:
 
 
 def samples(folder: Path) -> list[dict[str, Any]]:
-    dataset = StreamingDataset(local=str(folder), shuffle=False, batch_size=1)
+    dataset = LocalDataset(local=str(folder))
     return [dataset[i] for i in range(len(dataset))]
 
 

@@ -15,15 +15,15 @@ from tests.conftest import Ranks
 
 def poisoned_copy(demo: Path, out: Path, poisoned: Iterable[int]) -> None:
     """Copy the demo's shards with absurd ratings at some positions, whose squared error overflows fp32."""
-    from streaming import StreamingDataset
+    from streaming import LocalDataset
 
     where = set(poisoned)
     manifest = json.loads((demo / "data" / "manifest.json").read_text())
     with DatasetWriter(out) as writer:
         for split in ("train", "val"):
-            dataset = StreamingDataset(local=str(demo / "data"), split=split, batch_size=1)
+            dataset = LocalDataset(local=str(demo / "data"), split=split)
             shards = SplitWriter(out.with_name(f"{out.name}-{split}"), 1 << 26)
-            for i in range(dataset.num_samples):
+            for i in range(len(dataset)):
                 row = dict(dataset[i])
                 image = row.pop("image")
                 rating = float(row.pop("rating"))

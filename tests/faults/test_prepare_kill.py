@@ -125,13 +125,13 @@ def command(catalogue: Path, tmp_path: Path) -> Iterator[Prepare]:
 @pytest.fixture(scope="module")
 def reference(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What an uninterrupted build makes, every item once."""
-    from streaming import StreamingDataset
+    from streaming import LocalDataset
 
     prepare = Prepare(catalogue, tmp_path_factory.mktemp("reference") / "data")
     prepare.finish()
     ids: list[str] = []
     for split in ("train", "val"):
-        dataset = StreamingDataset(local=str(prepare.out / split), shuffle=False, batch_size=1)
+        dataset = LocalDataset(local=str(prepare.out / split))
         ids += [dataset[i]["id"] for i in range(len(dataset))]
     left_out = {i for i in range(ITEMS) if i % 97 == 0 or i % 101 == 0}
     assert sorted(ids) == [f"K{i:06d}" for i in range(ITEMS) if i not in left_out]

@@ -19,6 +19,13 @@ REPO = Path(__file__).resolve().parents[2]
 READY_SECONDS = 120
 
 
+def readable(fd: int, seconds: float | None) -> bool:
+    """Wait until a descriptor can be read; whether it can. ``select`` would take none from 1,024 on."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(None if seconds is None else 1000 * seconds))
+
+
 class Forked:
     """A process that the zygote started, used as a ``subprocess.Popen[str]`` is.
 
@@ -54,7 +61,7 @@ class Forked:
             fd = self.stdout.fileno()
             while True:
                 left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                if not select.select([fd], [], [], left)[0]:
+                if not readable(fd, left):
                     raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
                 piece = os.read(fd, 1 << 16)
                 if not piece:
@@ -78,7 +85,7 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
     def _wait(self, timeout: float | None) -> int | None:
-        if self.returncode is None and select.select([self._answer], [], [], timeout)[0]:
+        if self.returncode is None and readable(self._answer.fileno(), timeout):
             message = self._answer.recv(1 << 10)
             self._answer.close()
             if not message:
