@@ -3,7 +3,9 @@
 Tolerances, absolute for weights after 4 steps whose largest update is about 1e-2, relative for losses. fp32: at most
 1.2e-7 seen in every combination. bf16: most combinations agree as closely, but a master weight that differs in its last fp32
 bit (clipping divides in another order) may round to the neighbouring bf16 value, and the next loss then differs by
-1e-5 to 4e-4. Gradients accumulated in bf16, which this must catch, differ by 4e-3.
+1e-5 to 4e-4. Gradients accumulated in bf16, which this must catch, differ by 4e-3. Whether a bit flips depends on what
+the process did before: one combination (stage 3, no accumulation, no clipping, all trained) differed by 1.3e-3 as the
+first of a process, and by 0 when it was repeated in the same process.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import pytest
 
 WORKER = Path(__file__).with_name("parity_worker.py")
 COMBINATIONS = list(itertools.product((0, 1, 2, 3), (1, 2), (0.0, 0.5), (False, True)))
-TOLERANCE = {"fp32": 1e-6, "bf16": 1e-3}
+TOLERANCE = {"fp32": 1e-6, "bf16": 1e-3}  # of losses
+WEIGHT_TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3}
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
@@ -37,10 +40,9 @@ def test_engine_trains_as_plain_pytorch(
     results: dict, stage: int, accumulation: int, clip: float, frozen: bool
 ) -> None:
     row = results[stage, accumulation, clip, frozen]
-    tolerance = TOLERANCE[row["precision"]]
     assert row["largest_update"] > 1e-3, "nothing was trained: the comparison would say nothing"
-    assert row["loss_difference"] < tolerance, row
-    assert row["weight_difference"] < tolerance, row
+    assert row["loss_difference"] < TOLERANCE[row["precision"]], row
+    assert row["weight_difference"] < WEIGHT_TOLERANCE[row["precision"]], row
     assert row["frozen_moved"] == 0.0, row
 
 
