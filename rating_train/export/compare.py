@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from rating_train.errors import UserError
-from rating_train.export import reload
+from rating_train.export import onnx_graph, reload
 from rating_train.files import read_json
 from rating_train.log import text_table
 from rating_train.prediction.model import Scorer
@@ -31,15 +31,18 @@ LEAST_ITEMS = 64
 SAME_PRECISION_STARS = 1e-4
 #: fp32 against bf16: roundings of bf16, which the checkpoint was evaluated with. Beyond it, something else differs.
 OTHER_PRECISION_STARS = 0.25
+#: ONNX graphs against PyTorch in fp32. Of int8 the change is reported: how much it may cost is its user's decision.
+GRAPH_STARS = {"fp32": 1e-4, "fp16": 0.1, "int8": math.inf}
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One way to run the exported model, against the checkpoint on the same items.
+    """One way to run the exported model, against a reference on the same items.
 
     Attributes:
         what: what ran, for example ``AutoModel``.
         precision: fp32, bf16, int8 and so on.
+        against: the reference.
         largest: largest difference of two scores, in stars.
         mean: mean difference, in stars.
         plcc: of these scores and the true ratings; ``None`` where it is undefined.
@@ -49,6 +52,7 @@ class Compared:
 
     what: str
     precision: str
+    against: str
     largest: float
     mean: float
     plcc: float | None
@@ -75,16 +79,21 @@ class Items:
         return score(self.scores, self.ratings).plcc
 
     def compared(
-        self, what: str, precision: str, scores: Sequence[float], bound: float = math.inf
+        self,
+        what: str,
+        precision: str,
+        scores: Sequence[float],
+        bound: float = math.inf,
+        reference: tuple[str, Sequence[float]] | None = None,
     ) -> Compared:
-        """Compare scores of the same items with the checkpoint's."""
+        """Compare scores of the same items with the checkpoint's, or with those of a named reference."""
+        against, expected = reference or ("checkpoint", self.scores)
         found = np.asarray(scores, dtype=np.float64)
-        difference = np.abs(found - np.asarray(self.scores))
+        difference = np.abs(found - np.asarray(expected))
         plcc = score(found, self.ratings).plcc if np.isfinite(found).all() else None
         change = None if plcc is None or self.plcc is None else plcc - self.plcc
-        return Compared(
-            what, precision, float(difference.max()), float(difference.mean()), plcc, change, bound
-        )
+        largest, mean = float(difference.max()), float(difference.mean())
+        return Compared(what, precision, against, largest, mean, plcc, change, bound)
 
 
 def score_items(scorer: Scorer, data: str, split: str, count: int) -> Items:
@@ -111,12 +120,14 @@ def score_items(scorer: Scorer, data: str, split: str, count: int) -> Items:
     return Items(samples, scores, [float(sample["rating"]) for sample in samples])
 
 
-def batches(samples: list[dict[str, Any]]) -> Iterable[list[dict[str, Any]]]:
+def batches(samples: list[dict[str, Any]], count: int = reload.BATCH_ITEMS) -> Iterable[list[dict[str, Any]]]:
     """Yield samples in the batches that both sides score: in bf16, another batch may round otherwise."""
-    return (samples[i : i + reload.BATCH_ITEMS] for i in range(0, len(samples), reload.BATCH_ITEMS))
+    return (samples[i : i + count] for i in range(0, len(samples), count))
 
 
-def compare_reloaded(folder: Path, items: Items, own: str, device: torch.device) -> list[Compared]:
+def compare_reloaded(
+    folder: Path, items: Items, own: str, device: torch.device
+) -> tuple[list[Compared], list[float]]:
     """Load the folder in a process without this package, and compare its scores in the run's precision and in fp32.
 
     Args:
@@ -124,6 +135,9 @@ def compare_reloaded(folder: Path, items: Items, own: str, device: torch.device)
         items: what the checkpoint scored.
         own: precision that the checkpoint was scored in: ``bf16``, ``fp32`` or ``autocast``.
         device: where the checkpoint was scored.
+
+    Returns:
+        The comparisons, and the scores in fp32.
 
     Raises:
         UserError: the folder cannot be loaded; the process's last lines are in the message.
@@ -149,25 +163,49 @@ def compare_reloaded(folder: Path, items: Items, own: str, device: torch.device)
             )
         scores: Mapping[str, list[float]] = read_json(work / "scores.json")
     bounds = {own: SAME_PRECISION_STARS}
-    return [
+    compared = [
         items.compared(
             "AutoModel", precision, scores[precision], bounds.get(precision, OTHER_PRECISION_STARS)
         )
         for precision in precisions
     ]
+    return compared, scores["fp32"]
+
+
+def compare_graphs(
+    folder: Path, items: Items, scorer: Scorer, precisions: Sequence[str], batch: int, fp32: list[float]
+) -> list[Compared]:
+    """Score the items with ONNX graphs, and compare with what PyTorch computes in fp32.
+
+    Args:
+        folder: of the graphs.
+        items: what the checkpoint scored.
+        scorer: for its collator.
+        precisions: of the graphs.
+        batch: items that a graph takes; 0: any number.
+        fp32: scores of PyTorch.
+    """
+    compared = []
+    for precision in precisions:
+        predict = onnx_graph.open_graph(folder / onnx_graph.FILES[precision])
+        scores: list[float] = []
+        for part in batches(items.samples, batch or reload.BATCH_ITEMS):
+            # A graph for a fixed number of items gets them: the last ones come again.
+            filled = part + part[-1:] * (batch - len(part))
+            scores += predict(scorer.collator(filled)).tolist()[: len(part)]
+        bound = GRAPH_STARS[precision]
+        compared.append(items.compared("ONNX", precision, scores, bound, ("AutoModel fp32", fp32)))
+    return compared
 
 
 def render(items: Items, own: str, compared: Sequence[Compared]) -> str:
     """Return the comparison as a table for a terminal and the model card."""
-    header = ("what", "precision", "largest difference", "mean difference", "PLCC", "change of PLCC")
-    rows = [("checkpoint", own, "", "", _number(items.plcc), "")]
-    rows += [
-        (
-            c.what, c.precision, f"{c.largest:.2e} stars", f"{c.mean:.2e} stars", _number(c.plcc),
-            "undefined" if c.plcc_change is None else f"{c.plcc_change:+.5f}",
-        )
-        for c in compared
-    ]  # fmt: skip
+    header = ("what", "precision", "compared with", "largest difference", "mean", "PLCC", "change of PLCC")
+    rows = [("checkpoint", own, "", "", "", _number(items.plcc), "")]
+    for c in compared:
+        change = "undefined" if c.plcc_change is None else f"{c.plcc_change:+.5f}"
+        largest, mean = f"{c.largest:.2e} stars", f"{c.mean:.2e} stars"
+        rows.append((c.what, c.precision, c.against, largest, mean, _number(c.plcc), change))
     return "\n".join(text_table(header, rows))
 
 

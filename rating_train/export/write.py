@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from rating_train import __version__
@@ -21,8 +22,9 @@ from rating_train.config.load import dump_config
 from rating_train.config.schema import Config
 from rating_train.data.prompt import load_tokenizer
 from rating_train.errors import UserError
-from rating_train.export import compare
+from rating_train.export import compare, onnx_graph
 from rating_train.export.card import CardFacts, write_card
+from rating_train.export.compare import Items
 from rating_train.export.hub.configuration_rating import RatingConfig
 from rating_train.export.hub.modeling_rating import RatingModel
 from rating_train.export.hub.processing_rating import RatingProcessor, fast_tokenizer
@@ -31,6 +33,7 @@ from rating_train.export.options import ExportOptions, check_options
 from rating_train.files import fsync_path, read_json
 from rating_train.prediction.exported import (
     CONFIG_NAME,
+    ONNX_DIR,
     PREFIX,
     PROCESSOR_NAME,
     TRAINING_NAME,
@@ -68,6 +71,8 @@ def export(options: ExportOptions) -> Exported:
             that scores differently; nothing is left then.
     """
     check_options(options)
+    if options.onnx:
+        onnx_graph.require()
     out = Path(options.out)
     if out.exists():
         raise UserError("the folder exists already", where=out, fix="remove it, or give another --out")
@@ -84,12 +89,17 @@ def export(options: ExportOptions) -> Exported:
     try:
         _write_files(folder, scorer)
         own = precision_of(found.config)
-        compared = compare.compare_reloaded(folder, items, own, device)
+        compared, fp32 = compare.compare_reloaded(folder, items, own, device)
+        compare.check(compared, out)  # before the graphs: they take minutes
+        graphs = _write_graphs(folder / ONNX_DIR, options, found, items)
+        compared += compare.compare_graphs(
+            folder / ONNX_DIR, items, scorer, options.onnx, options.onnx_batch, fp32
+        )
         compare.check(compared, out)
         step = read_json(found.folder / STATE_FILE)["train_state"]["step"]
         facts = CardFacts(
             run=Path(options.run), step=step, split=split, folder=out.name, fingerprint=_fingerprint(found),
-            inputs=scorer.inputs, items=items, own=own, compared=compared, onnx=(), licence=options.licence,
+            inputs=scorer.inputs, items=items, own=own, compared=compared, onnx=graphs, licence=options.licence,
         )  # fmt: skip
         write_card(folder, facts)
         size = _make_durable(folder)
@@ -99,6 +109,16 @@ def export(options: ExportOptions) -> Exported:
         shutil.rmtree(folder, ignore_errors=True)  # no such folder any more where all went well
         os.close(lock)
     return Exported(out, size, compare.render(items, own, compared))
+
+
+def _write_graphs(folder: Path, options: ExportOptions, found: FoundModel, items: Items) -> list[str]:
+    """Write the ONNX graphs that were asked for, from the weights in fp32."""
+    if not options.onnx:
+        return []
+    fp32 = dataclasses.replace(found.config, train=dataclasses.replace(found.config.train, precision="fp32"))
+    full = load_scorer(dataclasses.replace(found, config=fp32), torch.device("cpu"))
+    example = full.collator(items.samples[:2])
+    return onnx_graph.write_graphs(folder, full.predictor.model, example, options.onnx, options.onnx_batch)
 
 
 def precision_of(config: Config) -> str:

@@ -43,8 +43,10 @@ def listings(demo: Path) -> list[dict[str, Any]]:
 def test_the_scores_are_those_of_the_checkpoint(exported: Exported) -> None:
     checkpoint, same, fp32 = exported.table.splitlines()[2:]
     assert checkpoint.split()[:2] == ["checkpoint", "bf16"] and "PLCC" in exported.table.splitlines()[0]
-    assert same.split()[:3] == ["AutoModel", "bf16", "0.00e+00"] and same.split()[-1] == "+0.00000"
-    assert fp32.split()[:2] == ["AutoModel", "fp32"] and 0 < float(fp32.split()[2]) < 0.25
+    assert (
+        same.split()[:4] == ["AutoModel", "bf16", "checkpoint", "0.00e+00"] and same.split()[-1] == "+0.00000"
+    )
+    assert fp32.split()[:2] == ["AutoModel", "fp32"] and 0 < float(fp32.split()[3]) < 0.25
 
 
 STRANGER = """
@@ -231,3 +233,53 @@ def test_damaged_weights_are_named(exported: Exported, tmp_path: Path) -> None:
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"the architecture is not complete .*config\.json"):
         load(copy, device="cpu")
+
+
+# ---- ONNX
+
+
+@pytest.fixture(scope="module")
+def with_graphs(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    out = tmp_path_factory.mktemp("onnx") / "rater"
+    return export(
+        ExportOptions(
+            run=str(trained_run), out=str(out), items=64, device="cpu", onnx=("fp32", "fp16", "int8")
+        )
+    )
+
+
+def test_graphs_score_as_pytorch_does(with_graphs: Exported) -> None:
+    fp32, fp16, int8 = [line.split() for line in with_graphs.table.splitlines()[-3:]]
+    assert [row[1] for row in (fp32, fp16, int8)] == ["fp32", "fp16", "int8"]
+    assert float(fp32[4]) < 1e-4 and float(fp16[4]) < 0.1, "stars, against PyTorch in fp32"
+    assert 0 < float(int8[4]) < 0.5, "quantized, and still the same model"
+    assert all(row[-1][0] in "+-" for row in (fp32, fp16, int8)), "the change of PLCC is shown"
+    sizes = {path.name: path.stat().st_size for path in (with_graphs.folder / "onnx").iterdir()}
+    assert sorted(sizes) == ["model.onnx", "model_fp16.onnx", "model_int8.onnx"]
+    assert (
+        sizes["model_fp16.onnx"] < 0.8 * sizes["model.onnx"]
+        and sizes["model_int8.onnx"] < 0.8 * sizes["model.onnx"]
+    )
+    card = (with_graphs.folder / "README.md").read_text("utf-8")
+    assert "`onnx/model_int8.onnx`" in card and with_graphs.table in card
+
+
+def test_a_graph_takes_any_number_of_items_and_needs_no_torch(
+    with_graphs: Exported, demo: Path, listings: list[dict[str, Any]]
+) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(with_graphs.folder / "onnx" / "model.onnx"))
+    model = load(with_graphs.folder, device="cpu", settings=["train.precision=fp32"])
+    images = [demo / "catalogue" / row["image_path"] for row in listings]
+    expected = model.score(images, listings)
+    samples = model._samples(images, listings, 0)  # type: ignore[arg-type]
+    batch = model._scorer.collator(samples)
+    for count in (1, 5, 20):
+        inputs = {
+            "images": batch.images[:count].numpy(),
+            "input_ids": batch.input_ids[:count].numpy(),
+            "used_tokens": batch.used_tokens[:count].numpy(),
+        }
+        (ratings,) = session.run(["rating"], inputs)
+        assert ratings.shape == (count,) and ratings.tolist() == pytest.approx(expected[:count], abs=1e-4)
