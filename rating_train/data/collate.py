@@ -1,6 +1,6 @@
-"""Samples of a shard to a batch of tensors. Runs in the loader processes.
+"""Collation of a shard's samples into a batch of tensors. Runs in the DataLoader workers.
 
-Legend: B items, S pixels a side, T tokens.
+Legend: B items, S pixels per side, T tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TENSORS = ("images", "input_ids", "used_tokens", "ratings", "rating_counts", "i
 class Batch:
     """Items of one rank.
 
-    Images stay uint8 until they are on the device: a quarter of the bytes to copy.
+    Images stay uint8 until they are on the device: copying them moves a quarter of the bytes of fp32.
     """
 
     ids: list[str]
@@ -36,9 +36,9 @@ class Batch:
     used_tokens: Tensor  # (B,) int64: tokens before the padding
     ratings: Tensor  # (B,) float32
     rating_counts: Tensor  # (B,) float32
-    truncated_tokens: int  # field tokens that did not fit, over all items
-    #: (B,) int64, CRC-32 of each id; dropout masks derive from it. Made here, in the DataLoader worker, so that it
-    #: is pinned and copied with the other tensors.
+    truncated_tokens: int  # field tokens that did not fit, summed over all items
+    #: (B,) int64, CRC-32 of each id; dropout masks derive from it. Computed here, in the DataLoader worker,
+    #: so that it is pinned and copied with the other tensors.
     id_hashes: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
@@ -50,15 +50,15 @@ class Batch:
         return len(self.ids)
 
     def pin_memory(self) -> Batch:
-        """Called by the loader's pinning thread, for copies that overlap with compute."""
+        """Pin the tensors, in the DataLoader's pinning thread, so that copies overlap with compute."""
         return self._map(lambda t: t.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on ``device``."""
+        """Return the same batch with its tensors on ``device``."""
         return self._map(lambda t: t.to(device, non_blocking=True))
 
     def split(self, items: int) -> list[Batch]:
-        """Micro-batches of ``items`` each, in order; the tensors are views. Their ``truncated_tokens`` are 0."""
+        """Return micro-batches of ``items`` each, in order, as views; their ``truncated_tokens`` are 0."""
         return [self._take(slice(i, i + items)) for i in range(0, len(self), items)]
 
     def _take(self, part: slice) -> Batch:
@@ -71,7 +71,7 @@ class Batch:
 
 
 class Collator:
-    """Decodes and tokenizes samples (mappings with the MDS columns) into a :class:`Batch`."""
+    """A collate function: decodes and tokenizes samples (mappings with the MDS columns) into a batch."""
 
     def __init__(self, prompt: PromptEncoder, image_px: int) -> None:
         self.prompt = prompt
@@ -93,10 +93,10 @@ class Collator:
 
 
 def decode_square(content: bytes, size_px: int, item_id: str) -> np.ndarray:
-    """(S, S, 3) uint8 pixels of a stored JPEG; another stored size is squashed bilinearly.
+    """Decode a JPEG to (S, S, 3) uint8 pixels, resized bilinearly without keeping the aspect ratio if needed.
 
     Raises:
-        ValueError: the bytes are no image; the message names the item.
+        ValueError: the bytes are not an image; the message names the item.
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(content))

@@ -1,4 +1,4 @@
-"""Text of a listing to token ids of a fixed length.
+"""Encoding of a listing's text as token ids of a fixed length.
 
 Layout of the T = visual + text tokens of an item, padded on the right::
 
@@ -6,8 +6,8 @@ Layout of the T = visual + text tokens of an item, padded on the right::
     user rating ... Title: {title}, Description: {description}, Features: {features}, Category: {main_category}
     <end_of_utterance> | padding
 
-Each field is first cut to L characters. Pieces are tokenized one by one, so the positions of the image are
-constants and a field can be cut without touching the template.
+Each field is first cut to L characters. Pieces are tokenized separately, so that the image's positions are
+constant and a field can be cut without touching the template.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SPECIAL_TOKENS = ("<|im_start|>", PAD_TOKEN, "<fake_token_around_image>", "<glob
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """Where things stand in the T tokens of an item."""
+    """Positions within the T tokens of an item."""
 
     image_start: int
     visual_tokens: int
@@ -48,13 +48,13 @@ class PromptLayout:
 
     @property
     def length(self) -> int:
-        """T: tokens of an item, visual ones and padding included."""
+        """T, the tokens of an item, including visual tokens and padding."""
         return self.visual_tokens + self.text_tokens
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """ids: (T,) int64; used: tokens before the padding; cut: field tokens that did not fit."""
+    """``ids``: (T,) int64; ``used``: tokens before padding; ``cut``: field tokens that did not fit."""
 
     ids: NDArray[np.int64]
     used: int
@@ -62,10 +62,10 @@ class EncodedPrompt:
 
 
 def load_tokenizer(backbone: str, revision: str = "") -> Tokenizer:
-    """The backbone's own tokenizer, by hub id or folder.
+    """Load the backbone's own tokenizer, by hub id or folder.
 
     Raises:
-        UserError: none is there, or it lacks SmolVLM's special tokens.
+        UserError: no tokenizer is there, or it lacks SmolVLM's special tokens.
     """
     try:
         fast = AutoTokenizer.from_pretrained(backbone, revision=revision or None)
@@ -87,12 +87,12 @@ def load_tokenizer(backbone: str, revision: str = "") -> Tokenizer:
 
 
 class PromptEncoder:
-    """Encodes listings into the fixed layout. Picklable: loader processes hold a copy.
+    """An encoder of listings into the fixed layout. Picklable: each DataLoader worker holds a copy.
 
     Args:
         tokenizer: a SmolVLM tokenizer.
-        visual_tokens: V, image tokens of an item.
-        text_tokens: all other tokens of an item, template and padding included.
+        visual_tokens: V, image tokens per item.
+        text_tokens: all other tokens per item, template and padding included.
         field_chars: L, characters kept of each field.
     """
 
@@ -115,7 +115,7 @@ class PromptEncoder:
                 where="data.text_tokens",
                 fix=f"set data.text_tokens to at least {template + 4 * len(TEXT_FIELDS)}",
             )
-        # A copy that takes a special token's text in a listing ("<image>") as plain text.
+        # A copy that encodes the text of a special token in a listing ("<image>") as plain text.
         self._field_tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self._field_tokenizer.encode_special_tokens = True
         self._field_tokenizer.no_padding()
@@ -123,10 +123,10 @@ class PromptEncoder:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._field_tokenizer.encode_special_tokens = True  # which a pickled tokenizer forgets
+        self._field_tokenizer.encode_special_tokens = True  # not preserved by pickling
 
     def encode(self, fields: Mapping[str, str]) -> EncodedPrompt:
-        """Token ids of one listing; ``fields`` holds the four of :data:`~rating_train.shards.schema.TEXT_FIELDS`."""
+        """Encode a listing; ``fields`` holds the :data:`~rating_train.shards.schema.TEXT_FIELDS`."""
         texts = [fields[name].strip()[: self.field_chars].strip() for name in TEXT_FIELDS]
         encoded = self._field_tokenizer.encode_batch(
             [f" {t}" if t else "" for t in texts], add_special_tokens=False
@@ -144,7 +144,7 @@ class PromptEncoder:
 
 
 def fit_lengths(lengths: Sequence[int], budget: int) -> list[int]:
-    """Cut the longest lengths to a common cap so that their sum is at most ``budget``."""
+    """Cap the longest lengths at a common value so that their sum is at most ``budget``."""
     if sum(lengths) <= budget:
         return list(lengths)
     cap, left, rest = 0, budget, sorted(lengths)

@@ -1,1 +1,1 @@
-"""A synthetic catalogue and a tiny model, made without a download."""
+"""A synthetic catalogue and a tiny model, generated without any download."""

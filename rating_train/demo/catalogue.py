@@ -1,17 +1,17 @@
-"""A made-up catalogue whose best possible score is known.
+"""A synthetic catalogue whose best possible score is known.
 
 Every product has a photo and a title, and its rating is
 
     rating = clip(BASE + STD * (sqrt(0.45) * v + sqrt(0.45) * t + sqrt(0.10) * e), 1, 5)
 
-with v, t, e independent, of mean 0 and variance 1:
+with v, t and e independent, of mean 0 and variance 1:
 
-- v, only in the picture: how warm (orange) or cold (blue) the product and the light on its backdrop are;
+- v, only in the image: how warm (orange) or cold (blue) the product and the light on its backdrop are;
 - t, only in the title: two or three words of praise or blame;
 - e: noise, in neither.
 
-So a model that reads both can reach a correlation of about sqrt(0.90) = 0.95, and one that reads only
-the picture, or only the text, about sqrt(0.45) = 0.67. ``upper_bounds.json`` has the exact numbers.
+So a model that reads both can reach a correlation of about sqrt(0.90) = 0.95, and one that reads only the
+image, or only the text, about sqrt(0.45) = 0.67. ``upper_bounds.json`` has the exact numbers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ NOISE_SHARE = 0.10
 
 PRAISE = ("Durable", "Reliable", "Sturdy", "Superb", "Premium", "Elegant", "Precise", "Comfy")
 BLAME = ("Flimsy", "Leaky", "Wobbly", "Noisy", "Brittle", "Clumsy", "Rusty", "Sloppy")
-# Two words or three, each praise or blame with probability 1/2: the sum has variance 2 or 3.
+# Two or three words, each praise or blame with probability 1/2: the sum has variance 2 or 3.
 _TEXT_STD = math.sqrt(2.5)
 
 _BRANDS = ("Acmo", "Brivo", "Cantel", "Dorva", "Elmira", "Fenwick", "Gorlan", "Hestia", "Ivaro", "Juno")
@@ -68,7 +68,7 @@ _SHAPES = ("box", "disc", "bottle", "lamp")
 
 
 class _Item(NamedTuple):
-    """One product: its catalogue line, its picture, and the parts of its rating (unit variance each)."""
+    """One product: its catalogue line, its image, and the parts of its rating (unit variance each)."""
 
     line: dict[str, Any]
     jpeg: bytes
@@ -77,23 +77,24 @@ class _Item(NamedTuple):
 
 
 def make_catalogue(out: Path, items: int = 3000, seed: int = 17) -> dict[str, Any]:
-    """Write ``out/catalogue.jsonl``, ``out/images/*.jpg`` and ``out/upper_bounds.json``; give the upper_bounds.
+    """Write ``catalogue.jsonl``, ``images/*.jpg`` and ``upper_bounds.json`` to ``out``; return the bounds.
 
-    The images folder for ``prepare`` is ``out``. The same arguments give the same bytes (with the same
-    versions of NumPy and Pillow). Items do not depend on how many there are: a smaller catalogue is the
-    beginning of a larger one.
+    ``out`` is the images folder for ``prepare``. The same arguments give the same bytes (with the same
+    versions of NumPy and Pillow). Items do not depend on their number: a smaller catalogue is a prefix of a
+    larger one.
 
     Args:
-        out: folder to write to, made if absent; files of an earlier call are replaced.
+        out: folder to write to, created if absent; files of an earlier call are replaced.
         items: number of products, at least 2.
-        seed: any integer >= 0.
+        seed: non-negative integer.
 
     Returns:
         ``n``, ``seed``, ``rating_mean``, ``rating_std`` (stars), and the Pearson correlations over all items,
         in float64, of the rating with ``plcc_perfect`` (the rating without its noise), ``plcc_image_only``
         and ``plcc_text_only`` (the same with only one part known).
 
-    Errors: :class:`UserError` for fewer than two items or a folder that cannot be written.
+    Raises:
+        UserError: fewer than two items, a negative seed, or a folder that cannot be written.
     """
     if items < 2 or seed < 0:
         raise UserError(
@@ -119,7 +120,7 @@ def make_catalogue(out: Path, items: int = 3000, seed: int = 17) -> dict[str, An
 
 
 def _upper_bounds(rating: np.ndarray, image: np.ndarray, text: np.ndarray) -> dict[str, Any]:
-    """Correlations (n,) x (n,) of the rating with what each perfect predictor would say."""
+    """Return the correlations of the rating (n,) with what each perfect predictor would predict (n,)."""
     a, b = STD * math.sqrt(IMAGE_SHARE), STD * math.sqrt(TEXT_SHARE)
     predictors = {
         "plcc_perfect": BASE + a * image + b * text,
@@ -156,7 +157,7 @@ def _make_item(number: int, seed: int) -> _Item:
     quality = " ".join(str(rng.choice(PRAISE if good else BLAME)) for good in praise)
     features = [str(f) for f in rng.choice(_FEATURES, size=int(rng.integers(1, 4)), replace=False)]
     item_id = f"B0DEMO{number:05d}"
-    # The brand comes first, so that every word of praise or blame follows a space: one tokenisation each.
+    # The brand comes first, so that every word of praise or blame follows a space and has one tokenization.
     title = f"{brand} {quality} {noun}, Model {noun[0]}{number:05d}"
     url = f"https://images.example.com/I/{item_id}.jpg"
     line: dict[str, Any] = {
@@ -177,12 +178,12 @@ def _make_item(number: int, seed: int) -> _Item:
 
 
 def _photo(rng: np.random.Generator, warmth: float) -> bytes:
-    """A JPEG of a product on a lit backdrop, ``warmth`` in [-1, 1]; everything else about it is chance."""
+    """Draw a JPEG of a product on a lit backdrop, ``warmth`` in [-1, 1]; all else about it is random."""
     width, height = (int(v) for v in rng.integers(128, 221, size=2))
     colour = _COLD + (_WARM - _COLD) * (warmth + 1) / 2  # (3,) RGB
     image = _backdrop(rng, width, height, colour)
     draw = ImageDraw.Draw(image)
-    for _ in range(int(rng.integers(2, 6))):  # clutter, in colours that say nothing
+    for _ in range(int(rng.integers(2, 6))):  # clutter, in uninformative colours
         _speck(rng, draw, width, height)
     _product(rng, draw, width, height, colour)
     noise = rng.normal(0, 6, size=(height, width, 1))
@@ -193,7 +194,7 @@ def _photo(rng: np.random.Generator, warmth: float) -> bytes:
 
 
 def _backdrop(rng: np.random.Generator, width: int, height: int, colour: np.ndarray) -> Image.Image:
-    """A grey wall, brighter on one side, that takes a third of its tint from the product's light."""
+    """Draw a grey wall, brighter at the top or the bottom, with a third of the product's tint."""
     bright, dark = float(rng.uniform(190, 245)), float(rng.uniform(130, 185))
     ramp = np.linspace(bright, dark, height)[:, None, None] * np.ones((1, width, 1))
     if rng.random() < 0.5:
@@ -213,7 +214,7 @@ def _speck(rng: np.random.Generator, draw: ImageDraw.ImageDraw, width: int, heig
 def _product(
     rng: np.random.Generator, draw: ImageDraw.ImageDraw, width: int, height: int, colour: np.ndarray
 ) -> None:
-    """A silhouette over a good part of the picture, with a shadow, a highlight and a label."""
+    """Draw a silhouette over much of the image, with a shadow, a highlight and a label."""
     w, h = float(rng.uniform(0.55, 0.8)) * width, float(rng.uniform(0.55, 0.8)) * height
     x, y = float(rng.uniform(0.05, 0.95)) * (width - w), float(rng.uniform(0.05, 0.95)) * (height - h)
     fill = _rgb(colour * float(rng.uniform(0.85, 1.05)))

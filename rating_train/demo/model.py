@@ -1,4 +1,4 @@
-"""The verb ``demo``: a catalogue whose best possible PLCC is known, and a tiny model; nothing is downloaded."""
+"""The verb ``demo``: a catalogue whose best possible PLCC is known, and a tiny model, without downloads."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def make_demo(out: Path, items: int, seed: int) -> dict[str, Any]:
     """Write OUT/catalogue (JSON lines and images) and OUT/model (config, tokenizer, safetensors).
 
     Returns:
-        the catalogue's upper_bounds: the PLCC of a perfect model, and of perfect image-only and text-only ones.
+        The upper bounds: the PLCC of a perfect model, and of perfect image-only and text-only models.
 
     Raises:
-        UserError: OUT holds something already.
+        UserError: OUT is not empty.
     """
     if out.exists() and any(out.iterdir()):
         raise UserError("the folder is not empty", where=out, fix="remove it or give another --out")
@@ -49,7 +49,7 @@ def make_model(out: Path, seed: int) -> None:
 
 
 def demo_architecture(vocabulary: int) -> Architecture:
-    """SmolVLM's layout at a size that a CPU trains in minutes: 0.5 million parameters."""
+    """Return SmolVLM's layout at a size that a CPU trains in minutes: 0.5 million parameters."""
     return Architecture(
         text=TextArchitecture(
             hidden=96, layers=3, heads=3, kv_heads=1, head_dim=32, mlp=256, vocab=vocabulary

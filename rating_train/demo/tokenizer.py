@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-# The ids 0 to 2 are those of the published tokenizer; the image tokens come right after them.
+# Ids 0 to 2 are those of the published tokenizer; the image tokens follow directly.
 _SPECIAL = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -23,7 +23,7 @@ PAD_TOKEN_ID = _SPECIAL.index("<|im_end|>")
 
 
 def make_tokenizer(texts: Iterable[str], out: Path, vocab_size: int) -> int:
-    """Train on ``texts`` and write tokenizer.json and tokenizer_config.json; returns the vocabulary's size."""
+    """Train on ``texts``, write tokenizer.json and tokenizer_config.json, and return the vocabulary size."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,7 +1,7 @@
-"""The door to ``transformers`` for weights: the backbone, without its LM head, from one code path.
+"""Weights from ``transformers``: the backbone, without its LM head, through one code path.
 
-A hub id, a local folder, and the folder that ``rating-train demo`` makes all go through
-:func:`load_backbone`. ``weights: random`` builds the same modules from numbers alone.
+A hub id, a local folder and the folder that ``rating-train demo`` writes all go through
+:func:`load_backbone`. ``weights: random`` builds the same modules from the architecture's numbers alone.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from rating_train.model.attention import register_attention
 
 log = logging.getLogger(__name__)
 
-# The one tensor of a published checkpoint that the regressor has no place for.
+# The only tensor of a published checkpoint that the regressor does not use.
 LM_HEAD_KEY = "lm_head.weight"
 
 
 def read_architecture(config: ModelConfig) -> Architecture:
-    """The numbers of a backbone: from its folder, else from the table of known ids, else from the hub.
+    """Return the architecture of a backbone: from its folder, else the table of known ids, else the hub.
 
     Raises:
-        UserError: the folder or id is unknown, or is not a SmolVLM/Idefics3 model.
+        UserError: an unknown folder or id, or one that is not a SmolVLM/Idefics3 model.
     """
     folder = Path(config.backbone)
     if folder.is_dir():
@@ -48,11 +48,11 @@ def read_architecture(config: ModelConfig) -> Architecture:
 
 
 def load_backbone(config: ModelConfig, architecture: Architecture) -> nn.Module:
-    """The backbone in fp32 on the CPU, without an LM head: SmolVLMModel, or Idefics3Model.
+    """Return the backbone (SmolVLMModel or Idefics3Model) in fp32 on the CPU, without an LM head.
 
     Raises:
-        UserError: nothing at that path or id; or a checkpoint with missing or unexpected tensors (the LM
-            head's is the only one that may be left over).
+        UserError: nothing at that path or id, or a checkpoint with missing or unexpected tensors (only the LM
+            head's may be left over).
     """
     if config.weights == "random":
         model = AutoModel.from_config(backbone_config(architecture), attn_implementation=register_attention())
@@ -77,7 +77,7 @@ def load_backbone(config: ModelConfig, architecture: Architecture) -> nn.Module:
 
 
 def check_loading_info(info: dict[str, Any], where: str) -> None:
-    """Refuse a checkpoint that does not fill the backbone exactly."""
+    """Refuse a checkpoint whose tensors are not exactly the backbone's, the LM head aside."""
     problems = []
     missing = sorted(info["missing_keys"])
     unexpected = sorted(k for k in info["unexpected_keys"] if k != LM_HEAD_KEY)
@@ -98,7 +98,7 @@ def check_loading_info(info: dict[str, Any], where: str) -> None:
 
 
 def backbone_config(architecture: Architecture) -> SmolVLMConfig:
-    """The ``transformers`` configuration of an architecture."""
+    """Return the ``transformers`` configuration of an architecture."""
     text, vision = architecture.text, architecture.vision
     return SmolVLMConfig(
         image_token_id=architecture.image_token_id,
@@ -146,7 +146,7 @@ def _not_found(config: ModelConfig, error: Exception) -> UserError:
 
 
 def save_random_backbone(architecture: Architecture, out: Path, seed: int) -> None:
-    """Write a model folder with random weights, LM head included, as the published checkpoints are."""
+    """Write a model folder with random weights, including the LM head that published checkpoints have."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SmolVLMForConditionalGeneration(backbone_config(architecture))

@@ -15,11 +15,11 @@ from rating_train.scoring.ces import CONVENTIONS, PAPER_CONVENTION, CesRow, ces_
 
 @dataclass(frozen=True)
 class CostReport:
-    """What one item costs.
+    """The cost of one item.
 
     Attributes:
         image_px: side of the square image, in pixels.
-        visual_tokens: tokens that the image becomes.
+        visual_tokens: tokens of the image.
         text_tokens: all other tokens of the fixed sequence: template, fields and padding.
         parameters: part -> number of parameters, with ``backbone_total`` and ``total``.
         forward: operations of one forward pass.
@@ -35,16 +35,16 @@ class CostReport:
 
 
 def measure_cost(arch: Architecture, image_px: int, text_tokens: int, plcc: float | None) -> CostReport:
-    """Count what one item costs, in closed form.
+    """Compute the cost of one item in closed form.
 
     Args:
         arch: the backbone and its head.
         image_px: side of the square image, in pixels.
         text_tokens: tokens of the fixed sequence that are not visual: template, fields and padding.
-        plcc: the Pearson correlation to weigh, or ``None``: then CES is ``None``.
+        plcc: the Pearson correlation in the CES, or ``None``: then the CES is ``None``.
 
     Raises:
-        UserError: an image size that does not divide, a negative text length, a PLCC outside [-1, 1].
+        UserError: an image size that does not fit the patches, a text length below 0, a PLCC outside [-1, 1].
     """
     visual = visual_tokens(arch, image_px)
     if text_tokens < 0:
@@ -56,12 +56,12 @@ def measure_cost(arch: Architecture, image_px: int, text_tokens: int, plcc: floa
 
 
 def cost_report(arch: Architecture, image_px: int, text_tokens: int, plcc: float | None) -> str:
-    """:func:`measure_cost` as the text of :func:`render_cost`."""
+    """Return :func:`measure_cost` as text, rendered by :func:`render_cost`."""
     return render_cost(measure_cost(arch, image_px, text_tokens, plcc))
 
 
 def render_cost(report: CostReport) -> str:
-    """The report as plain text, one table after another; no line ends in a newline but the last."""
+    """Return the report as plain text: one table after another, with a newline at the end."""
     sequence = report.visual_tokens + report.text_tokens
     lines = [
         f"Input of one item: image {report.image_px} x {report.image_px} px = {report.visual_tokens} visual "

@@ -1,8 +1,8 @@
-"""A look at a dataset: one HTML page that needs no other file, and its pictures as PNGs beside it.
+"""An HTML report of a dataset: one page with its pictures embedded, and the pictures as PNGs beside it.
 
-Reads at most :data:`MAX_ITEMS` items, chosen at random but the same ones each time, so that a page of 16 million items
-takes as long as one of 20 thousand. Reads shards with :mod:`rating_train.shards.mds_read`: no torch, so a login node
-can draw it (unless text is to be counted in tokens).
+Reads at most :data:`MAX_ITEMS` items, a random sample that is the same each time, so that 16 million items
+take as long as 20 thousand. Reads shards with :mod:`rating_train.shards.mds_read`, without torch, so that a
+login node can draw the page (unless text is to be counted in tokens).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ PAGE_FILE = "index.html"
 MAX_ITEMS = 20_000
 SHEET_ROWS, SHEET_COLUMNS = 6, 8
 MAX_CATEGORIES = 25
-FIELD_CHARS = (50, 100, 200)  # L of the recipe and of its two ablations
+FIELD_CHARS = (50, 100, 200)  # L of the recipe and its two ablations
 
-#: (file, title, what to look for) of every picture, in the page's order.
+#: (file, title, what to look for) of each picture, in page order.
 PICTURES = (
     ("ratings.png", "Ratings", "Ratings that crowd together leave little to correlate with."),
     ("rating_counts.png", "Number of ratings", "A mean of few ratings is a noisy target."),
@@ -48,7 +48,7 @@ PICTURES = (
 
 @dataclass
 class Sampled:
-    """Columns of the sampled items; ``pictures`` holds those of the contact sheet."""
+    """Columns of the sampled items; ``pictures`` holds the samples of the contact sheet."""
 
     ratings: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
@@ -61,12 +61,12 @@ class Sampled:
 
 
 def make_data_report(data: Path, out: Path | None = None, tokenizer: str = "") -> Path:
-    """Draw the page of a dataset directory.
+    """Write the report of a dataset directory.
 
     Args:
         data: dataset directory.
-        out: folder for the page; default ``DATA.report`` beside it (a dataset directory holds its dataset only).
-        tokenizer: folder or hub id; "" leaves lengths in tokens out.
+        out: folder for the page; default ``DATA.report`` beside it (nothing is written into a dataset).
+        tokenizer: folder or hub id; "" leaves out lengths in tokens.
 
     Returns:
         The path of ``index.html``.
@@ -91,7 +91,7 @@ def make_data_report(data: Path, out: Path | None = None, tokenizer: str = "") -
 
 
 def collect(samples: Iterator[dict[str, Any]], count_tokens: Callable[[str], int] | None) -> Sampled:
-    """The columns of samples; the contact sheet is a uniform choice among all of them (reservoir sampling)."""
+    """Collect the columns of samples; the contact sheet is a uniform choice of them (reservoir sampling)."""
     from PIL import Image
 
     found, choice = Sampled(), random.Random(1)
@@ -101,7 +101,7 @@ def collect(samples: Iterator[dict[str, Any]], count_tokens: Callable[[str], int
         found.counts.append(sample["rating_count"])
         found.categories[sample["main_category"] or "(no category)"] += 1
         found.image_bytes.append(len(sample["image"]))
-        with Image.open(io.BytesIO(sample["image"])) as image:  # the header only
+        with Image.open(io.BytesIO(sample["image"])) as image:  # reads the header only
             found.image_px[image.size] += 1
         for name in TEXT_FIELDS:
             found.chars[name].append(len(sample[name]))
@@ -147,7 +147,7 @@ def _draw_counts(path: Path, found: Sampled) -> None:
     left.axvline(middle, color=plots.COLOURS[1], ls="--", lw=1.4, label=f"median {middle:.0f}")
     left.set(xscale="log", xlabel="ratings of an item", ylabel="items")
     _legend(left)
-    # Does popularity go with the rating? Then a model may learn the one for the other.
+    # Is popularity correlated with the rating? If so, a model may learn one in place of the other.
     columns = np.geomspace(edges[0], edges[-1], 30).tolist()
     right.hist2d(
         counts,
@@ -209,7 +209,7 @@ def _draw_texts(path: Path, found: Sampled) -> None:
 
 
 def _cumulative(axes: Any, values: Sequence[int], label: str, colour: str) -> None:
-    """The share of items up to each length, in percent."""
+    """Plot the share of items up to each length, in percent."""
     ordered = np.sort(np.asarray(values))
     share = 100 * np.arange(1, len(ordered) + 1) / len(ordered)
     axes.step(np.r_[0, ordered], np.r_[0, share], where="post", color=colour, lw=1.6, label=label)
@@ -265,7 +265,7 @@ th:first-child, td:first-child { text-align: left } code { overflow-wrap: anywhe
 
 
 def _page(data: Path, manifest: Mapping[str, Any], found: Sampled, folder: Path) -> str:
-    """The HTML text; pictures are inside it."""
+    """Return the HTML text, with the pictures embedded."""
     splits = manifest["splits"]
     items = sum(entry["items"] for entry in splits.values())
     dropped = manifest.get("dropped") or {}
@@ -308,7 +308,7 @@ def _page(data: Path, manifest: Mapping[str, Any], found: Sampled, folder: Path)
 
 
 def _cut_table(found: Sampled) -> str:
-    """Per field: how many are empty, how long, and what share is cut at each L."""
+    """Return a table of each field: the share that is empty, its lengths, and the share cut at each L."""
     rows = []
     for name, values in found.chars.items():
         lengths = np.asarray(values)

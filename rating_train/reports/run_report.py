@@ -1,8 +1,8 @@
 """``rating-train report``: what a run did, as three pictures and one JSON file.
 
-Reads ``train.jsonl``, ``eval.jsonl`` and the newest file of ``predictions/``; any of them may be missing,
-and so may any key of a row: what cannot be drawn is left out and named, with its reason, in
-``summary.json``. Imports no torch, so that a login node can draw the report of a running job.
+Reads ``train.jsonl``, ``eval.jsonl`` and the newest file of ``predictions/``. Any of them, and any key of a
+row, may be missing: what cannot be drawn is left out and listed, with its reason, in ``summary.json``.
+Imports no torch, so that a login node can draw the report of a running job.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ Curve = tuple[str, Rows, str, str]  # label, rows, key of the number, line style
 def make_report(run_dir: Path) -> Path:
     """Draw the report of one run.
 
-    Writes ``report/curves.png``, ``report/scatter.png``, ``report/error_by_category.png`` (each only
-    where there is something to draw; an older one is removed) and ``report/summary.json``.
+    Writes ``report/summary.json``, ``report/curves.png``, ``report/scatter.png`` and
+    ``report/error_by_category.png``. A picture with nothing to draw is left out, and an older one removed.
 
     Returns:
         The report folder.
 
     Raises:
-        UserError: no such folder, a folder that is not a run, or a log that is not JSON lines.
+        UserError: a missing folder, a folder that is not a run, or a log that is not JSON lines.
     """
     train = _rows_by_step(run_dir / TRAIN_LOG).get("", [])
     evaluations = {split or "val": rows for split, rows in _rows_by_step(run_dir / EVAL_LOG).items()}
@@ -82,10 +82,10 @@ def make_report(run_dir: Path) -> Path:
 
 
 def _rows_by_step(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Split -> the rows that have a step, in order of steps; a row that names no split is under "".
+    """Return split -> the rows that have a step, sorted by step; a row without a split is under "".
 
-    A run that was killed goes on from its last checkpoint and logs some steps again: the last row of a
-    step is the one that led to the final weights.
+    A killed run resumes from its last checkpoint and logs some steps again: the last row of a step is the one
+    that led to the final weights.
     """
     rows: dict[str, dict[int, dict[str, Any]]] = {}
     for row in read_json_lines(path) if path.is_file() else ():
@@ -96,13 +96,13 @@ def _rows_by_step(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _newest_predictions(folder: Path) -> Path | None:
-    """The file written last; of files written in the same instant, the last by name."""
+    """Return the file written last; of files written at the same instant, the last by name."""
     found = [(path.stat().st_mtime_ns, path.name, path) for path in folder.glob("*.jsonl")]
     return max(found)[2] if found else None
 
 
 def _report_predictions(report: Path, newest: Path | None, skipped: dict[str, str]) -> dict[str, Any] | None:
-    """Draw and sum up one file of predictions; notes in ``skipped`` what could not be drawn."""
+    """Draw and summarize one file of predictions; note in ``skipped`` what could not be drawn."""
     if newest is None:
         skipped[SCATTER_FILE] = skipped[CATEGORIES_FILE] = f"no files in {PREDICTIONS_DIR}/"
         return None
@@ -126,7 +126,7 @@ def _ratings(rows: Sequence[Prediction]) -> list[float]:
 
 
 def _by_category(rows: Sequence[Prediction]) -> dict[str, Scores]:
-    """Category -> scores, the largest first; empty where no row has a category."""
+    """Return category -> scores, the largest category first; empty if no row has a category."""
     if not any(row.category for row in rows):
         return {}
     names = [row.category or NO_CATEGORY for row in rows]
@@ -134,7 +134,7 @@ def _by_category(rows: Sequence[Prediction]) -> dict[str, Scores]:
 
 
 def _training_summary(rows: Rows) -> dict[str, Any] | None:
-    """First and last step, the loss at the end, and the typical speed (medians: a stall is no trend)."""
+    """Return the first and last step, the final loss and the typical speed (medians: a stall is no trend)."""
     if not rows:
         return None
     waits = [
@@ -159,7 +159,7 @@ def _training_summary(rows: Rows) -> dict[str, Any] | None:
 
 
 def _evaluation_summary(rows: Rows) -> dict[str, Any]:
-    """The last row and the row with the highest PLCC, as they were logged."""
+    """Return the last row and the row with the highest PLCC, as logged."""
     defined = (row for row in rows if number(row, "plcc") is not None)
     best = max(defined, key=lambda row: row["plcc"], default=None)
     return {"evaluations": len(rows), "best_by_plcc": best, "last": rows[-1]}
@@ -171,7 +171,7 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 
 def _without_nan(value: Any) -> Any:
-    """The same JSON with NaN and infinity (a log of another program may hold them) as ``None``."""
+    """Return the same JSON value with NaN and infinity, which a foreign log may hold, as ``None``."""
     if isinstance(value, Mapping):
         return {key: _without_nan(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -198,7 +198,7 @@ def _draw_curves(path: Path, run: str, train: Rows, evaluations: Mapping[str, Ro
     _panel(grid[1, 2], "Throughput (samples/s)", [("", train, "samples_per_second", "-")], smooth=True)
     grid[1, 2].set_ylim(bottom=0, top=1.1 * grid[1, 2].get_ylim()[1])
     grid[0, 1].yaxis.set_major_formatter("{x:.1e}")
-    # One range of steps everywhere, so that panels can be read against each other.
+    # The same range of steps everywhere, so that panels can be compared.
     steps = [row["step"] for rows in (train, *evaluations.values()) for row in rows]
     margin = max(1.0, 0.02 * (max(steps) - min(steps)))
     for axes in grid.flat:
@@ -207,9 +207,9 @@ def _draw_curves(path: Path, run: str, train: Rows, evaluations: Mapping[str, Ro
 
 
 def _learning_rates(train: Rows) -> list[Curve]:
-    """One curve for each parameter group, or one for all where the log has a single number.
+    """Return one curve per parameter group, or a single one where the log has one number.
 
-    Groups with equal rates share one curve: drawn apart, the last would hide the others.
+    Groups with equal rates share a curve: drawn separately, the last would hide the others.
     """
     curves: dict[str, list[dict[str, Any]]] = {}
     for row in train:
@@ -223,10 +223,10 @@ def _learning_rates(train: Rows) -> list[Curve]:
 
 
 def _panel(axes: Axes, title: str, curves: Sequence[Curve], smooth: bool = False, colours: int = 0) -> None:
-    """One panel of curves (label, rows, key, style) over the step; says so where nothing was logged.
+    """Draw one panel of curves (label, rows, key, style) against the step, or say that nothing was logged.
 
-    ``smooth`` draws the raw numbers faintly under their moving mean; after ``colours`` curves the colours
-    begin again (0: never).
+    ``smooth`` draws the raw numbers faintly behind their moving mean; colours repeat after ``colours`` curves
+    (0: only once all are used).
     """
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel("step")
@@ -251,7 +251,7 @@ def _panel(axes: Axes, title: str, curves: Sequence[Curve], smooth: bool = False
 
 
 def _moving_mean(values: Sequence[float]) -> list[float]:
-    """Mean over a window of about a fortieth of the curve, centred, so that it does not lag behind."""
+    """Return the mean over a centred window of about a fortieth of the curve, so that it does not lag."""
     half = max(2, len(values) // 80)
     return [statistics.fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
@@ -259,7 +259,7 @@ def _moving_mean(values: Sequence[float]) -> list[float]:
 def _draw_scatter(path: Path, name: str, predicted: list[float], true: list[float], scores: Scores) -> None:
     figure = plots.new_figure(6.6, 6.0)
     axes = figure.subplots()
-    # The scale of a rating, widened where a number lies outside of it.
+    # The rating scale, widened where a number lies outside it.
     low, high = min(1.0, *predicted, *true) - 0.1, max(5.0, *predicted, *true) + 0.1
     axes.plot([low, high], [low, high], "--", color="0.35", lw=1.2, label="y = x", zorder=3)
     if len(true) > 2000:
@@ -279,7 +279,7 @@ def _draw_scatter(path: Path, name: str, predicted: list[float], true: list[floa
 
 
 def _draw_categories(path: Path, name: str, table: Mapping[str, Scores], overall: Scores) -> None:
-    """RMSE and PLCC of the largest categories, side by side, the worst RMSE on top."""
+    """Draw RMSE and PLCC of the largest categories side by side, the worst RMSE at the top."""
     largest = list(table.items())[:MAX_CATEGORIES]
     shown = sorted(largest, key=lambda item: item[1].rmse or 0.0)
     figure = plots.new_figure(11.5, 1.5 + 0.29 * len(shown))
@@ -288,7 +288,7 @@ def _draw_categories(path: Path, name: str, table: Mapping[str, Scores], overall
     for axes, metric, unit in ((left, "rmse", " (stars)"), (right, "plcc", "")):
         values = [getattr(s, metric) for _, s in shown]
         axes.barh(places, [v or 0.0 for v in values], color=plots.COLOURS[0], alpha=0.85, height=0.7)
-        # Numbers stand in a column beside the bars; a missing bar would read as zero, so it says why.
+        # Print the numbers beside the bars: an undefined one has no bar and would otherwise read as zero.
         beside = axes.get_yaxis_transform()
         for place, value in zip(places, values):
             axes.text(1.01, place, _shown(value), transform=beside, va="center", fontsize=8)

@@ -1,6 +1,6 @@
 """``rating-train status``: how far a run is, whether it moves, who owns it, and which checkpoints are valid.
 
-Reads files only, and writes none. What cannot be said is ``None``, with its reason under ``undefined``.
+Only reads files. What cannot be determined is ``None``, with its reason under ``undefined``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rating_train.reports.rows import last_row, number
 from rating_train.resilience.lock_file import LockState, describe, read_state
 
 _MIB = 2**20
-#: A run is stalled after so many times its usual step without progress, and never before so many seconds.
+#: A run is stalled after this many of its usual steps without progress, but never before this many seconds.
 _STALLED_STEPS, _STALLED_SECONDS = 5, 15.0
 
 
@@ -29,16 +29,16 @@ def read_status(run: Path, quick: bool = False) -> dict[str, Any]:
     """Return the status as JSON values.
 
     Args:
-        run: run directory, of a run that is training, has ended or was killed.
-        quick: whether to check the sizes of checkpoint files only.
+        run: run directory; the run may be training, finished or killed.
+        quick: whether to check only the sizes of checkpoint files.
 
     Raises:
-        UserError: the folder is no run directory.
+        UserError: the folder is not a run directory.
     """
     _check_is_run(run)
     root = run / run_dir.CHECKPOINTS_DIR
     undefined: dict[str, str] = {}
-    owner = _owner(run, undefined)  # first: verifying takes long, and training continues meanwhile
+    owner = _owner(run, undefined)  # first: verifying is slow, and training continues meanwhile
     checkpoints = _checkpoints(root, quick)
     state = _newest_state(root, checkpoints)
     listing = sorted(root.iterdir()) if root.is_dir() else []
@@ -59,7 +59,7 @@ def read_status(run: Path, quick: bool = False) -> dict[str, Any]:
 
 
 def _check_is_run(run: Path) -> None:
-    """Refuse what no run has made: a sign that only a run leaves is asked for, not just a file of the right name."""
+    """Refuse a folder that no run wrote: require content that only a run leaves, not just its file names."""
     fix = "give the folder that `rating-train train` made"
     if not run.is_dir():
         what = "it is a file" if run.exists() else "there is no such folder"
@@ -86,14 +86,14 @@ def _check_is_run(run: Path) -> None:
 
 
 def _is_left_over(path: Path) -> bool:
-    """Something that a crash, or a write going on now, left under a temporary name."""
+    """Return whether a crash, or a write in progress, left this file under a temporary name."""
     return ".tmp-" in path.name or path.name.startswith(f"{run_dir.LOCK_FILE}.stale-")
 
 
 def _progress(
     run: Path, state: dict[str, Any], owner: dict[str, Any], undefined: dict[str, str]
 ) -> dict[str, Any]:
-    """Where the run is: by the newest of its log, its heartbeat and its newest valid checkpoint."""
+    """Return how far the run is, by the newest of its log, its heartbeat and its newest valid checkpoint."""
     row, beat = last_row(run / run_dir.TRAIN_LOG), owner["heartbeat"] or {}
     saved = state.get("train_state")
     steps = [s.get("step") for s in (row, beat, saved if isinstance(saved, dict) else {})]
@@ -127,7 +127,7 @@ def _progress(
 
 
 def _idle_seconds(beat: dict[str, Any], owner: dict[str, Any]) -> float | None:
-    """Seconds since the owner's last progress (a step, an evaluated batch): by its own clock up to its last beat."""
+    """Return seconds since the last step or evaluated batch, by the owner's clock up to its last beat."""
     progress, beaten = number(beat, "progress_unix_time"), number(beat, "unix_time")
     if progress is None or beaten is None:
         return None
@@ -141,7 +141,7 @@ def _is_stalled(beat: dict[str, Any], idle: float | None, step_seconds: float | 
 
 
 def _best(root: Path, state: dict[str, Any], undefined: dict[str, str]) -> dict[str, Any]:
-    """The best metric and its step: of best.json, or else of the newest valid checkpoint."""
+    """Return the best metric and its step, from best.json or else from the newest valid checkpoint."""
     content = _json_object(root / store.BEST)
     saved = state.get("train_state")
     saved = saved if isinstance(saved, dict) else {}
@@ -156,8 +156,8 @@ def _best(root: Path, state: dict[str, Any], undefined: dict[str, str]) -> dict[
 
 
 def _settings(config: Path) -> dict[str, Any]:
-    """The settings of a run; empty where its config.yaml is missing or is none."""
-    import yaml  # here, as the command line's help needs none
+    """Return the settings of a run; empty if its config.yaml is missing or invalid."""
+    import yaml  # imported here: `--help` does not need it
 
     try:
         settings = yaml.safe_load(config.read_text("utf-8"))
@@ -167,7 +167,7 @@ def _settings(config: Path) -> dict[str, Any]:
 
 
 def _owner(run: Path, undefined: dict[str, str]) -> dict[str, Any]:
-    """Who holds the lock and what was last heard: state is none, alive, dead or unknown."""
+    """Return who holds the lock, and the last heartbeat; ``state`` is none, alive, dead or unknown."""
     lock, beat = _read(run / run_dir.LOCK_FILE), _read(run / run_dir.HEARTBEAT_FILE)
     content = beat.content if beat else {}
     heard = number(content, "unix_time")
@@ -178,7 +178,7 @@ def _owner(run: Path, undefined: dict[str, str]) -> dict[str, Any]:
     if lock is None:
         return result
     lives = process_lives(lock.content)
-    if lives is None:  # on another host: whether the counter goes up is all that can be known
+    if lives is None:  # on another host: all that can be seen is whether its heartbeat changes
         period = number(content, "beat_seconds")
         end = time.monotonic() + 1.5 * min(period or 5.0, 60.0)
         while lives is None and time.monotonic() < end:
@@ -192,7 +192,7 @@ def _owner(run: Path, undefined: dict[str, str]) -> dict[str, Any]:
 
 
 def _checkpoints(root: Path, quick: bool) -> list[dict[str, Any]]:
-    """Every directory that is named like a checkpoint, newest first, with its problem or ``""``."""
+    """Return every directory named like a checkpoint, newest first, with its problem or ``""``."""
     result = []
     found = store.steps_present(root)
     sizes = {path: _size(path) for _, path in found}
@@ -200,7 +200,7 @@ def _checkpoints(root: Path, quick: bool) -> list[dict[str, Any]]:
     for step, path in found:
         problem = store.problem(path, hashes=not quick)
         if problem and not path.exists():
-            continue  # pruned by the running job in this moment
+            continue  # the running job has just pruned it
         result.append(
             {"name": path.name, "step": step, "valid": not problem, "problem": problem, "bytes": sizes[path]}
         )
@@ -213,7 +213,7 @@ def _checkpoints(root: Path, quick: bool) -> list[dict[str, Any]]:
 
 
 def _size(directory: Path) -> int:
-    """Bytes of all files below; of a checkpoint that is being pruned, what is left."""
+    """Return the bytes of all files below; of a checkpoint that is being pruned, those that are left."""
     total = 0
     for path in directory.rglob("*"):
         try:
@@ -224,13 +224,13 @@ def _size(directory: Path) -> int:
 
 
 def _newest_state(root: Path, checkpoints: list[dict[str, Any]]) -> dict[str, Any]:
-    """state.json of the newest valid checkpoint; empty where there is none."""
+    """Return state.json of the newest valid checkpoint; empty if there is none."""
     valid = next((c for c in checkpoints if c["valid"]), None)
     return _json_object(root / valid["name"] / STATE_FILE) if valid else {}
 
 
 def _pointer(root: Path, name: str, checkpoints: list[dict[str, Any]]) -> dict[str, Any]:
-    """Where a pointer points, and whether that can be loaded."""
+    """Return where a pointer points, and whether that checkpoint can be loaded."""
     if not (root / name).exists():
         return {"name": name, "step": None, "problem": "there is none"}
     step = _json_object(root / name).get("step")
@@ -251,12 +251,12 @@ def _json_object(path: Path) -> dict[str, Any]:
 def _read(path: Path) -> LockState | None:
     try:
         return read_state(path)
-    except OSError:  # a folder of that name, or a disk that cannot read it
+    except OSError:  # a folder of that name, or a read error
         return None
 
 
 def render(status: dict[str, Any]) -> str:
-    """Return the status as text for a person: what is not known is left out, not spelled out."""
+    """Return the status as text for a terminal; what is not known is left out."""
     owner = status["owner"]
     lines = [f"run          {status['run']}", *_progress_lines(status)]
     best = status["best"]

@@ -1,13 +1,13 @@
-"""CES, the cost-efficiency score of the rating challenge: accuracy weighed by size and compute.
+"""CES, the cost-efficiency score of the rating challenge: accuracy weighted by size and compute.
 
     C   = (params / 1e9)^0.5 * (flops / 20e9)^0.5
     E   = min(1 + 0.05 ln(1/C), 1.10)   if C <= 1
         = 1 / (1 + 2 ln C)              if C > 1
     CES = max(0, PLCC) * E(C)
 
-The formula says "flops" without saying how to count them, and the choice moves E of one and the same
-model from about 1.0 to about 0.6. So a CES is never a bare number here: every row carries the convention
-that it was counted in.
+The formula says "flops" without defining how to count them, and the choice moves E of the same model from
+about 1.0 to about 0.6. So a CES is never a bare number here: every row names the convention that it was
+counted in.
 
 Source of the formula and of the published values: arXiv 2605.27737.
 """
@@ -47,10 +47,10 @@ class CesRow:
         label: what that convention counts, in words.
         params: number of parameters.
         count: operations per item in this convention (MACs or FLOPs).
-        c: the cost C, without unit.
-        e: the efficiency factor E(C), without unit.
-        plcc: the correlation that was weighed, or ``None`` where none is defined.
-        ces: max(0, plcc) * e, or ``None`` where plcc is ``None``.
+        c: the cost factor C, dimensionless.
+        e: the efficiency factor E(C), dimensionless.
+        plcc: the correlation in the CES, or ``None`` if it is undefined.
+        ces: max(0, plcc) * e, or ``None`` if plcc is ``None``.
     """
 
     convention: str
@@ -64,14 +64,14 @@ class CesRow:
 
 
 def cost_factor(params: float, flops: float) -> float:
-    """C of the formula above.
+    """Return the cost factor C of the formula above.
 
     Args:
         params: number of parameters (not millions).
         flops: operations per item (not billions), in the convention that the caller names.
 
     Raises:
-        UserError: a number that is not finite or not above zero.
+        UserError: a number that is not finite or not positive.
     """
     problems = [
         f"{name} is {value}, expected a finite number above 0"
@@ -84,10 +84,10 @@ def cost_factor(params: float, flops: float) -> float:
 
 
 def efficiency(c: float) -> float:
-    """E(C) of the formula above: at most 1.10, exactly 1 at C = 1, continuous, never rising.
+    """Return E(C) of the formula above: at most 1.10, exactly 1 at C = 1, continuous, non-increasing.
 
     Raises:
-        UserError: a C that is not finite or not above zero.
+        UserError: a C that is not finite or not positive.
     """
     if not (math.isfinite(c) and c > 0):
         raise UserError(f"C is {c}", where="CES efficiency", expected="a finite number above 0")
@@ -97,18 +97,18 @@ def efficiency(c: float) -> float:
 
 
 def ces_table(plcc: float | None, params: float, counts: Mapping[str, float]) -> list[CesRow]:
-    """CES in every convention of ``counts``.
+    """Compute CES in every convention of ``counts``.
 
     Args:
-        plcc: Pearson correlation in [-1, 1], or ``None`` where it is undefined.
+        plcc: Pearson correlation in [-1, 1], or ``None`` if it is undefined.
         params: number of parameters (not millions).
         counts: convention (a key of :data:`CONVENTIONS`) -> operations per item (not billions).
 
     Returns:
-        One row for each convention, in the order of :data:`CONVENTIONS`.
+        One row per convention, in the order of :data:`CONVENTIONS`.
 
     Raises:
-        UserError: an unknown convention, a PLCC outside [-1, 1], or a count that is not above zero.
+        UserError: an unknown convention, a PLCC outside [-1, 1], or a count that is not positive.
     """
     unknown = sorted(set(counts) - set(CONVENTIONS))
     if unknown:
@@ -117,7 +117,7 @@ def ces_table(plcc: float | None, params: float, counts: Mapping[str, float]) ->
             where="CES table",
             expected=f"one of {', '.join(CONVENTIONS)}",
         )
-    # A hair of slack: a correlation that was computed elsewhere may be 1 plus rounding.
+    # A little slack: a correlation computed elsewhere may exceed 1 by rounding.
     if plcc is not None and not abs(plcc) <= 1 + 1e-9:
         raise UserError(f"PLCC is {plcc}", where="CES table", expected="a number in [-1, 1], or none")
     rows = []

@@ -1,7 +1,7 @@
-"""How well predictions follow targets: PLCC, SRCC, RMSE and MAE, all computed in float64.
+"""Agreement of predictions with targets: PLCC, SRCC, RMSE and MAE, all computed in float64.
 
-An undefined number is ``None`` and carries its reason: a constant prediction has no correlation, and
-reporting it as 0.0 (or NaN) would hide a collapsed model behind a merely bad one.
+An undefined metric is ``None`` with a reason: a constant prediction has no correlation, and reporting it as
+0.0 (or NaN) would make a collapsed model look like a merely bad one.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ Float64Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of ``n`` predictions.
+    """Scores of ``n`` predictions.
 
     Attributes:
         n: number of (prediction, target) pairs.
         plcc: Pearson's linear correlation coefficient, in [-1, 1].
         srcc: Spearman's rank correlation coefficient (ties get their average rank), in [-1, 1].
-        rmse: root of the mean squared error, in the unit of the targets (stars).
+        rmse: root mean squared error, in the unit of the targets (stars).
         mae: mean absolute error, in the unit of the targets (stars).
-        undefined: for every metric that is ``None``, why it is.
+        undefined: for every metric that is ``None``, the reason.
     """
 
     n: int
@@ -43,7 +43,7 @@ class Scores:
     undefined: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; ``undefined`` is left out when everything is defined."""
+        """Return plain values for JSON; ``undefined`` is left out if every metric is defined."""
         row: dict[str, Any] = {"n": self.n, **{name: getattr(self, name) for name in METRICS}}
         if self.undefined:
             row["undefined"] = dict(self.undefined)
@@ -58,12 +58,12 @@ def score(predictions: Iterable[float], targets: Iterable[float]) -> Scores:
         targets: (n,) numbers, in the same order.
 
     Returns:
-        The :class:`Scores`. With n = 0 every metric is undefined; with n = 1 the correlations are;
-        with a constant side the correlations are.
+        The scores. With n = 0 every metric is undefined; with n = 1, or if either side is constant, the
+        correlations are.
 
     Raises:
-        UserError: unequal lengths, more than one dimension, values that are not numbers, or a value
-            that is NaN or infinite (its first index is named).
+        UserError: unequal lengths, more than one dimension, values that are not numbers, or a value that is
+            NaN or infinite (the first index is named).
 
     Sources: ``scipy.stats.pearsonr`` and ``scipy.stats.spearmanr``.
     """
@@ -81,15 +81,15 @@ def score(predictions: Iterable[float], targets: Iterable[float]) -> Scores:
 def per_group(
     predictions: Iterable[float], targets: Iterable[float], groups: Iterable[str]
 ) -> dict[str, Scores]:
-    """Score every group (for example every category) by itself.
+    """Score each group (for example each category) separately.
 
-    The three inputs are iterated once and in step, so generators over a file of predictions do.
+    The inputs are iterated once and in lockstep, so generators over a file of predictions will do.
 
     Returns:
-        Group name -> :class:`Scores`, the largest group first, equal sizes by name.
+        Group name -> :class:`Scores`, the largest group first, ties by name.
 
     Raises:
-        UserError: as :func:`score` (the index is the one in the whole input), or inputs of unequal length.
+        UserError: as for :func:`score` (indices refer to the complete input), or inputs of unequal length.
     """
     members: dict[str, tuple[list[float], list[float]]] = {}
     ended: Any = object()
@@ -123,7 +123,7 @@ def _finite(value: float, name: str, index: int) -> float:
 
 
 def _vector(values: Iterable[float], name: str) -> Float64Array:
-    """(n,) float64, finite; anything else is a UserError that names the first bad index."""
+    """Return the values as (n,) float64, all finite, or raise a UserError that names the first bad index."""
     listed = values if isinstance(values, np.ndarray) else list(values)
     try:
         vector = np.asarray(listed, dtype=np.float64)
@@ -144,8 +144,8 @@ def _vector(values: Iterable[float], name: str) -> Float64Array:
 
 
 def _score_vectors(predicted: Float64Array, true: Float64Array) -> Scores:
-    """Scores of two finite float64 vectors of one length."""
-    # Imported here: scipy.stats takes about a second to import, and `--help` needs none of it.
+    """Score two finite float64 vectors of equal length."""
+    # Imported here: scipy.stats takes about a second to import, and `--help` does not need it.
     from scipy import stats
 
     n = int(true.size)
@@ -168,13 +168,13 @@ def _score_vectors(predicted: Float64Array, true: Float64Array) -> Scores:
 
 
 def _why_no_correlation(predicted: Float64Array, true: Float64Array) -> str:
-    """The reason why no correlation exists, or "" when it does."""
+    """Return why there is no correlation, or "" if there is one."""
     if true.size < 2:
         return f"needs at least 2 items, has {true.size}"
     for name, values in (("predictions", predicted), ("targets", true)):
         if np.all(values == values[0]):
             return f"all {name} are {values[0]:g}"
-        # scipy's own limit: below it the centred values are rounding noise, not a signal.
+        # SciPy's own limit: below it the centred values are rounding noise, not a signal.
         spread = np.linalg.norm(values - values.mean())
         if spread < 1e-13 * abs(values.mean()):
             return f"all {name} are {values[0]:g} up to float64 rounding"
@@ -182,7 +182,7 @@ def _why_no_correlation(predicted: Float64Array, true: Float64Array) -> str:
 
 
 def _defined(compute: Callable[[], Any], name: str, undefined: dict[str, str]) -> float | None:
-    """The number, or ``None`` with its reason noted, when float64 cannot hold it."""
+    """Return the number, or ``None`` with its reason noted if float64 cannot hold it."""
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         value = float(compute())

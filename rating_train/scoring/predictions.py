@@ -1,8 +1,8 @@
-"""One prediction per item: de-duplicate, check the coverage, write and read.
+"""Predictions, one per item: deduplicated, checked for coverage, written and read.
 
-Data-parallel evaluation pads the last batch of a rank with items that another rank also scores, so
-the gathered rows hold duplicates and, after a fault, holes. Both would silently move a correlation:
-duplicates are dropped only after they have been seen to agree, and a hole is an error.
+Data-parallel evaluation pads the last batch of a rank with items that another rank also scores, so the
+gathered rows contain duplicates and, after a fault, gaps. Both would silently change a correlation:
+duplicates are dropped only once they are known to agree, and a gap is an error.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from rating_train.files import atomic_write_text, read_json_lines
 COLUMNS = ("id", "score", "rating", "category")
 SUBMISSION_COLUMNS = ("item_id", "score", "params", "flops")
 
-#: Two scores of one item may differ by this many stars: an item that two ranks score is in two batches of other items,
-#: and bf16 kernels add in another order for another batch. A real mix-up (two items under one id, weights that differ
-#: between ranks, dropout left on) shows as far more: RMSE is about 0.3.
+#: Two scores of one item may differ by this many stars: an item scored by two ranks is in two different
+#: batches, and bf16 kernels sum in another order for another batch. A real mix-up (two items with one id,
+#: weights that differ between ranks, dropout left on) differs by far more: RMSE is about 0.3.
 DUPLICATE_TOLERANCE_STARS = 0.05
 
 _NAMED = 5
@@ -36,10 +36,10 @@ class Prediction:
     """One scored item.
 
     Attributes:
-        id: the item's id, not empty.
+        id: the item's id, non-empty.
         score: the predicted rating in stars.
-        rating: the true rating in stars, or ``None`` where it is not known.
-        category: the item's main category, or ``None`` where it is not known.
+        rating: the true rating in stars, or ``None`` if unknown.
+        category: the item's main category, or ``None`` if unknown.
     """
 
     id: str
@@ -49,14 +49,14 @@ class Prediction:
 
 
 def deduplicate(rows: Iterable[Prediction]) -> list[Prediction]:
-    """The first row of every id, in order of first appearance.
+    """Return the first row of each id, in order of first appearance.
 
     Args:
         rows: predictions, duplicates included.
 
     Raises:
-        UserError: duplicates whose scores differ by more than :data:`DUPLICATE_TOLERANCE_STARS`, or whose ratings or
-            categories differ at all: the rows are not about one item.
+        UserError: duplicates whose scores differ by more than :data:`DUPLICATE_TOLERANCE_STARS`, or whose
+            ratings or categories differ at all: they do not describe the same item.
     """
     first: dict[str, Prediction] = {}
     conflicts: list[str] = []
@@ -64,7 +64,7 @@ def deduplicate(rows: Iterable[Prediction]) -> list[Prediction]:
         kept = first.setdefault(row.id, row)
         if kept is row:
             continue
-        # `not <=` so that a NaN counts as a conflict.
+        # `not <=`, so that a NaN counts as a conflict.
         if not abs(kept.score - row.score) <= DUPLICATE_TOLERANCE_STARS:
             conflicts.append(f"{row.id}: scores {kept.score:.6g} and {row.score:.6g}")
         elif kept.rating != row.rating:
@@ -85,15 +85,15 @@ def deduplicate(rows: Iterable[Prediction]) -> list[Prediction]:
 def check_coverage(
     rows: Sequence[Prediction], expected_ids: Iterable[str] | None = None, expected_count: int | None = None
 ) -> None:
-    """Make sure that every expected item was scored, exactly once, and no other.
+    """Check that every expected item was scored exactly once, and no other.
 
     Args:
         rows: predictions after :func:`deduplicate`.
-        expected_ids: the ids that must be there; repeats in it count once.
-        expected_count: how many distinct items must be there, where the ids are not known.
+        expected_ids: the ids that must be present; repeated ids count once.
+        expected_count: number of distinct items that must be present, if the ids are not known.
 
     Raises:
-        UserError: missing, unexpected or repeated ids (the first 5 and their number), or a wrong count.
+        UserError: missing, unexpected or repeated ids (the first 5, and how many), or a wrong count.
     """
     seen: dict[str, None] = {}
     problems: list[str] = []
@@ -120,10 +120,9 @@ def check_coverage(
 
 
 def write_predictions(path: str | Path, rows: Iterable[Prediction]) -> None:
-    """Write rows as JSON lines (``.jsonl``) or CSV (``.csv``); the file is whole or absent.
+    """Write rows as JSON lines (``.jsonl``) or CSV (``.csv``), atomically.
 
-    CSV has a header and leaves an unknown rating or category empty. Numbers are written so that they
-    read back bit-equal.
+    CSV has a header and leaves an unknown rating or category empty. Numbers read back bit-equal.
 
     Raises:
         UserError: another suffix, an empty id, or a score or rating that is not finite.
@@ -135,7 +134,7 @@ def write_predictions(path: str | Path, rows: Iterable[Prediction]) -> None:
 
 
 def read_predictions(path: str | Path) -> list[Prediction]:
-    """Read what :func:`write_predictions` wrote; other columns are ignored.
+    """Read predictions as :func:`write_predictions` writes them; other columns are ignored.
 
     Raises:
         UserError: no such file, another suffix, or a bad row (its line is named).
@@ -148,17 +147,19 @@ def read_predictions(path: str | Path) -> list[Prediction]:
 
 
 def write_submission(path: str | Path, rows: Iterable[Prediction], params: float, flops: float) -> None:
-    """Write the challenge's CSV: ``item_id, score, params`` (millions)``, flops`` (billions); scores have 2 decimals.
+    """Write the challenge's CSV: ``item_id``, ``score``, ``params`` (millions) and ``flops`` (billions).
+
+    Scores are clipped to [1, 5] and written with 2 decimals.
 
     Args:
-        path: the CSV file; whole or absent.
-        rows: one prediction for each item.
+        path: the CSV file, written atomically.
+        rows: one prediction per item.
         params: number of parameters (not millions).
-        flops: operations per item (not billions). The file has no room to name the convention: the
-            paper's submission used multiply-accumulates without attention (``mac_linear``).
+        flops: operations per item (not billions). The file cannot name the convention: the paper's submission
+            used multiply-accumulates without attention (``mac_linear``).
 
     Raises:
-        UserError: no rows, repeated ids, a score that is not finite, or numbers that are not above zero.
+        UserError: no rows, repeated ids, a score that is not finite, or numbers that are not positive.
     """
     listed = list(rows)
     if not listed:
@@ -224,7 +225,7 @@ def _rows_of_csv(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _checked(raw: Any, where: str) -> Prediction:
-    """A row of plain values as a :class:`Prediction`; anything else is a UserError at ``where``."""
+    """Return a row of plain values as a :class:`Prediction`, or raise a UserError at ``where``."""
     if not isinstance(raw, Mapping):
         raise UserError(f"not an object but {type(raw).__name__}", where=where, expected=", ".join(COLUMNS))
     identity = raw.get("id")
@@ -240,7 +241,7 @@ def _checked(raw: Any, where: str) -> Prediction:
 
 
 def _number(value: Any, name: str, where: str) -> float | None:
-    """A finite float, or ``None`` for a missing or empty value."""
+    """Return a finite float, or ``None`` for a missing or empty value."""
     if value is None or value == "":
         return None
     try:

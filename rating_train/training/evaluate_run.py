@@ -25,16 +25,16 @@ log = logging.getLogger(__name__)
 
 
 def evaluate_run(run: Path, config: Config, checkpoint: str, split: str) -> dict[str, Any]:
-    """Score one checkpoint, and write its predictions and a row of eval.jsonl. A collective.
+    """Score one checkpoint; write its predictions and a row of eval.jsonl. A collective.
 
     Args:
         run: run directory.
-        config: the run's configuration, with what is to differ (another ``data.path``).
+        config: the run's configuration, with any overrides (for example another ``data.path``).
         checkpoint: ``best``, ``latest`` or a step.
-        split: ``""`` takes the split of the run's own evaluations.
+        split: ``""`` for the split of the run's own evaluations.
 
     Returns:
-        The row.
+        The row of eval.jsonl.
     """
     split = split or config.data.eval_split
     world, device = setup.join_job(wanted=config.train.device)
@@ -58,10 +58,10 @@ def evaluate_run(run: Path, config: Config, checkpoint: str, split: str) -> dict
 
 
 def choose_checkpoint(root: Path, wanted: str) -> Path:
-    """Return the directory of ``best``, ``latest`` or a step, verified.
+    """Return the directory of ``best``, ``latest`` or a step, after verifying it.
 
     Raises:
-        UserError: no such checkpoint, or its bytes are not those that were saved.
+        UserError: no such checkpoint, or one whose bytes are not those that were saved.
     """
     names = {"best": store.BEST, "latest": store.LATEST}
     if wanted in names:

@@ -1,4 +1,4 @@
-"""The evaluator: every rank runs forward passes, rank 0 scores all items, every rank gets the numbers."""
+"""Evaluation: every rank runs forward passes, rank 0 scores all items, every rank gets the scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rating_train.scoring.predictions import Prediction, check_coverage, dedupli
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a split, and the file that holds the predictions."""
+    """Scores of a split, and the file that holds its predictions."""
 
     scores: Scores
     predictions_path: Path | None
@@ -36,22 +36,22 @@ def evaluate(
 ) -> Evaluation:
     """Score every item of ``data`` exactly once. A collective.
 
-    Rank 0 removes the repeated items that fill the last batches, checks that no item is missing, computes PLCC, SRCC,
-    RMSE and MAE in float64 over all items (never a mean of parts), and writes the predictions.
+    Rank 0 removes the repeated items that fill the last batches, checks that no item is missing, computes
+    PLCC, SRCC, RMSE and MAE in float64 over all items (never a mean of parts), and writes the predictions.
 
     Args:
-        predict: (batch of B) -> (B,) float32 scores on the CPU; under ZeRO-3 a collective itself.
+        predict: (batch of B) -> (B,) float32 scores on the CPU; under ZeRO-3 itself a collective.
         data: this rank's part of the split.
         write_to: JSON-lines file for the predictions, or ``None``.
-        world: this rank's place.
-        before_batch: called before each batch, as often on every rank; what it raises on all ranks ends the evaluation.
+        world: this rank among all ranks.
+        before_batch: called before each batch, equally often on every rank; may raise on all ranks to stop.
 
     Raises:
-        UserError: an item was not scored, or a score is not finite; on every rank.
+        UserError: an item was not scored, or a score is not finite. Raised on every rank.
     """
     rows: list[Prediction] = []
     truncated = 0
-    # Both are closed where the evaluation is abandoned: DataLoader workers are children of this process.
+    # Both are closed even if the evaluation is abandoned: DataLoader workers are children of this process.
     with contextlib.closing(data.batches()) as batches, _shown(data, world) as show:
         for batch in batches:
             before_batch()
@@ -83,7 +83,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def _shown(data: EvaluationData, world: World) -> Iterator[Callable[[int], None]]:
-    """Show progress on rank 0, whose own batches stand for those of all ranks."""
+    """Show progress on rank 0, extrapolated from its own batches to all ranks."""
     if not world.is_main:
         yield lambda items: None
         return

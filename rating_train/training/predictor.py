@@ -1,4 +1,4 @@
-"""A trained model for evaluation and prediction, without an engine: the same numbers as while training."""
+"""Inference with a trained model, without an engine: the same numbers as during training."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Predictor:
 
     @torch.no_grad()
     def launch(self, batch: Batch) -> Tensor:
-        """Start the forward pass of a batch of B; (B,) float32 ratings on the device, not waited for."""
+        """Start the forward pass of B items; return (B,) float32 ratings on the device, without waiting."""
         batch = batch.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             return self.model(batch.images, batch.input_ids, batch.used_tokens).float()
 
     def __call__(self, batch: Batch) -> Tensor:
-        """(B,) float32 ratings on the CPU."""
+        """Return (B,) float32 ratings on the CPU."""
         return self.launch(batch).cpu()
 
 
@@ -41,10 +41,11 @@ def load_predictor(
     weights: dict[str, Tensor],
     device: torch.device,
 ) -> Predictor:
-    """A model with these fp32 weights, ready to predict.
+    """Return a model with these fp32 weights, ready to predict.
 
     Args:
-        weights: the whole state dict, of :func:`rating_train.checkpoint.deepspeed_io.consolidated_weights`.
+        weights: the complete state dict, as :func:`rating_train.checkpoint.deepspeed_io.consolidated_weights`
+            returns it.
     """
     bare = dataclasses.replace(config.model, weights="random")  # every weight is replaced below
     model = build_regressor(bare, architecture, config.data.image_px, image_start, seed=0)

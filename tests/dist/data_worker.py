@@ -19,7 +19,7 @@ from rating_train.training.evaluation import evaluate
 from rating_train.training.predictor import Predictor
 from rating_train.model.regressor import build_regressor
 
-GLOBAL_ITEMS, STEPS, RESUMED_STEP = 12, 45, 17  # 45 steps cross two epoch borders of about 240 items
+GLOBAL_ITEMS, STEPS, RESUMED_STEP = 12, 45, 17  # 45 steps cross two epoch boundaries of about 240 items
 
 
 def read_orders(inputs, world) -> dict:
@@ -30,8 +30,8 @@ def read_orders(inputs, world) -> dict:
         data = open_training(config, inputs.prompt, world, GLOBAL_ITEMS, GLOBAL_ITEMS // world.size)
         for first in (0, RESUMED_STEP):
             mine = [batch.ids for batch in data.batches(first, STEPS)]
-            whole = [[i for part in parts for i in part] for parts in zip(*all_gather(mine), strict=True)]
-            result[f"workers {workers} from {first}"] = whole
+            full = [[i for part in parts for i in part] for parts in zip(*all_gather(mine), strict=True)]
+            result[f"workers {workers} from {first}"] = full
     return {"orders": result, "samples": data.samples}
 
 

@@ -55,9 +55,9 @@ def save(stage, precision, out, source, world, device) -> None:
     torch.distributed.barrier()
     if world.is_main:
         shards = Shards(out / ENGINE_DIR, stage)
-        whole = {f"{name}/{k}": shards.read(name, k) for name in shards.places for k in (MASTER, *MOMENTS)}
+        full = {f"{name}/{k}": shards.read(name, k) for name in shards.places for k in (MASTER, *MOMENTS)}
         frozen = {f"{name}/frozen": value for name, value in shards.frozen().items()}
-        torch.save({**whole, **frozen, "steps": shards.steps()}, out / "whole.pt")
+        torch.save({**full, **frozen, "steps": shards.steps()}, out / "whole.pt")
     torch.distributed.barrier()
 
 

@@ -1,6 +1,6 @@
-"""A run that moves to another number of ranks, or to another ZeRO stage, goes on as if it had not.
+"""A run that moves to another number of ranks, or to another ZeRO stage, resumes as if nothing had changed.
 
-The learning rate is constant here, so that a leg may end at `max_steps` without changing the schedule of the whole.
+The learning rate is constant here, so that a leg may end at `max_steps` without changing the schedule.
 """
 
 from __future__ import annotations

@@ -39,17 +39,17 @@ def rows(run: Path, name: str) -> list[dict[str, object]]:
 
 
 def test_a_run_of_version_0_1_resumes_evaluates_and_reports(recorded: Path) -> None:
-    interrupted, whole = recorded / "runs" / "interrupted", recorded / "runs" / "uninterrupted"
+    interrupted, full = recorded / "runs" / "interrupted", recorded / "runs" / "uninterrupted"
     run_verb(recorded, "train", "config.yaml", "--resume", "must")
     assert [row["step"] for row in rows(interrupted, "train.jsonl")] == list(range(1, 9))
-    for resumed, expected in zip(rows(interrupted, "train.jsonl"), rows(whole, "train.jsonl"), strict=True):
+    for resumed, expected in zip(rows(interrupted, "train.jsonl"), rows(full, "train.jsonl"), strict=True):
         assert resumed["samples"] == expected["samples"]
         # fp32; other instruction sets of a CPU round otherwise
         assert resumed["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     samples = "samples/rank_00000.jsonl"
-    assert rows(interrupted, samples) == rows(whole, samples), "the same items in the same order"
+    assert rows(interrupted, samples) == rows(full, samples), "the same items in the same order"
     run_verb(recorded, "evaluate", "runs/interrupted")
-    own, recorded_row = rows(interrupted, "eval.jsonl")[-1], rows(whole, "eval.jsonl")[-1]
+    own, recorded_row = rows(interrupted, "eval.jsonl")[-1], rows(full, "eval.jsonl")[-1]
     assert own["plcc"] == pytest.approx(recorded_row["plcc"], abs=1e-4)
     run_verb(recorded, "report", "runs/interrupted")
     assert (interrupted / "report" / "summary.json").is_file()

@@ -16,13 +16,13 @@ from tests.small_shards import flip_a_byte, reshard
 
 
 @pytest.fixture(scope="module")
-def whole(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def intact(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return reshard(demo / "data", tmp_path_factory.mktemp("damaged") / "data", 64_000)
 
 
 @pytest.fixture
-def data(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "data"))
+def data(intact: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(intact, tmp_path / "data"))
 
 
 def shard(data: Path) -> Path:

@@ -93,7 +93,7 @@ def test_the_time_limit_the_bound_and_cancelling(cluster: Cluster, config: Calla
     assert (known["JobState"], known["ExitCode"], known["Restarts"]) == ("FAILED", "1:0", "1")
     assert "not requeued: MAX_REQUEUES=1 reached (signal SIGUSR1 at step" in log.read_text()
 
-    # Somebody who cancels a job does not want it back, though it saves and would like to go on.
+    # A user who cancels a job does not want it back, although it saves a checkpoint and could resume.
     stopped = saved_step(run)
     job = cluster.sbatch(*options)
     wait_for_step(cluster, run, stopped + 2)

@@ -119,7 +119,7 @@ def test_an_image_of_the_right_size_is_decoded_and_not_resampled() -> None:
 
 
 @pytest.mark.parametrize("stored", [12, 48, 33])
-def test_an_image_of_another_size_is_squashed_bilinearly(stored: int) -> None:
+def test_an_image_of_another_size_is_resized_bilinearly(stored: int) -> None:
     data = jpeg(stored)
     pixels = decode_square(data, S, "a")
     expected = Image.open(io.BytesIO(data)).resize((S, S), Image.Resampling.BILINEAR)
@@ -137,14 +137,14 @@ def test_an_image_of_another_mode_becomes_rgb(mode: str, size: int) -> None:
 @pytest.mark.parametrize("size", [S, 40])
 @pytest.mark.parametrize("damage", ["empty", "text", "head only", "half", "a torn png", "a broken png"])
 def test_a_corrupt_image_is_an_error_that_names_the_item(damage: str, size: int) -> None:
-    whole = jpeg(size)
+    intact = jpeg(size)
     png = io.BytesIO()
-    Image.open(io.BytesIO(whole)).save(png, "PNG")
+    Image.open(io.BytesIO(intact)).save(png, "PNG")
     content = {
         "empty": b"",
         "text": b"<html>not here</html>",
-        "head only": whole[:60],
-        "half": whole[: len(whole) // 2],
+        "head only": intact[:60],
+        "half": intact[: len(intact) // 2],
         "a torn png": png.getvalue()[:-30],
         "a broken png": png.getvalue().replace(b"IDAT", b"I\0AT", 1),
     }[damage]
@@ -153,11 +153,11 @@ def test_a_corrupt_image_is_an_error_that_names_the_item(damage: str, size: int)
 
 
 def test_any_changed_byte_gives_pixels_or_an_error_that_names_the_item() -> None:
-    whole = jpeg()
+    intact = jpeg()
     rng = np.random.default_rng(11)
     refused = 0
-    for position in rng.choice(len(whole), size=min(600, len(whole)), replace=False):
-        content = bytearray(whole)
+    for position in rng.choice(len(intact), size=min(600, len(intact)), replace=False):
+        content = bytearray(intact)
         content[position] ^= int(rng.integers(1, 256))
         try:
             assert decode_square(bytes(content), S, "B00-7").shape == (S, S, 3)

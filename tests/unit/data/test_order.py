@@ -66,12 +66,12 @@ def test_any_division_into_ranges_of_steps_gives_the_same_batches(
     samples: int, global_items: int, seed: int
 ) -> None:
     order = random_order(samples, global_items)
-    whole = order.batches(0, 40)
+    full = order.batches(0, 40)
     cuts = np.sort(np.random.default_rng(seed).integers(0, 41, size=5))
     bounds = [0, *cuts.tolist(), 40]
     parts = [order.batches(a, b) for a, b in itertools.pairwise(bounds)]
-    assert np.array_equal(np.concatenate(parts), whole)
-    assert np.array_equal(order.batches(17, 18)[0], whole[17]), "a resumed run reads the very next batch"
+    assert np.array_equal(np.concatenate(parts), full)
+    assert np.array_equal(order.batches(17, 18)[0], full[17]), "a resumed run reads the very next batch"
 
 
 def test_an_empty_range_of_steps_is_an_empty_array_of_the_right_width() -> None:
@@ -109,14 +109,14 @@ def test_a_run_made_of_segments_is_the_run_in_one_go_and_makes_each_order_once(
         made.append(epoch)
         return np.random.default_rng([3, epoch]).permutation(samples)
 
-    whole = random_order(samples, global_items).batches(3, 60)
+    full = random_order(samples, global_items).batches(3, 60)
     order = SampleOrder(samples, global_items, epoch_ids)
     pieces = []
     for step, end in order.segments(3, 60):
         pieces.append(order.batches(step, end))
         order.release(end)
         order.order_digest(end - 1)  # as a checkpoint asks for it
-    assert np.array_equal(np.concatenate(pieces), whole)
+    assert np.array_equal(np.concatenate(pieces), full)
     assert made == sorted(set(made)), "none is made twice"
 
 

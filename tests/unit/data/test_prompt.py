@@ -154,7 +154,7 @@ def test_too_few_text_tokens_are_refused_with_a_number_that_works(tokenizer: Tok
     PromptEncoder(tokenizer, V, enough, field_chars=100).encode(LISTING)
 
 
-def test_a_copy_sent_to_a_loader_process_encodes_the_same(encoder: PromptEncoder) -> None:
+def test_a_copy_sent_to_a_dataloader_worker_encodes_the_same(encoder: PromptEncoder) -> None:
     copy = pickle.loads(pickle.dumps(encoder))
     for fields in ODD_TEXTS.values():
         assert np.array_equal(copy.encode(fields).ids, encoder.encode(fields).ids)

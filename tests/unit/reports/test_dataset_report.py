@@ -1,4 +1,4 @@
-"""The page of a dataset: whole in one file, the same each time, and right in its numbers."""
+"""The page of a dataset: complete in one file, the same each time, and right in its numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The status of a real small run, whole and damaged in every way."""
+"""The status of a real small run, intact and damaged in every way."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_no_folder_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert f"not a run directory: {reason}" in capsys.readouterr().err
 
 
-def test_the_last_whole_row_counts_and_a_loss_may_be_undefined(
+def test_the_last_complete_row_counts_and_a_loss_may_be_undefined(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     last = json.loads((run / "train.jsonl").read_text().splitlines()[-1])
@@ -210,7 +210,7 @@ def test_a_living_owner_and_how_far_it_is(run: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_run_that_beats_but_does_not_move_is_stalled(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The heartbeat is another thread's: it goes on while a rank is stopped."""
+    """The heartbeat comes from another thread, so it continues while a rank is stopped."""
     lock = RunLock(run, beat_seconds=0.1, stale_seconds=1)
     lock.update(step=5, total_steps=20, phase="training", progress_unix_time=time.time())
     with lock:

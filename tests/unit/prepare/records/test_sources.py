@@ -190,7 +190,7 @@ def test_a_packed_source_that_expands_without_a_record_is_refused(
 
 
 def test_a_csv_row_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every field is short and closed, and the line ends are inside of them: the row goes on and on."""
+    """Every field is short and closed, and the line ends are inside them: the row never ends."""
     monkeypatch.setattr(sources, "MAX_LINE_BYTES", 10_000)
     content = HEADER_BYTES + b"B1,T,,,,4.5,12,x.jpg\n" + b'"a\n",' * 5000
     with pytest.raises(UserError, match=r"a row of more than .* MiB.*a\.csv:3.*never closed"):
