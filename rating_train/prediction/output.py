@@ -74,7 +74,7 @@ def merge_submission(
                 f"{summary.without_score} of {summary.rows} rows have no score: {'; '.join(summary.first_reasons)}",
                 where=work.out,
                 expected="a score for each item of a submission",
-                fix="mend their records or images, or give --fill SCORE, with the same options otherwise",
+                fix="fix their records or images, or give --fill SCORE, with the same options otherwise",
             )
         filled = (
             Prediction(row.id, fill if row.score is None else row.score)  # type: ignore[arg-type]

@@ -18,9 +18,9 @@ from rating_train.errors import UserError, one_error
 from rating_train.log import text_table
 from rating_train.scoring import bootstrap
 from rating_train.scoring.bootstrap import Difference
+from rating_train.scoring.metrics import LARGER_IS_BETTER
 from rating_train.scoring.predictions import Prediction, deduplicate, read_predictions
 
-LARGER_IS_BETTER = {"plcc": True, "srcc": True, "kendall": True, "rmse": False, "mae": False, "r2": True}
 UNITS = {"rmse": " stars", "mae": " stars"}
 
 #: Settings in which two runs differ without training differently.

@@ -113,7 +113,7 @@ class Watchdog:
                 self._look()
             except Exception:  # whatever it is, a watchdog that died would end a healthy process
                 if not failed:
-                    log.exception("the watchdog failed, and goes on watching")
+                    log.exception("the watchdog failed, and keeps watching")
                 failed = True
                 time.sleep(POLL_SECONDS)
 

@@ -19,6 +19,9 @@ from rating_train.errors import UserError
 
 METRICS = ("plcc", "srcc", "rmse", "mae")
 
+#: Of every metric that a run selects by or a comparison reports.
+LARGER_IS_BETTER = {"plcc": True, "srcc": True, "kendall": True, "rmse": False, "mae": False, "r2": True}
+
 Float64Array = npt.NDArray[np.float64]
 
 

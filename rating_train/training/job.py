@@ -18,12 +18,11 @@ from rating_train.distributed.seeding import seed_everything
 from rating_train.distributed.world import World
 from rating_train.engine.engine import Engine, build_engine
 from rating_train.model.regressor import build_regressor
+from rating_train.scoring.metrics import LARGER_IS_BETTER
 from rating_train.training import setup
 from rating_train.training.checks import check_batch_fits
 
 log = logging.getLogger(__name__)
-
-LARGER_IS_BETTER = {"plcc": True, "srcc": True, "rmse": False, "mae": False}
 
 
 @dataclass(frozen=True)

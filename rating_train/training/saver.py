@@ -9,7 +9,8 @@ from typing import TypeVar
 from rating_train.checkpoint.manager import Best, Saved, SaveFailed
 from rating_train.checkpoint.state import TrainState
 from rating_train.resilience.supervisor import Supervisor
-from rating_train.training.job import LARGER_IS_BETTER, Job
+from rating_train.scoring.metrics import LARGER_IS_BETTER
+from rating_train.training.job import Job
 
 log = logging.getLogger(__name__)
 
