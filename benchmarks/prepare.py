@@ -31,8 +31,8 @@ from rating_train.prepare.images.stores import open_store
 from rating_train.prepare.parts.part import PartSpec
 from rating_train.prepare.parts.pool import Event, build_parts
 from rating_train.prepare.plan.plan_dir import PLAN_NAME
+from rating_train.prepare.plan.planner import make_plan
 from rating_train.prepare.plan.rules import PlanRules
-from rating_train.prepare.plan.scan import make_plan
 from rating_train.shards.schema import MDS_COLUMNS, Listing
 from rating_train.shards.writer import SplitWriter
 

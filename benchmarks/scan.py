@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from rating_train.prepare.plan.scan import PlanRules, make_plan
+from rating_train.prepare.plan.planner import PlanRules, make_plan
 
 CATEGORIES = (
     "All Beauty;Books;Cell Phones & Accessories;Clothing, Shoes & Jewelry;Electronics;Home & Kitchen;"

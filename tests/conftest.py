@@ -97,7 +97,7 @@ def few_items(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _prepare_demo(demo: Path, out: Path, limit: int | None = None) -> None:
-    from rating_train.prepare.pipeline import PrepareOptions, prepare
+    from rating_train.prepare.run import PrepareOptions, prepare
 
     prepare(
         PrepareOptions(

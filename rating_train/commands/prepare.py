@@ -8,7 +8,7 @@ from typing import Any
 from rating_train.commands.shared import add_options, options_from
 from rating_train.errors import EXIT_DONE
 from rating_train.prepare.options import PrepareOptions
-from rating_train.prepare.pipeline import prepare
+from rating_train.prepare.run import prepare
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,10 +15,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from rating_train.config.schema import DataConfig
-from rating_train.data.cache import Source
 from rating_train.data.collate import Batch, Collator
 from rating_train.data.order import FirstReads, Ids, SampleOrder, evaluation_batches, rank_part
 from rating_train.data.prompt import PromptEncoder
+from rating_train.data.remote import Source
 from rating_train.data.shuffle import shuffled_epoch
 from rating_train.data.streaming_dataset import Request, SplitDataset, fetch_split
 from rating_train.distributed.collectives import all_gather, on_main

@@ -24,9 +24,9 @@ from streaming import LocalDataset
 from streaming.base.storage import CloudDownloader
 from torch.utils.data import Dataset
 
-from rating_train.data import cache
-from rating_train.data.cache import Source
+from rating_train.data import remote
 from rating_train.data.order import Ids
+from rating_train.data.remote import Source
 from rating_train.data.shard_cache import Prefetch, ShardCache
 from rating_train.errors import UserError
 from rating_train.shards.mds_read import INDEX_NAME, read_index
@@ -206,5 +206,5 @@ class Downloader:
 
 
 def fetch_split(source: Source, split: str) -> dict[str, Any]:
-    """Fetch and check a remote dataset's manifest and index (:func:`rating_train.data.cache.fetch_split`)."""
-    return cache.fetch_split(source, split, Downloader(source.plain_remote))
+    """Fetch and check a remote dataset's manifest and index (:func:`rating_train.data.remote.fetch_split`)."""
+    return remote.fetch_split(source, split, Downloader(source.plain_remote))

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rating_train.config.lr_schedule import lr_factor
 from rating_train.config.resolve import BatchPlan
-from rating_train.config.schedule import lr_factor
 from rating_train.config.schema import Config
 from rating_train.data.collate import Batch
 from rating_train.distributed.groups import connect_groups, limit_collectives

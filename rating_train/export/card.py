@@ -14,8 +14,8 @@ import yaml
 
 from rating_train import run_dir
 from rating_train.config.schema import Config
-from rating_train.export import compare
-from rating_train.export.compare import Compared, Items
+from rating_train.export import check_scores
+from rating_train.export.check_scores import Compared, Items
 from rating_train.model.cost import count_forward, count_parameters
 from rating_train.prediction.exported import CARD_NAME
 from rating_train.scoring.bootstrap import CONFIDENCE, Interval, intervals
@@ -185,7 +185,7 @@ def _values(facts: CardFacts, metrics: Metrics) -> dict[str, object]:
         "image_px": config.data.image_px,
         "cost": _cost_table(facts.inputs, metrics.values["plcc"]),
         "compared_items": len(facts.items.scores),
-        "compared": compare.render(facts.items, facts.own, facts.compared),
+        "compared": check_scores.render(facts.items, facts.own, facts.compared),
         "step": f"{facts.step:,}",
         "run": config.name,
         "trained": "in full"

@@ -22,9 +22,9 @@ from rating_train.config.load import dump_config
 from rating_train.config.schema import Config
 from rating_train.data.prompt import load_tokenizer
 from rating_train.errors import UserError
-from rating_train.export import compare, onnx_graph
+from rating_train.export import check_scores, onnx_graph
 from rating_train.export.card import CardFacts, write_card
-from rating_train.export.compare import Items
+from rating_train.export.check_scores import Items
 from rating_train.export.hub.configuration_rating import RatingConfig
 from rating_train.export.hub.modeling_rating import RatingModel
 from rating_train.export.hub.processing_rating import RatingProcessor, fast_tokenizer
@@ -84,18 +84,18 @@ def export(options: ExportOptions) -> Exported:
     device = pick_device(options.device)
     scorer = load_scorer(found, device)
     split = found.config.data.eval_split
-    items = compare.score_items(scorer, options.data or found.config.data.path, split, options.items)
+    items = check_scores.score_items(scorer, options.data or found.config.data.path, split, options.items)
     folder, lock = make_temporary(out)
     try:
         _write_files(folder, scorer)
         own = precision_of(found.config)
-        compared, fp32 = compare.compare_reloaded(folder, items, own, device)
-        compare.check(compared, out)  # before the graphs: they take minutes
+        compared, fp32 = check_scores.compare_reloaded(folder, items, own, device)
+        check_scores.check(compared, out)  # before the graphs: they take minutes
         graphs = _write_graphs(folder / ONNX_DIR, options, found, items)
-        compared += compare.compare_graphs(
+        compared += check_scores.compare_graphs(
             folder / ONNX_DIR, items, scorer, options.onnx, options.onnx_batch, fp32
         )
-        compare.check(compared, out)
+        check_scores.check(compared, out)
         step = read_json(found.folder / STATE_FILE)["train_state"]["step"]
         facts = CardFacts(
             run=Path(options.run), step=step, split=split, folder=out.name, fingerprint=_fingerprint(found),
@@ -108,7 +108,7 @@ def export(options: ExportOptions) -> Exported:
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # no such folder any more where all went well
         os.close(lock)
-    return Exported(out, size, compare.render(items, own, compared))
+    return Exported(out, size, check_scores.render(items, own, compared))
 
 
 def _write_graphs(folder: Path, options: ExportOptions, found: FoundModel, items: Items) -> list[str]:

@@ -17,11 +17,11 @@ from rating_train.distributed.collectives import all_gather, on_main
 from rating_train.distributed.world import World
 from rating_train.errors import UserError
 from rating_train.log import Progress
+from rating_train.prediction.batches import claimed_parts, decoded_units, fetcher, read_units
 from rating_train.prediction.decode import Decoded, Decoder
 from rating_train.prediction.model import FoundModel, Scorer, find_model, load_scorer
 from rating_train.prediction.options import PredictOptions, check_options
 from rating_train.prediction.output import Summary, merge, merge_submission, part_text
-from rating_train.prediction.pipeline import claimed_parts, decoded_units, fetcher, read_units
 from rating_train.prediction.rows import DatasetRows, Rows, SourceRows
 from rating_train.prediction.work_dir import WorkDir
 from rating_train.prepare.images.fetch_options import parse_fetch_options

@@ -22,7 +22,7 @@ from rating_train.prepare.options import PrepareOptions, stamps
 from rating_train.prepare.parts.merge import merge_parts
 from rating_train.prepare.parts.part import PartSpec, finished_parts, read_done
 from rating_train.prepare.parts.pool import Event, build_parts
-from rating_train.prepare.plan import scan
+from rating_train.prepare.plan import planner
 from rating_train.prepare.plan.plan_dir import PLAN_NAME, part_name
 from rating_train.shards.schema import (
     MANIFEST_NAME,
@@ -54,7 +54,7 @@ class Build:
         self._fresh: dict[int, list[Dropped]] = {}
 
     def run(self) -> dict[str, Any]:
-        """Run the stages that were asked for; see :func:`rating_train.prepare.pipeline.prepare`."""
+        """Run the stages that were asked for; see :func:`rating_train.prepare.run.prepare`."""
         merged = self._merged_before()
         if merged is not None:
             return merged
@@ -269,7 +269,7 @@ class Build:
 
 
 def make_plan(options: PrepareOptions, folder: Path) -> dict[str, Any]:
-    """Make the plan in a folder and show progress; see :func:`rating_train.prepare.plan.scan.make_plan`."""
+    """Make the plan in a folder and show progress; see :func:`rating_train.prepare.plan.planner.make_plan`."""
     bars: dict[str, Progress] = {}
     done = Counter[str]()
 
@@ -280,7 +280,7 @@ def make_plan(options: PrepareOptions, folder: Path) -> dict[str, Any]:
         done[phase] = records
 
     try:
-        return scan.make_plan(options.source, folder, options.rules, on_progress, options.workers)
+        return planner.make_plan(options.source, folder, options.rules, on_progress, options.workers)
     finally:
         for bar in bars.values():
             bar.close(complete=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from rating_train.prepare.plan import select
+from rating_train.prepare.plan import selection
 
 
 @dataclass
@@ -18,7 +18,7 @@ class BuildCounts:
 
     def over_limit(self, max_fraction: float) -> bool:
         """Whether more than this share of the records is unusable, those left out by choice aside."""
-        chosen = sum(self.dropped[reason] for reason in select.CHOSEN_REASONS)
+        chosen = sum(self.dropped[reason] for reason in selection.CHOSEN_REASONS)
         return sum(self.dropped.values()) - chosen > max_fraction * (self.read - chosen)
 
     def reasons(self) -> str:

@@ -120,11 +120,22 @@ def _prepare(run: Path) -> None:
         ) from e
 
 
+def leave_markers(run: Path, reason: str, step: int) -> None:
+    """Remove STOP, which has been obeyed, and leave REQUEUE where the launcher is to start the run again. Rank 0."""
+    (run / run_dir.STOP_FILE).unlink(missing_ok=True)
+    _leave_requeue(run, f"at step {step}", reason)
+
+
 def _leave(run: Path, lock: RunLock, reason: str) -> None:
     """Leave a run in which this attempt has done nothing yet, from the watchdog's thread."""
-    if reason in REQUEUE_REASONS:
-        atomic_write_text(run / run_dir.REQUEUE_FILE, f"{reason} before the first step of this attempt\n")
+    _leave_requeue(run, "before the first step of this attempt", reason)
     lock.release(reason)
+
+
+def _leave_requeue(run: Path, when: str, reason: str) -> None:
+    """Write REQUEUE if the scheduler or a time limit ended the attempt, not a person."""
+    if reason in REQUEUE_REASONS:
+        atomic_write_text(run / run_dir.REQUEUE_FILE, f"{reason} {when}\n")
 
 
 def deadline(config: TrainConfig, job: ScheduledJob, started: float) -> float | None:

@@ -22,9 +22,8 @@ from rating_train.data.collate import Batch
 from rating_train.distributed.collectives import on_main
 from rating_train.distributed.world import scheduled_job
 from rating_train.errors import UserError
-from rating_train.files import atomic_write_text
-from rating_train.resilience.graceful_stop import REQUEUE_REASONS, Stopped
-from rating_train.resilience.supervisor import Supervisor, supervise
+from rating_train.resilience.graceful_stop import Stopped
+from rating_train.resilience.supervisor import Supervisor, leave_markers, supervise
 from rating_train.training import setup
 from rating_train.training.checks import check_job, make_run_folder, warn_of_missing_cores
 from rating_train.training.evaluation import evaluate
@@ -62,7 +61,7 @@ def train(config: Config, resume: str) -> str:
         with Recorder(job, state) as recorder:
             outcome = loop(job, state, recorder, supervisor)
         supervisor.lock.update(outcome=outcome)
-        on_main(lambda: leave_marker(run, state, outcome))
+        on_main(lambda: leave_markers(run, outcome, state.step))
         on_main(lambda: recorder.summary(outcome, time.monotonic() - started))
     return outcome
 
@@ -212,10 +211,3 @@ def record_skips(job: Job, state: TrainState, wait: bool) -> None:
             )
             error.on_all_ranks = True
             raise error
-
-
-def leave_marker(run: Path, state: TrainState, outcome: str) -> None:
-    """Leave REQUEUE for the launcher of a run that was not stopped by a person. Rank 0."""
-    (run / run_dir.STOP_FILE).unlink(missing_ok=True)  # it has been obeyed
-    if outcome in REQUEUE_REASONS:
-        atomic_write_text(run / run_dir.REQUEUE_FILE, f"{outcome} at step {state.step}\n")

@@ -14,7 +14,7 @@ from rating_train import log as logs
 from rating_train import run_dir
 from rating_train.checkpoint import store
 from rating_train.checkpoint.state import TrainState
-from rating_train.config.schedule import lr_factor
+from rating_train.config.lr_schedule import lr_factor
 from rating_train.data.collate import Batch
 from rating_train.distributed.collectives import on_main, sum_over_ranks
 from rating_train.files import append_json_line, read_json, read_json_lines

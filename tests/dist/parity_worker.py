@@ -19,7 +19,7 @@ from rating_train.config.load import config_from_dict
 from rating_train.config.resolve import plan_batch
 from rating_train.data.collate import Batch
 from rating_train.engine.engine import build_engine
-from rating_train.config.schedule import lr_factor
+from rating_train.config.lr_schedule import lr_factor
 from rating_train.model.architecture import Architecture, TextArchitecture, VisionArchitecture
 from rating_train.model.loss import rating_loss
 from rating_train.model.param_groups import param_groups

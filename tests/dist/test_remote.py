@@ -20,14 +20,14 @@ import numpy as np
 import pytest
 
 from rating_train.config.load import config_from_dict
-from rating_train.data.cache import Source
+from rating_train.data.remote import Source
 from rating_train.data.loader import _requests
 from rating_train.data.order import FirstReads
 from rating_train.data.streaming_dataset import SplitDataset, fetch_split
 from rating_train.errors import UserError
 from tests.conftest import Ranks
 from tests.helpers.runs import losses
-from tests.small_shards import flip_a_byte, reshard
+from tests.helpers.small_shards import flip_a_byte, reshard
 
 LIMIT_MB = 1
 BUCKET = "listings"

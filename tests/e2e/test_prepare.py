@@ -34,8 +34,8 @@ from rating_train.prepare.images.lookup import ImageProblem
 from rating_train.prepare.images.stores import CacheStore
 from rating_train.prepare.options import PrepareOptions
 from rating_train.prepare.parts.part import DONE_NAME
-from rating_train.prepare.pipeline import prepare
 from rating_train.prepare.plan.rules import PlanRules
+from rating_train.prepare.run import prepare
 from rating_train.shards import writer
 from rating_train.shards.schema import MANIFEST_NAME, MDS_COLUMNS, QUARANTINE_NAME, Listing
 
@@ -516,7 +516,7 @@ def test_shards_are_what_streaming_writes(catalogue: Path, tmp_path: Path) -> No
 SLOW_BUILD = """
 import sys, time
 from rating_train.prepare.images import square
-from rating_train.prepare.pipeline import PrepareOptions, prepare
+from rating_train.prepare.run import PrepareOptions, prepare
 real = square.square_jpeg
 def slow(*args):
     time.sleep(0.05)
@@ -621,9 +621,7 @@ def test_command_line(
 
 
 def test_help_and_dry_run_need_neither_torch_nor_streaming() -> None:
-    code = (
-        "import sys, rating_train.prepare.pipeline; sys.exit(bool({'torch', 'streaming'} & set(sys.modules)))"
-    )
+    code = "import sys, rating_train.prepare.run; sys.exit(bool({'torch', 'streaming'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -12,7 +12,7 @@ import pytest
 from rating_train.shards.mds_read import iter_sampled, read_index, read_shard
 from rating_train.shards.verify import verify_dataset
 from tests.conftest import Ranks
-from tests.small_shards import flip_a_byte, reshard
+from tests.helpers.small_shards import flip_a_byte, reshard
 
 
 @pytest.fixture(scope="module")

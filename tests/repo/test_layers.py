@@ -51,14 +51,14 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
     "onnxscript": ("export.onnx_graph",),
     "aiohttp": ("prepare.images.http_client",),
     "yarl": ("prepare.images.http_client",),
-    "duckdb": ("prepare.plan.scan", "prepare.records.parquet", "prediction.output"),
+    "duckdb": ("prepare.plan.planner", "prepare.records.parquet", "prediction.output"),
 }
 
 #: Modules and packages (with a trailing dot: all of it) that import no torch when they are imported, themselves or
 #: through others: a login node runs them.
 TORCH_FREE = (
     "cli errors files log processes run_dir commands. config. demo. prepare. reports. resilience.run_lock "
-    "scoring. shards. cluster.site cluster.submission checkpoint.store data.cache data.shard_cache "
+    "scoring. shards. cluster.site cluster.submission checkpoint.store data.remote data.shard_cache "
     "data.shared_memory_need model.architecture model.cost "
     "training.provenance export.options prediction.options prediction.output prediction.rows prediction.work_dir "
 ).split()

@@ -1,4 +1,4 @@
-"""The two passes over the sources that a plan needs, as streams. What they select is decided in ``scan.py``.
+"""The two passes over the sources that a plan needs, as streams. What they select is decided in ``planner.py``.
 
 Pass 1 (:func:`scan_sources`) turns every record into one compact line; pass 2 (:func:`selected`) reads the sources
 again alongside the ordered list of what was taken. Neither holds more than one record in memory.
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rating_train.errors import UserError
-from rating_train.prepare.plan import select
+from rating_train.prepare.plan import selection
 from rating_train.prepare.plan.plan_dir import changed
 from rating_train.prepare.plan.rules import PlanRules
 from rating_train.prepare.records.sources import read_source
@@ -102,9 +102,9 @@ def _scan_source(
         for count, (source, line, item) in enumerate(islice(read_source(path), limit), start=1):
             last = line
             pos = index << LINE_BITS | line
-            refusal = select.check_listing(item, rules) if isinstance(item, Listing) else None
+            refusal = selection.check_listing(item, rules) if isinstance(item, Listing) else None
             if isinstance(item, Listing) and refusal is None:
-                rows.write(_compact(pos, select.cap_text(item, rules.max_text_chars)))
+                rows.write(_compact(pos, selection.cap_text(item, rules.max_text_chars)))
             else:
                 category = (
                     _plain(item.main_category[: rules.max_text_chars])
@@ -122,12 +122,12 @@ def _scan_source(
 
 
 def _compact(pos: int, listing: Listing) -> str:
-    key = select.title_key(listing.title)
-    title = select.hash64("title", listing.main_category.casefold(), key) if key else NULL_MARK
+    key = selection.title_key(listing.title)
+    title = selection.hash64("title", listing.main_category.casefold(), key) if key else NULL_MARK
     return (
         f"{pos}\t{_plain(listing.main_category)}\t{NULL_MARK}\t{listing.id}\t{listing.rating!r}\t"
-        f"{listing.rating_count}\t{_plain(listing.image, _MAX_IMAGE_CHARS)}\t{select.hash64('id', listing.id)}\t"
-        f"{select.hash64('group', listing.group)}\t{title}\n"
+        f"{listing.rating_count}\t{_plain(listing.image, _MAX_IMAGE_CHARS)}\t{selection.hash64('id', listing.id)}\t"
+        f"{selection.hash64('group', listing.group)}\t{title}\n"
     )
 
 
@@ -185,7 +185,7 @@ def selected(
             continue
         if index << LINE_BITS | line > want[0] or not isinstance(item, Listing) or item.id != want[1]:
             raise changed(path)
-        listing = select.cap_text(item, max_text_chars)
+        listing = selection.cap_text(item, max_text_chars)
         fields = {name: value for name, value in vars(listing).items() if name != "more_images" or value}
         yield _json_line({**fields, "split": want[2], "source": source, "line": line})
         want = next(wanted, None)

@@ -1,6 +1,6 @@
 """The folder of a plan: the names in it, its lock, and whether it is finished.
 
-A folder without ``plan.json``, which is written last, is not a plan. What is in it: ``prepare/plan/scan.py``.
+A folder without ``plan.json``, which is written last, is not a plan. What is in it: ``prepare/plan/planner.py``.
 """
 
 from __future__ import annotations

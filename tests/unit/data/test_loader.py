@@ -19,7 +19,7 @@ from rating_train.data.streaming_dataset import SplitDataset
 from rating_train.distributed.world import World
 from rating_train.errors import UserError
 from rating_train.shards.mds_read import iter_sampled, read_index
-from tests.small_shards import flip_a_byte, reshard
+from tests.helpers.small_shards import flip_a_byte, reshard
 
 pytestmark = pytest.mark.timeout(120)
 

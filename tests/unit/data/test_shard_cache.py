@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from rating_train.data import shard_cache
-from rating_train.data.cache import Source, fetch_split
+from rating_train.data.remote import Source, fetch_split
 from rating_train.data.shard_cache import PART, Prefetch, ShardCache
 from rating_train.errors import UserError
 from rating_train.shards.mds_read import read_index
 from tests.conftest import REPO, small_file_system
-from tests.small_shards import flip_a_byte, reshard
+from tests.helpers.small_shards import flip_a_byte, reshard
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -19,11 +19,11 @@ from rating_train.demo.catalogue import make_catalogue
 from rating_train.errors import UserError
 from rating_train.files import sha256_file
 from rating_train.prepare.options import PrepareOptions
-from rating_train.prepare.pipeline import prepare
+from rating_train.prepare.run import prepare
 from rating_train.shards.manifest import check_split, read_manifest
 from rating_train.shards.mds_read import iter_sampled
 from rating_train.shards.schema import MANIFEST_NAME, MDS_COLUMNS
-from tests.small_shards import flip_a_byte
+from tests.helpers.small_shards import flip_a_byte
 
 N = 120
 

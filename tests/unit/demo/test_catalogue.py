@@ -13,7 +13,7 @@ from rating_train.demo.catalogue import BLAME, PRAISE, make_catalogue
 from rating_train.errors import UserError
 from rating_train.prepare.records.sources import read_source
 from rating_train.shards.schema import Listing
-from tests.select_reference import Groups
+from tests.helpers.selection_reference import Groups
 
 
 @pytest.fixture(scope="module")

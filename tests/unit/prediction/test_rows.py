@@ -10,7 +10,7 @@ import pytest
 
 from rating_train.errors import UserError
 from rating_train.prediction.rows import DatasetRows, Row, Rows, SourceRows
-from tests.small_shards import flip_a_byte, reshard
+from tests.helpers.small_shards import flip_a_byte, reshard
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from rating_train.files import read_json_lines
 from rating_train.prepare.images import lookup, square
 from rating_train.prepare.images.fetch_options import FetchOptions, parse_fetch_options
 from rating_train.prepare.options import PrepareOptions
-from rating_train.prepare.pipeline import prepare
 from rating_train.prepare.plan.rules import PlanRules
-from rating_train.prepare.plan.select import CHOSEN_REASONS
+from rating_train.prepare.plan.selection import CHOSEN_REASONS
 from rating_train.prepare.records import listing, sources
+from rating_train.prepare.run import prepare
 from rating_train.shards.mds_read import iter_sampled
 from tests.conftest import REPO
 

@@ -16,7 +16,7 @@ from rating_train.errors import UserError
 from rating_train.reports import dataset_report
 from rating_train.reports.dataset_report import PICTURES, collect, make_data_report
 from rating_train.shards.mds_read import iter_sampled
-from tests.small_shards import reshard
+from tests.helpers.small_shards import reshard
 
 pytestmark = pytest.mark.timeout(120)
 

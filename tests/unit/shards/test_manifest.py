@@ -17,7 +17,7 @@ from rating_train.files import sha256_file, sha256_json
 from rating_train.shards.manifest import check_split, read_manifest
 from rating_train.shards.mds_read import read_index, read_shard
 from rating_train.shards.verify import verify_dataset
-from tests.small_shards import reshard
+from tests.helpers.small_shards import reshard
 
 pytestmark = pytest.mark.timeout(120)
 

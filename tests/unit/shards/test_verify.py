@@ -14,7 +14,7 @@ from streaming import LocalDataset
 from rating_train.cli import main
 from rating_train.shards import mds_read
 from rating_train.shards.verify import fastest_hash, hash_file, verify_dataset
-from tests.small_shards import flip_a_byte, reshard
+from tests.helpers.small_shards import flip_a_byte, reshard
 
 pytestmark = pytest.mark.timeout(120)
 

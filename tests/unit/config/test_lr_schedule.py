@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rating_train.config.schedule import lr_factor
+from rating_train.config.lr_schedule import lr_factor
 from rating_train.config.schema import OptimConfig
 
 

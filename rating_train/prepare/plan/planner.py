@@ -10,7 +10,7 @@ window of each category and the split; pass 2 writes the taken listings in sourc
     PLAN/quarantine.jsonl      every dropped record with its reason, in source order
     PLAN/plan.json             written last: a directory without it is not a plan
 
-The SQL is in ``prepare/plan/scan_sql.py``.
+The SQL is in ``prepare/plan/plan_sql.py``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 from rating_train.errors import UserError, one_error
 from rating_train.files import atomic_write_json, fsync_path, sha256_json
 from rating_train.prepare.full_disk import disk_full, is_full
-from rating_train.prepare.plan import passes, scan_sql, select
+from rating_train.prepare.plan import passes, plan_sql, selection
 from rating_train.prepare.plan.passes import LINE_BITS, OnProgress, Scanned
 from rating_train.prepare.plan.plan_dir import (
     PLAN_NAME,
@@ -153,8 +153,8 @@ def _database(work: Path, rules: PlanRules, workers: int) -> Iterator[Any]:
     }
     db = duckdb.connect(str(work / "scan.duckdb"), config=config)
     functions: dict[str, tuple[Callable[[int], object], str]] = {
-        "split_hash": (lambda root: select.split_hash(root, rules.split_seed), "UBIGINT"),
-        "split_of": (lambda root: select.split_of(root, rules), "VARCHAR"),
+        "split_hash": (lambda root: selection.split_hash(root, rules.split_seed), "UBIGINT"),
+        "split_of": (lambda root: selection.split_of(root, rules), "VARCHAR"),
     }
     try:
         for name, (function, result) in functions.items():
@@ -170,27 +170,27 @@ def _select(db: Any, rules: PlanRules, work: Path, read: int, on_progress: OnPro
     """Fill ``dups``, ``chosen`` and ``picked`` from the compact rows; return the counts for the plan."""
     files = [str(path) for path in sorted(work.glob("rows_*.tsv"))]
     windowed = rules.top_per_category or rules.bottom_per_category
-    window = scan_sql.WINDOW.format(top=rules.top_per_category, bottom=rules.bottom_per_category)
+    window = plan_sql.WINDOW.format(top=rules.top_per_category, bottom=rules.bottom_per_category)
     on_progress("select", 0, read)
-    db.execute(scan_sql.ROWS.format(files=files))
+    db.execute(plan_sql.ROWS.format(files=files))
     for file in files:
         os.unlink(file)
-    db.execute(scan_sql.ITEMS)
-    db.execute(scan_sql.LINKS)
+    db.execute(plan_sql.ITEMS)
+    db.execute(plan_sql.LINKS)
     while True:
-        db.execute(scan_sql.SPREAD)
+        db.execute(plan_sql.SPREAD)
         moved = _one(db, "SELECT count(*) FROM next JOIN label USING (g) WHERE next.l <> label.l")[0]
         db.execute("CREATE OR REPLACE TABLE label AS FROM next")
         if not moved:
             break
-    db.execute(scan_sql.ROOTS)
+    db.execute(plan_sql.ROOTS)
     db.execute(window if windowed else "CREATE VIEW chosen AS SELECT pos, g FROM items")
-    db.execute(scan_sql.GROUPS)
+    db.execute(plan_sql.GROUPS)
     if rules.val_items is None:
         db.execute("CREATE TABLE sides AS SELECT root, split_of(root) AS split FROM groups")
     else:
         _split_by_size(db, rules.val_items, rules.test_items)
-    db.execute(scan_sql.PICKED)
+    db.execute(plan_sql.PICKED)
     splits = dict(db.execute("SELECT split, count(*) FROM picked GROUP BY split").fetchall())
     dropped = Counter(
         dict(
@@ -260,7 +260,7 @@ def _of_source(db: Any, columns: str, table: str, index: int, last_line: int) ->
 def _write_selection(db: Any, folder: Path, sources: Sequence[str], scanned: Sequence[Scanned]) -> None:
     """Write ``selection.parquet``, ``summary.json`` and ``quarantine.jsonl``."""
     categories: dict[str | None, dict[str, Any]] = {}
-    for category, what, count in db.execute(scan_sql.SUMMARY).fetchall():
+    for category, what, count in db.execute(plan_sql.SUMMARY).fetchall():
         entry = categories.setdefault(
             category,
             {"category": category, "rows": 0, "dropped": {}, "selected": 0, **dict.fromkeys(SPLITS, 0)},
@@ -275,7 +275,7 @@ def _write_selection(db: Any, folder: Path, sources: Sequence[str], scanned: Seq
     threads = _one(db, "SELECT current_setting('threads')")[0]
     db.execute("SET threads = 1")  # several threads cut other row groups: the bytes would differ
     file = str(folder / SELECTION_NAME).replace("'", "''")
-    db.execute(scan_sql.SELECTION.format(file=f"'{file}'"))
+    db.execute(plan_sql.SELECTION.format(file=f"'{file}'"))
     db.execute(f"SET threads = {threads}")
     db.execute("CREATE TABLE duplicates AS SELECT pos, id FROM rows SEMI JOIN dups USING (pos) ORDER BY pos")
     with open(folder / QUARANTINE_NAME, "w", encoding="utf-8", newline="\n") as out:

@@ -1,4 +1,4 @@
-"""The rules of ``prepare/plan/select.py`` over a catalogue in memory: the reference for ``scan.py`` out of core."""
+"""The rules of ``prepare/plan/selection.py`` in memory: the reference for ``planner.py``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from rating_train.prepare.plan.rules import PlanRules
-from rating_train.prepare.plan.select import (
+from rating_train.prepare.plan.selection import (
     cap_text,
     check_listing,
     hash64,

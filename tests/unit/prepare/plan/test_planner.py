@@ -16,12 +16,12 @@ import pytest
 
 from rating_train.errors import UserError
 from rating_train.files import read_json, read_json_lines
-from rating_train.prepare.plan import scan, select
+from rating_train.prepare.plan import planner, selection
 from rating_train.prepare.plan.plan_dir import locked
-from rating_train.prepare.plan.scan import PlanRules, make_plan
+from rating_train.prepare.plan.planner import PlanRules, make_plan
 from rating_train.prepare.records.sources import read_source
 from rating_train.shards.schema import Dropped, Listing
-from tests import select_reference
+from tests.helpers import selection_reference
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -65,10 +65,10 @@ def naive(
 ) -> tuple[dict[tuple[str, int], tuple[Listing, int, str]], Counter[str]]:
     """{(source, line): (listing, root, split)} of what is taken, and the dropped by reason: everything in memory."""
     read = itertools.islice((r for path in sources for r in read_source(path)), rules.limit)
-    records = list(select_reference.drop_duplicates(select_reference.apply_rules(read, rules)))
+    records = list(selection_reference.drop_duplicates(selection_reference.apply_rules(read, rules)))
     dropped = Counter(r.item.reason for r in records if isinstance(r.item, Dropped))
     items = {(r.source, r.line): r.item for r in records if isinstance(r.item, Listing)}
-    groups = select_reference.Groups()
+    groups = selection_reference.Groups()
     for item in items.values():
         groups.add(item)
     taken = set(items)
@@ -77,7 +77,7 @@ def naive(
         for category in {item.main_category for item in items.values()}:
             order = sorted(
                 (at for at in items if items[at].main_category == category),
-                key=lambda at: (-items[at].rating_count, select.hash64("id", items[at].id)),
+                key=lambda at: (-items[at].rating_count, selection.hash64("id", items[at].id)),
             )
             taken |= set(order[: rules.top_per_category])
             taken |= set(order[max(0, len(order) - rules.bottom_per_category) :])
@@ -92,10 +92,10 @@ def naive(
 
 def naive_split(sizes: Counter[int], rules: PlanRules) -> dict[int, str]:
     if rules.val_items is None:
-        return {root: select.split_of(root, rules) for root in sizes}
+        return {root: selection.split_of(root, rules) for root in sizes}
     split, left = (
         dict.fromkeys(sizes, "train"),
-        sorted(sizes, key=lambda r: select.split_hash(r, rules.split_seed)),
+        sorted(sizes, key=lambda r: selection.split_hash(r, rules.split_seed)),
     )
     for name, size in (("val", rules.val_items), ("test", rules.test_items)):
         while left and sizes[left[0]] <= size:
@@ -218,7 +218,7 @@ def test_the_same_bytes_whatever_the_workers_and_the_blocks(
     sources = write(tmp_path, 2)
     one = make_plan(sources, tmp_path / "one", WINDOWED)
     two = make_plan(sources, tmp_path / "two", replace(WINDOWED, memory_mb=256), workers=2)
-    monkeypatch.setattr(scan, "BLOCK_LINES", 7)
+    monkeypatch.setattr(planner, "BLOCK_LINES", 7)
     three = make_plan(sources, tmp_path / "three", WINDOWED)
     assert one == two == three
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "three")

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from rating_train.prepare.plan.rules import PlanRules
-from rating_train.prepare.plan.select import cap_text, hash64, split_of, title_key
+from rating_train.prepare.plan.selection import cap_text, hash64, split_of, title_key
 from rating_train.prepare.records.sources import Record
 from rating_train.shards.schema import Dropped, Listing
-from tests.select_reference import Groups, apply_rules, drop_duplicates, split_counts
+from tests.helpers.selection_reference import Groups, apply_rules, drop_duplicates, split_counts
 
 BASE = Listing("B1", "A title of some length", "d", "f", "Toys", "1.jpg", 4.0, 10, "B1")
 
@@ -120,7 +120,7 @@ def test_split_shares_seed_and_stability() -> None:
 
 
 def test_hash_is_the_same_in_another_process_and_frames_its_parts() -> None:
-    code = "from rating_train.prepare.plan.select import hash64; print(hash64('a', 'bé'))"
+    code = "from rating_train.prepare.plan.selection import hash64; print(hash64('a', 'bé'))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(other.stdout) == hash64("a", "bé")
     assert hash64("ab", "c") != hash64("a", "bc")

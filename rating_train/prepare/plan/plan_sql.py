@@ -1,4 +1,4 @@
-"""The SQL statements of ``prepare/plan/scan.py``, in the order in which they run.
+"""The SQL statements of ``prepare/plan/planner.py``, in the order in which they run.
 
 Legend of the columns: pos = source index * 2^40 + line; g, t = 64-bit hashes of the group and of (category, title
 key), NULL where the title is too generic; root = the smallest hash of a component, which names it.

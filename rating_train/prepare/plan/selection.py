@@ -1,7 +1,7 @@
 """Which listings become samples, and which split they belong to. Pure functions: no files, no images.
 
 The rules of one listing, its hashes, and the split of a group. What needs all listings at once (duplicates, groups,
-the window of a category) runs out of core in ``prepare/plan/scan.py``.
+the window of a category) runs out of core in ``prepare/plan/planner.py``.
 
 Reasons given here: ``few_ratings``, ``no_image``, ``empty_text``.
 """
