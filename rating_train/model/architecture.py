@@ -7,14 +7,12 @@ given beside them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from rating_train.errors import UserError, one_error
-
-MODEL_TYPES = ("smolvlm", "idefics3")
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,7 @@ class Architecture:
     Attributes:
         text: the decoder.
         vision: the vision tower.
+        family: ``model_type`` of its configuration, a key of :data:`rating_train.model.backbones.BACKBONES`.
         scale_factor: the pixel shuffle merges scale_factor x scale_factor patches into one visual token.
         image_token_id: the placeholder token that a visual token replaces.
         pad_token_id: the decoder's padding token, or ``None`` where the configuration names none.
@@ -93,6 +92,7 @@ class Architecture:
     pad_token_id: int | None
     head_hidden: int
     tie_word_embeddings: bool = False
+    family: str = "smolvlm"
 
 
 def _smolvlm2(hidden: int, layers: int, heads: int, kv_heads: int, mlp: int) -> Architecture:
@@ -120,14 +120,10 @@ KNOWN_ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 def architecture_from_config(
     config: Mapping[str, Any], where: object, head_hidden: int | None = None
 ) -> Architecture:
-    """Read the architecture from the ``config.json`` of a SmolVLM or Idefics3 model.
-
-    Published files leave out what equals the defaults of ``transformers``. The same defaults are used here
-    (SmolVLMConfig, SmolVLMVisionConfig and LlamaConfig of transformers 4.57), so the numbers are those of the
-    model that ``transformers`` would build.
+    """Read the architecture from the ``config.json`` of a model of a known family.
 
     Args:
-        config: the parsed ``config.json`` with nested ``text_config`` and ``vision_config``.
+        config: the parsed ``config.json``.
         where: the file, for the error.
         head_hidden: inner width of the regression head; half of the decoder's width by default.
 
@@ -136,11 +132,24 @@ def architecture_from_config(
     """
     if not isinstance(config, Mapping):
         raise UserError("the model's configuration is not a JSON object", where=where)
-    reader = _Reader()
-    if config.get("model_type") not in MODEL_TYPES:
-        reader.problems.append(
-            f"model_type is {config.get('model_type')!r}, expected one of {', '.join(MODEL_TYPES)}"
+    read = READERS.get(config.get("model_type", ""))
+    if read is None:
+        raise UserError(
+            f"model_type is {config.get('model_type')!r}, expected one of {', '.join(READERS)}",
+            where=where,
+            fix="use a model of one of these families, or add yours (docs/extending.md)",
         )
+    return read(config, where, head_hidden)
+
+
+def read_idefics3_layout(config: Mapping[str, Any], where: object, head_hidden: int | None) -> Architecture:
+    """Read a configuration with the keys of Idefics3, which SmolVLM shares: ``text_config`` and ``vision_config``.
+
+    Published files leave out what equals the defaults of ``transformers``. The same defaults are used here
+    (SmolVLMConfig, SmolVLMVisionConfig and LlamaConfig of transformers 4.57), so the numbers are those of the
+    model that ``transformers`` would build. Arguments and errors: :func:`architecture_from_config`.
+    """
+    reader = _Reader()
     text = _read_text(reader, reader.section(config, "text_config"))
     vision = _read_vision(reader, reader.section(config, "vision_config"))
     image_token_id = reader.integer(config, "image_token_id", 128_257, minimum=0)
@@ -162,6 +171,7 @@ def architecture_from_config(
         pad_token_id=_pad_token(config, text.vocab),
         head_hidden=head_hidden or max(1, text.hidden // 2),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        family=config["model_type"],
     )
 
 
@@ -272,3 +282,10 @@ def _pad_token(config: Mapping[str, Any], vocab: int) -> int | None:
         if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab:
             return value
     return None
+
+
+#: ``model_type`` -> what reads its ``config.json``; the arguments are those of :func:`architecture_from_config`.
+READERS: dict[str, Callable[[Mapping[str, Any], object, int | None], Architecture]] = {
+    "smolvlm": read_idefics3_layout,
+    "idefics3": read_idefics3_layout,
+}

@@ -14,27 +14,21 @@ from torch import Tensor, nn
 
 from rating_train.config.schema import ModelConfig
 from rating_train.model.architecture import Architecture
+from rating_train.model.backbones import BACKBONES
 from rating_train.model.cost import visual_tokens
 from rating_train.model.head import RatingHead, masked_mean
 from rating_train.model.load import load_backbone
-from rating_train.model.vision import encode_images, position_ids
+from rating_train.model.vision import position_ids
 
 log = logging.getLogger(__name__)
 
-_PREFIXES = {
-    "backbone.vision_model.": "vision",
-    "backbone.connector.": "connector",
-    "backbone.text_model.": "decoder",
-    "head.": "head",
-}
-
 
 class RatingRegressor(nn.Module):
-    """SmolVLM without its LM head, with mask-aware mean pooling and :class:`~.head.RatingHead`.
+    """A backbone without its LM head, with mask-aware mean pooling and :class:`~.head.RatingHead`.
 
     Args:
-        backbone: SmolVLMModel or Idefics3Model.
-        architecture: the backbone's shape.
+        backbone: the model of ``transformers``, without its LM head.
+        architecture: the backbone's family and shape.
         image_px: side of the square images.
         image_start: position of the first visual token; the same in every item.
         head_dropout, rating_bias: see :class:`~rating_train.config.schema.ModelConfig`.
@@ -53,6 +47,7 @@ class RatingRegressor(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone: Any = backbone
+        self.family = BACKBONES[architecture.family]
         vision = architecture.vision
         self.register_buffer(
             "positions", position_ids(image_px, vision.patch, vision.image_size), persistent=False
@@ -76,13 +71,11 @@ class RatingRegressor(nn.Module):
         Returns:
             (B,) float32 in (1, 5).
         """
-        visual = encode_images(self.backbone, images, self.positions)  # (B, V, D)
-        text = self.backbone.get_input_embeddings()(input_ids)  # (B, T, D)
+        visual = self.family.encode_images(self.backbone, images, self.positions)  # (B, V, D)
+        text = self.family.embed_text(self.backbone, input_ids)  # (B, T, D)
         start, end = self.image_start, self.image_start + self.visual_tokens
         merged = torch.cat([text[:, :start], visual.to(text.dtype), text[:, end:]], dim=1)
-        # No padding mask: attention is causal and the padding is on the right, so no real token sees it, and the
-        # pooling leaves out what the padding computes.
-        hidden = self.backbone.text_model(inputs_embeds=merged, use_cache=False).last_hidden_state
+        hidden = self.family.decode(self.backbone, merged)
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             return self.head(masked_mean(hidden, used_tokens), dropout_keys)
 
@@ -131,7 +124,10 @@ def part_of(parameter_name: str) -> str:
     Raises:
         KeyError: it belongs to none.
     """
-    for prefix, part in _PREFIXES.items():
-        if parameter_name.startswith(prefix):
-            return part
+    if parameter_name.startswith("head."):
+        return "head"
+    for family in BACKBONES.values():
+        for prefix, part in family.parts.items():
+            if parameter_name.startswith("backbone." + prefix):
+                return part
     raise KeyError(f"parameter {parameter_name!r} belongs to no part of the model")

@@ -45,7 +45,14 @@ SAME_LAYER = {
 ADAPTERS: dict[str, tuple[str, ...]] = {
     "streaming": ("data.streaming_dataset",),
     "deepspeed": ("engine.", "checkpoint.deepspeed_io"),
-    "transformers": ("model.attention", "model.load", "data.prompt", "export.hub.", "export.reload"),
+    "transformers": (
+        "model.attention",
+        "model.backbones",
+        "model.load",
+        "data.prompt",
+        "export.hub.",
+        "export.reload",
+    ),
     "onnx": ("export.onnx_graph",),
     "onnxruntime": ("export.onnx_graph",),
     "onnxscript": ("export.onnx_graph",),

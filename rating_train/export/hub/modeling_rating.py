@@ -16,7 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from rating_train.export.hub.configuration_rating import RatingConfig
 from rating_train.model.architecture import architecture_from_dict
 from rating_train.model.attention import register_attention
-from rating_train.model.load import backbone_config
+from rating_train.model.backbones import BACKBONES
 from rating_train.model.regressor import RatingRegressor
 from rating_train.model.vision import position_ids
 
@@ -33,7 +33,7 @@ class RatingModel(PreTrainedModel):
         super().__init__(config)
         self.shape = architecture_from_dict(config.architecture)
         backbone = AutoModel.from_config(
-            backbone_config(self.shape), attn_implementation=register_attention()
+            BACKBONES[self.shape.family].config(self.shape), attn_implementation=register_attention()
         )
         self.regressor = RatingRegressor(
             backbone, self.shape, config.image_px, config.image_start, config.head_dropout

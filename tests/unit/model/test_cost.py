@@ -132,15 +132,20 @@ def test_rope_theta_where_transformers_5_writes_it() -> None:
 
 def test_every_problem_of_a_config_is_in_one_error() -> None:
     broken = {
-        "model_type": "llava",
+        "model_type": "smolvlm",
         "scale_factor": 0,
         "text_config": {"hidden_size": "wide", "num_attention_heads": 9, "num_key_value_heads": 2},
     }
     with pytest.raises(UserError) as error:
         architecture_from_config(broken, "config.json")
-    for part in ("llava", "scale_factor", "text_config.hidden_size", "key/value heads", "vision_config"):
+    for part in ("scale_factor", "text_config.hidden_size", "key/value heads", "vision_config"):
         assert part in str(error.value)
     assert error.value.where == "config.json"
+
+
+def test_an_unknown_family_names_the_known_ones() -> None:
+    with pytest.raises(UserError, match="model_type is 'llava', expected one of smolvlm, idefics3"):
+        architecture_from_config({"model_type": "llava"}, "config.json")
 
 
 def test_image_token_outside_the_vocabulary() -> None:

@@ -12,14 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel, SmolVLMModel
+from transformers import AutoModel, Idefics3Model, SmolVLMModel
 
 from rating_train.config.schema import ModelConfig
 from rating_train.demo.model import demo_architecture
 from rating_train.errors import UserError
 from rating_train.model.architecture import KNOWN_ARCHITECTURES, Architecture, VisionArchitecture
 from rating_train.model.attention import ATTENTION
-from rating_train.model.load import backbone_config, load_backbone, read_architecture, save_random_backbone
+from rating_train.model.backbones import BACKBONES
+from rating_train.model.load import load_backbone, read_architecture, save_random_backbone
 from rating_train.model.regressor import RatingRegressor, build_regressor, part_of
 
 VOCAB, IMAGE_START = 300, 6
@@ -34,9 +35,9 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.utils.hub._is_offline_mode", True, raising=False)
 
 
-def architecture(pretrained_px: int = 64) -> Architecture:
+def architecture(pretrained_px: int = 64, family: str = "smolvlm") -> Architecture:
     vision = VisionArchitecture(hidden=64, layers=2, heads=2, mlp=128, patch=8, image_size=pretrained_px)
-    return dataclasses.replace(demo_architecture(VOCAB), vision=vision)
+    return dataclasses.replace(demo_architecture(VOCAB), vision=vision, family=family)
 
 
 def regressor(arch: Architecture, image_px: int, seed: int = 0) -> RatingRegressor:
@@ -98,10 +99,11 @@ def differences(ours: tuple[Tensor, Tensor], stock: tuple[Tensor, Tensor]) -> li
 
 
 @torch.no_grad()
-def test_ratings_equal_the_stock_forward_in_fp32(record_property: Any) -> None:
+@pytest.mark.parametrize(("family", "kind"), [("smolvlm", SmolVLMModel), ("idefics3", Idefics3Model)])
+def test_ratings_equal_the_stock_forward_in_fp32(record_property: Any, family: str, kind: type) -> None:
     """Image and pre-training grids without a common divisor (4 and 7 patches): no position is ambiguous."""
-    model = regressor(architecture(56), 32)
-    assert isinstance(model.backbone, SmolVLMModel)
+    model = regressor(architecture(56, family), 32)
+    assert type(model.backbone) is kind
     batch = inputs(model.visual_tokens, 32, model.backbone.config.image_token_id)
     ours, stock = our_outputs(model, *batch), stock_outputs(model, *batch)
     pooled, ratings = differences(ours, stock)
@@ -210,6 +212,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     save_random_backbone(architecture(), folder, seed=4)
     return folder
+
+
+def test_a_published_idefics3_is_read_and_loaded(tmp_path: Path) -> None:
+    arch = architecture(family="idefics3")
+    save_random_backbone(arch, tmp_path, seed=4)
+    config = ModelConfig(backbone=str(tmp_path), head_hidden=arch.head_hidden)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "idefics3"
+    assert read_architecture(config) == arch
+    assert isinstance(load(config), Idefics3Model)
 
 
 @pytest.fixture
@@ -334,7 +345,7 @@ def test_the_published_architectures_have_the_published_sizes_without_an_lm_head
     arch = read_architecture(config)
     assert arch.head_hidden == 288 and KNOWN_ARCHITECTURES[config.backbone].text == arch.text
     with torch.device("meta"):
-        module = AutoModel.from_config(backbone_config(arch))
+        module = AutoModel.from_config(BACKBONES["smolvlm"].config(arch))
         model = RatingRegressor(module, arch, 384, IMAGE_START)
     counted = sum(p.numel() for p in model.backbone.parameters())
     assert backbone is None or counted == backbone
@@ -362,7 +373,7 @@ def test_the_visual_tokens_of_the_recipe_are_36_at_384_and_64_at_512() -> None:
     )
     for image_px, tokens in ((384, 36), (512, 64)):
         model = RatingRegressor(
-            AutoModel.from_config(backbone_config(small)), small, image_px, IMAGE_START
+            AutoModel.from_config(BACKBONES["smolvlm"].config(small)), small, image_px, IMAGE_START
         ).eval()
         assert model.visual_tokens == tokens
         ids = torch.full((1, IMAGE_START + tokens + 4), 9)

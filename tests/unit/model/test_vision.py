@@ -13,7 +13,7 @@ from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
 
 from rating_train.demo.model import demo_architecture
 from rating_train.errors import UserError
-from rating_train.model.load import backbone_config
+from rating_train.model.backbones import BACKBONES
 from rating_train.model.vision import encode_images, position_ids, scale_pixels
 
 # (image, patch, pre-training image): the recipe's two sizes, the demo's, a smaller and a larger one.
@@ -37,7 +37,9 @@ def stock_positions(image_px: int, patch: int, pretrained_px: int, dtype: torch.
 @pytest.fixture(scope="module")
 def backbone() -> Any:
     torch.manual_seed(0)
-    return AutoModel.from_config(backbone_config(demo_architecture(512)), attn_implementation="sdpa").eval()
+    return AutoModel.from_config(
+        BACKBONES["smolvlm"].config(demo_architecture(512)), attn_implementation="sdpa"
+    ).eval()
 
 
 def images(count: int = 4, size: int = 64) -> torch.Tensor:
