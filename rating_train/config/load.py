@@ -5,6 +5,7 @@ All problems of all sources are collected and raised in one :class:`~rating_trai
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import yaml
 
 from rating_train.config.fields import Rule, broken_rules, read
-from rating_train.config.schema import PARTS, Config, to_dict
+from rating_train.config.schema import LOSSES, PARTS, Config, to_dict
 from rating_train.config.yaml_reader import parse_setting, parse_yaml
 from rating_train.errors import UserError, one_error
 
@@ -127,6 +128,9 @@ def _apply_override(target: dict[str, Any], text: str, problems: dict[str, str])
     target[last] = parse_setting(raw)
 
 
+#: MODULE:FUNCTION, as ``losses:my_loss`` or ``package.losses:my_loss``.
+_IMPORTABLE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+
 _RULES = (
     Rule(
         "name",
@@ -157,6 +161,11 @@ _RULES = (
         "model.freeze",
         lambda c: not set(c.model.freeze) >= set(PARTS),
         "`model.freeze` holds every part: nothing would be trained",
+    ),
+    Rule(
+        "loss.kind",
+        lambda c: not c.loss.is_custom or _IMPORTABLE.fullmatch(c.loss.kind),
+        f"`loss.kind` is {{c.loss.kind!r}}, expected {', '.join(LOSSES)}, or MODULE:FUNCTION of a loss of your own",
     ),
     Rule(
         "zero.stage zero.offload_optimizer",

@@ -14,6 +14,8 @@ from rating_train.config.fields import section, setting
 
 #: Parts of the model: each is trained or frozen, and has a learning rate of its own.
 PARTS = ("vision", "connector", "decoder", "head")
+#: Losses that are built in.
+LOSSES = ("mse", "huber")
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    kind: Literal["mse", "huber"] = setting("mse", "Error per item.")
+    kind: str = setting(
+        "mse",
+        "Error per item: mse, huber, or MODULE:FUNCTION, a function of your own in a file of the current directory or "
+        "an installed package: def FUNCTION(scores, ratings, rating_counts), each of shape (items,) in float32, which "
+        "returns the loss of each item, (items,), or one scalar.",
+    )
     huber_delta: float = setting(0.5, "Huber: error in stars beyond which the loss grows linearly.", low=1e-6)
     count_weight: Literal["none", "log", "sqrt"] = setting(
         "none",
@@ -125,6 +132,11 @@ class LossConfig:
     )
     count_reference: float = setting(100.0, "Number of ratings at which an item has weight 1.", low=1)
     plcc_weight: float = setting(0.0, "Weight of an added (1 - PLCC) term over each micro-batch.", low=0)
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether `kind` names a function of the user's own."""
+        return self.kind not in LOSSES
 
 
 @dataclass(frozen=True)

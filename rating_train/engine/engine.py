@@ -19,6 +19,7 @@ from rating_train.distributed.groups import connect_groups, limit_collectives
 from rating_train.engine.ds_config import build_ds_config
 from rating_train.engine.optimizer import GuardedAdamW, build_optimizer
 from rating_train.errors import UserError
+from rating_train.model.custom_loss import LossFunction
 from rating_train.model.head import dropout_keys
 from rating_train.model.loss import rating_loss
 from rating_train.model.param_groups import ParamGroup, group_table, param_groups
@@ -39,6 +40,7 @@ class Engine:
         config: the run's configuration.
         plan: how the global batch is divided.
         device: this rank's device.
+        custom_loss: the function that ``loss.kind`` names, if it is not a built-in loss.
     """
 
     ds: Any
@@ -46,6 +48,7 @@ class Engine:
     config: Config
     plan: BatchPlan
     device: torch.device
+    custom_loss: LossFunction | None = None
     _skipped: list[bool | Tensor] = field(default_factory=list)
 
     def step(
@@ -73,7 +76,7 @@ class Engine:
             micro = micro.to(self.device)
             keys = dropout_keys(micro.id_hashes, self.config.train.seed, step)
             scores = self.ds(micro.images, micro.input_ids, micro.used_tokens, keys)
-            loss = rating_loss(scores, micro.ratings, micro.rating_counts, self.config.loss)
+            loss = rating_loss(scores, micro.ratings, micro.rating_counts, self.config.loss, self.custom_loss)
             self.ds.backward(loss)
             self.ds.step()  # updates the weights after the last micro-batch of the step
             losses.append(loss.detach().float())
@@ -125,7 +128,13 @@ class Engine:
         return self.ds.module
 
 
-def build_engine(model: RatingRegressor, config: Config, plan: BatchPlan, device: torch.device) -> Engine:
+def build_engine(
+    model: RatingRegressor,
+    config: Config,
+    plan: BatchPlan,
+    device: torch.device,
+    custom_loss: LossFunction | None = None,
+) -> Engine:
     """Hand the model to DeepSpeed. A collective; the process group must exist.
 
     Raises:
@@ -154,7 +163,7 @@ def build_engine(model: RatingRegressor, config: Config, plan: BatchPlan, device
     connect_groups(device)
     _decide_by_the_norm(ds.optimizer)
     check_fp32_buffers(ds.module)
-    return Engine(ds, groups, config, plan, device)
+    return Engine(ds, groups, config, plan, device, custom_loss)
 
 
 def _without_shared_memory_collectives(deepspeed: Any) -> None:

@@ -11,9 +11,17 @@ import torch
 from torch import Tensor
 
 from rating_train.config.schema import LossConfig
+from rating_train.errors import UserError
+from rating_train.model.custom_loss import LossFunction, result_problem
 
 
-def rating_loss(scores: Tensor, ratings: Tensor, rating_counts: Tensor, config: LossConfig) -> Tensor:
+def rating_loss(
+    scores: Tensor,
+    ratings: Tensor,
+    rating_counts: Tensor,
+    config: LossConfig,
+    custom: LossFunction | None = None,
+) -> Tensor:
     """Compute the loss of a micro-batch.
 
     * ``mse``: (y - r)^2, the paper's (arXiv 2605.27737).
@@ -28,12 +36,21 @@ def rating_loss(scores: Tensor, ratings: Tensor, rating_counts: Tensor, config: 
         scores: (b,) float32 predictions.
         ratings: (b,) float32 targets.
         rating_counts: (b,) float32.
+        config: the section `loss`.
+        custom: the error per item in place of the built-in ones, where ``kind`` names a function of the user's own.
 
     Returns:
         float32 scalar, a mean over items.
+
+    Raises:
+        UserError: ``custom`` returned something else than a float32 tensor of shape (b,) or a scalar.
     """
     error = scores.float() - ratings
-    if config.kind == "huber":
+    if custom is not None:
+        loss = custom(scores.float(), ratings, rating_counts)
+        if problem := result_problem(loss, len(ratings), config):
+            raise UserError(f"the loss cannot be used: {problem}", where=f"loss.kind={config.kind}")
+    elif config.kind == "huber":
         d = config.huber_delta
         size = error.abs()
         loss = torch.where(size <= d, 0.5 * error**2, d * (size - 0.5 * d))

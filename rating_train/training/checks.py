@@ -21,6 +21,7 @@ from rating_train.distributed.world import World
 from rating_train.errors import UserError, one_error
 from rating_train.model.architecture import KNOWN_ARCHITECTURES, Architecture
 from rating_train.model.cost import visual_tokens
+from rating_train.model.custom_loss import CustomLoss, load_custom_loss
 from rating_train.model.load import read_architecture
 from rating_train.shards.verify import read_manifest
 
@@ -39,9 +40,9 @@ def check_job(config: Config, run: Path, resume: str, world: World, device: torc
     """Refuse what cannot be trained, with all problems in one error. Rank 0.
 
     Raises:
-        UserError: ``resume`` names no checkpoint; the run directory cannot be made; the dataset, a split or the
-            backbone's folder is missing; the batch does not divide, is larger than the split or does not fit in memory;
-            the image does not divide.
+        UserError: ``resume`` names no checkpoint; the run directory cannot be made; the dataset, a split, a custom loss
+            or the backbone's folder is missing; the batch does not divide, is larger than the split or does not fit in
+            memory; the image does not divide.
     """
     problems: list[UserError] = []
 
@@ -56,6 +57,7 @@ def check_job(config: Config, run: Path, resume: str, world: World, device: torc
         attempt(lambda: named_checkpoint(resume))
     attempt(lambda: check_run_folder(run))
     attempt(lambda: check_data(config))
+    attempt(lambda: load_custom_loss(config.loss))
     plan = attempt(lambda: plan_batch(config.batch.global_items, config.batch.micro_items, world.size))
     architecture = attempt(lambda: local_architecture(config))
     visual = attempt(lambda: visual_tokens(architecture, config.data.image_px)) if architecture else None
@@ -134,6 +136,33 @@ def check_batch_fits(global_items: int, items: int, split: str) -> None:
             expected=f"at most {items:,}",
             fix=f"set batch.global_items to {items:,} or less",
         )
+
+
+def custom_loss_of_all(config: Config) -> CustomLoss | None:
+    """Load the function that ``loss.kind`` names on this rank; ``None`` for a built-in loss. A collective.
+
+    Raises:
+        UserError: some rank, perhaps on another node, cannot load it, or loads another file than rank 0.
+    """
+    if not config.loss.is_custom:
+        return None
+    loss, failure = None, ""
+    try:
+        loss = load_custom_loss(config.loss)
+    except UserError as e:
+        failure = str(e)
+    found = all_gather((loss.sha256 if loss else "", failure))
+    wrong = [rank for rank, one in enumerate(found) if one[1] or one[0] != found[0][0]]
+    if wrong:
+        what = found[wrong[0]][1] or f"the file of the loss is not that of rank 0 (sha256 {found[0][0][:12]})"
+        error = UserError(
+            f"rank {wrong[0]}: {what}",
+            where=f"loss.kind={config.loss.kind}",
+            fix="put the file into a folder that all nodes see",
+        )
+        error.on_all_ranks = True
+        raise error
+    return loss
 
 
 def local_architecture(config: Config) -> Architecture | None:

@@ -17,6 +17,7 @@ from rating_train.data.loader import EvaluationData, TrainingData, open_evaluati
 from rating_train.distributed.seeding import seed_everything
 from rating_train.distributed.world import World
 from rating_train.engine.engine import Engine, build_engine
+from rating_train.model.custom_loss import CustomLoss
 from rating_train.model.regressor import build_regressor
 from rating_train.scoring.metrics import LARGER_IS_BETTER
 from rating_train.training import setup
@@ -39,6 +40,7 @@ class Job:
     engine: Engine
     checkpointer: Checkpointer
     total_steps: int
+    custom_loss: CustomLoss | None = None
 
     @property
     def larger_is_better(self) -> bool:
@@ -56,7 +58,9 @@ class Job:
         )
 
 
-def assemble_job(config: Config, run: Path, world: World, device: torch.device) -> Job:
+def assemble_job(
+    config: Config, run: Path, world: World, device: torch.device, custom_loss: CustomLoss | None = None
+) -> Job:
     """Open the data, then build the model and the engine. A collective."""
     plan = plan_batch(config.batch.global_items, config.batch.micro_items, world.size)
     seed_everything(config.train.seed, world.rank)
@@ -77,7 +81,7 @@ def assemble_job(config: Config, run: Path, world: World, device: torch.device) 
         prompt.layout.image_start,
         config.train.seed,
     )
-    engine = build_engine(model, config, plan, device)
+    engine = build_engine(model, config, plan, device, custom_loss.function if custom_loss else None)
     checkpointer = Checkpointer(
         run / run_dir.CHECKPOINTS_DIR,
         world,
@@ -90,7 +94,9 @@ def assemble_job(config: Config, run: Path, world: World, device: torch.device) 
         "%d items, %d steps of %d = %d ranks x %d x %d accumulation; evaluating %d items",
         data.samples, steps, plan.global_items, plan.ranks, plan.micro_items, plan.accumulation, eval_data.samples,
     )  # fmt: skip
-    return Job(config, run, world, plan, model_inputs, data, eval_data, engine, checkpointer, steps)
+    return Job(
+        config, run, world, plan, model_inputs, data, eval_data, engine, checkpointer, steps, custom_loss
+    )
 
 
 def restore(job: Job, resume: str) -> tuple[TrainState, Path | None]:

@@ -25,7 +25,12 @@ from rating_train.errors import UserError
 from rating_train.resilience.graceful_stop import Stopped
 from rating_train.resilience.supervisor import Supervisor, leave_markers, supervise
 from rating_train.training import setup
-from rating_train.training.checks import check_job, make_run_folder, warn_of_missing_cores
+from rating_train.training.checks import (
+    check_job,
+    custom_loss_of_all,
+    make_run_folder,
+    warn_of_missing_cores,
+)
 from rating_train.training.evaluation import evaluate
 from rating_train.training.job import Job, assemble_job, restore
 from rating_train.training.provenance import record_start
@@ -51,11 +56,12 @@ def train(config: Config, resume: str) -> str:
     run = Path(config.runs_dir) / config.name
     world, device = setup.join_job(config.train.collective_timeout_minutes, config.train.device)
     on_main(lambda: check_job(config, run, resume, world, device))
+    custom_loss = custom_loss_of_all(config)
     on_main(lambda: make_run_folder(run))
     logs.set_up(world.rank, run_dir.rank_log(run, world.rank))
     warn_of_missing_cores(config, world)
     with supervise(run, config.train, world, scheduled_job(), started) as supervisor:
-        job = assemble_job(config, run, world, device)
+        job = assemble_job(config, run, world, device, custom_loss)
         state, path = restore(job, resume)
         on_main(lambda: record(job, state, path))
         with Recorder(job, state) as recorder:
@@ -73,6 +79,7 @@ def record(job: Job, state: TrainState, resumed_from: Path | None) -> None:
         job.config,
         state.step,
         resumed_from,
+        job.custom_loss.facts() if job.custom_loss else None,
         ranks=job.world.size,
         nodes=job.world.nodes,
         device=str(job.engine.device),

@@ -54,7 +54,14 @@ def provenance(**more: Any) -> dict[str, Any]:
     }
 
 
-def record_start(run: Path, config: Config, step: int, resumed_from: Path | None, **more: Any) -> Changes:
+def record_start(
+    run: Path,
+    config: Config,
+    step: int,
+    resumed_from: Path | None,
+    custom_loss: dict[str, str] | None = None,
+    **more: Any,
+) -> Changes:
     """Write config.yaml and provenance.json of a run that starts, or resumes, and warn of changed settings.
 
     provenance.json keeps the settings of the run's first start, and what every later start changed, so that the
@@ -65,6 +72,7 @@ def record_start(run: Path, config: Config, step: int, resumed_from: Path | None
         config: the settings from now on.
         step: the step from which they count.
         resumed_from: the checkpoint; its own run's settings are what the new ones are compared with.
+        custom_loss: kind, file and sha256 of a loss of the user's own.
         more: further facts for provenance.json.
 
     Returns:
@@ -73,18 +81,31 @@ def record_start(run: Path, config: Config, step: int, resumed_from: Path | None
     source = run if resumed_from is None else resumed_from.resolve().parents[1]
     before = _read_settings(source / run_dir.CONFIG_FILE)
     changes = changed_settings(before, to_dict(config)) if before is not None else {}
+    changes |= _changed_loss(source, custom_loss)
     if changes and resumed_from is not None:
         log.warning("the run resumes at step %d with other settings than before: %s", step, describe(changes))
     history = _read_history(run)
     if not history:
         own = _read_settings(run / run_dir.CONFIG_FILE)
         history = [{"step": 0, "config": own}] if own is not None else []
-    facts = provenance(resumed_from=str(resumed_from) if resumed_from else None, **more)
+    facts = provenance(resumed_from=str(resumed_from) if resumed_from else None, loss=custom_loss, **more)
     entry: dict[str, Any] = {"started": facts["started"], "command": facts["command"], "step": step}
+    entry |= {"loss": custom_loss} if custom_loss else {}
     entry |= {"changed": changes} if history else {"config": to_dict(config)}
     atomic_write_text(run / run_dir.CONFIG_FILE, dump_config(config))
     atomic_write_json(run / run_dir.PROVENANCE_FILE, {**facts, "history": [*history, entry]})
     return changes
+
+
+def _changed_loss(source: Path, now: dict[str, str] | None) -> Changes:
+    """The hash of a custom loss, where the run had another file under the same name."""
+    if now is None:
+        return {}
+    before = _read_provenance(source).get("loss")
+    if not isinstance(before, dict) or before.get("kind") != now["kind"]:
+        return {}
+    old, new = before.get("sha256"), now["sha256"]
+    return {} if old == new else {f"sha256 of {now['file']}": [old, new]}
 
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> Changes:
@@ -133,11 +154,15 @@ def _read_settings(path: Path) -> dict[str, Any] | None:
 
 def _read_history(run: Path) -> list[dict[str, Any]]:
     """The starts that provenance.json holds; of a run from before there was a history, none."""
+    history = _read_provenance(run).get("history")
+    return history if isinstance(history, list) else []
+
+
+def _read_provenance(run: Path) -> dict[str, Any]:
     path = run / run_dir.PROVENANCE_FILE
     try:
         content = read_json(path) if path.exists() else {}
     except UserError as e:
         log.warning("%s: its history begins anew", e)
-        return []
-    history = content.get("history") if isinstance(content, dict) else None
-    return history if isinstance(history, list) else []
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -289,6 +289,9 @@ CASES = [
     Case("rubbish tokenizer", damaged("model", "tokenizer.json", rubbish), ("tokenizer", "copy-of-model")),
     Case("image side", train(data={"image_px": 70}), ("70 pixels", "data.image_px")),
     Case("text too short", train(data={"text_tokens": 8}), ("data.text_tokens",)),
+    # --- the loss
+    Case("no such loss", train(loss={"kind": "no_module:f"}), ("no module 'no_module'", "loss.kind")),
+    Case("a loss that is none", train(loss={"kind": "math:pi"}), ("not a function", "loss.kind")),
     # --- sizes
     Case("micro-batch", train(batch={"micro_items": 5}), ("micro-batches of 5", "batch.micro_items")),
     Case(

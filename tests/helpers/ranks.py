@@ -59,6 +59,7 @@ class Ranks:
         env: dict[str, str] | None = None,
         max_restarts: int = 0,
         torchrun: bool = True,
+        cwd: Path = REPO,
     ) -> Process:
         """Start ``python COMMAND`` on so many ranks, by torchrun or forked, and return at once."""
         environment = clean_environment(
@@ -67,9 +68,9 @@ class Ranks:
         )
         environment |= env or {}
         if torchrun:
-            process: Process = start_torchrun(ranks, command, environment, max_restarts)
+            process: Process = start_torchrun(ranks, command, environment, max_restarts, cwd)
         else:
-            process = zygote().start(command, environment, ranks=ranks)
+            process = zygote().start(command, environment, ranks=ranks, cwd=cwd)
         self.started.append(process)
         return process
 
@@ -80,9 +81,10 @@ class Ranks:
         timeout: float = 240,
         env: dict[str, str] | None = None,
         code: int = 0,
+        cwd: Path = REPO,
     ) -> str:
         """Run to the end, expecting exit code ``code`` of the launcher (0, or 1 for any failure); its output."""
-        process = self.start(ranks, *command, env=env, torchrun=False)
+        process = self.start(ranks, *command, env=env, torchrun=False, cwd=cwd)
         try:
             output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -111,7 +113,7 @@ class Ranks:
 
 
 def start_torchrun(
-    ranks: int, command: tuple[object, ...], env: dict[str, str], max_restarts: int
+    ranks: int, command: tuple[object, ...], env: dict[str, str], max_restarts: int, cwd: Path = REPO
 ) -> subprocess.Popen[str]:
     """Start torchrun itself, in a session of its own."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -121,7 +123,7 @@ def start_torchrun(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd=REPO,
+        cwd=cwd,
         env=env,
         start_new_session=True,
     )
