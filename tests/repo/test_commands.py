@@ -23,6 +23,7 @@ from rating_train.cli import verb_module
 from rating_train.config.load import load_config
 from rating_train.config.resolve import plan_batch
 from rating_train.scoring.ces import CONVENTIONS
+from tests.helpers.forked import readable, zygote
 from tests.helpers.hub import serve
 from tests.repo.conftest import REPO, FakePython, Quickstart, script_env
 from tests.repo.pages import PAGES, command_lines
@@ -251,7 +252,34 @@ def test_script(line: str, quickstart: Quickstart, fake: FakePython) -> None:
 
 test_script.__test__ = False  # type: ignore[attr-defined]
 
+
+def example(line: str, quickstart: Quickstart, fake: FakePython) -> None:
+    """With the run of the quickstart; tests/e2e/test_examples.py compares the numbers."""
+    catalogue = quickstart.folder / "demo" / "catalogue"
+    listings = [json.loads(row) for row in (catalogue / "catalogue.jsonl").read_text("utf-8").splitlines()]
+    write_csv(quickstart.folder / "products.csv", listings[:50])
+    if not (quickstart.folder / "images").exists():
+        (quickstart.folder / "images").symlink_to(catalogue / "images")
+    words = [
+        word if word != "8080" else "0" for word in shlex.split(line)[1:]
+    ]  # that port may be in use here
+    process = zygote().start(words, script_env(OMP_NUM_THREADS="1"), cwd=quickstart.folder)
+    try:
+        if words[-1] != "0":
+            out, _ = process.communicate(timeout=100)
+            assert process.returncode == 0 and re.search(r"^\d+ (scores|rows)", out, flags=re.M), out
+            return
+        said = ""
+        while "http://127.0.0.1:" not in said:
+            assert process.stdout is not None and readable(process.stdout.fileno(), 60), said
+            said = process.stdout.readline()
+            assert said, "the server ended"
+    finally:
+        process.kill()
+
+
 EXERCISERS: list[tuple[str, Exerciser]] = [
+    (r"python examples/\w+\.py runs/demo_cpu( \S+)*", example),
     (r"bash launch/quickstart\.sh", the_quickstart),
     (r"source \.venv/bin/activate", activate),
     (r"rating-train prepare --source \S+ --images \S+ --out \S+( --[a-z-]+ [\d.]+)*", prepare),

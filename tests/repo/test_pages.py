@@ -31,7 +31,7 @@ def test_the_table_of_commands_is_that_of_the_program() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_paths_that_are_named_exist(page: str) -> None:
-    roots = r"configs|tests|launch|slurm|docs|benchmarks|rating_train|\.ci"
+    roots = r"configs|examples|tests|launch|slurm|docs|benchmarks|rating_train|\.ci"
     named = re.findall(rf"`((?:{roots})/[\w./-]*[\w/])", PAGES[page])
     users = re.compile(r"slurm/cluster\.env$|.*\b[A-Z]{4,}\b")  # a file of the user's own, a placeholder
     missing = [path for path in named if not (REPO / path).exists() and not users.match(path)]
