@@ -132,9 +132,21 @@ job_check_cores() {
         "CLUSTER_CPUS_PER_TASK=$((RT_WORKERS + 1)) in slurm/cluster.env"
 }
 
+# job_preflight RUN CONFIG [WORDS...]: check the nodes for the configuration that is trained, with the --set among the
+# words: train.device, data.workers and the batch decide what is needed.
 job_preflight() {
     [[ "${PREFLIGHT:-0}" != 0 ]] || return 0
-    job_srun "$PYTHON" -m rating_train preflight "$1" --config "$2"
+    local run="$1" config="$2"
+    local -a settings=()
+    shift 2
+    while (($#)); do
+        case "$1" in
+            --set=*) settings+=("$1") ;;
+            --set) settings+=("--set=${2:-}") ;;
+        esac
+        shift
+    done
+    job_srun "$PYTHON" -m rating_train preflight "$run" --config "$config" "${settings[@]}"
     ((job_code == 0)) || rt_die "preflight failed (exit code $job_code): training was not started"
     [[ "$PREFLIGHT" != only ]] || exit 0
 }
@@ -145,7 +157,7 @@ job_train() {
     run="$RT_RUN"
     job_check_cores
     rt_traces "$run"
-    job_preflight "$run" "$1"
+    job_preflight "$run" "$@"
     before="$(job_newest "$run")"
     job_srun "$PYTHON" -m rating_train train "$@"
     rt_job_say "training ended with exit code $job_code"

@@ -415,3 +415,21 @@ def test_preflight_of_this_machine_alone(tmp_path: Path) -> None:
         timeout=100,
     )
     assert done.returncode == 1 and "FAIL  shared folder: rank 0" in done.stdout and " | fix: " in done.stdout
+
+
+def test_a_job_checks_its_nodes_with_the_settings_that_it_trains_with() -> None:
+    """The function of slurm/job.sh, with `srun` written down instead: on the real Slurm in tests/slurm."""
+    lines = [
+        'source "$1"; shift',
+        'job_srun() { printf "%s\\n" "$@"; job_code=0; }',
+        "PYTHON=python PREFLIGHT=1",
+        'job_preflight runs/a "$@"',
+    ]
+    words = ["a.yaml", "--set", "train.device=cpu", "--resume", "must", "--set=data.workers=2"]
+    script = ["bash", "-euc", "\n".join(lines), "test", str(REPO / "slurm" / "job.sh"), *words]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        *("python", "-m", "rating_train", "preflight", "runs/a", "--config", "a.yaml"),
+        *("--set=train.device=cpu", "--set=data.workers=2"),
+    ]
