@@ -7,6 +7,7 @@ from typing import Any
 
 from rating_train.commands.shared import add_options, options_from
 from rating_train.errors import EXIT_DONE
+from rating_train.extensions import load_extensions
 from rating_train.prepare.options import PrepareOptions
 from rating_train.prepare.run import prepare
 
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prepare the dataset and print a short table. Exit code 0."""
     options = options_from(PrepareOptions, args)
+    load_extensions(options.extension)
     print(summary_table(options.out, prepare(options)))
     return EXIT_DONE
 

@@ -16,6 +16,7 @@ from rating_train.config.fields import Rule, broken_rules, read
 from rating_train.config.schema import LOSSES, PARTS, Config, to_dict
 from rating_train.config.yaml_reader import parse_setting, parse_yaml
 from rating_train.errors import UserError, one_error
+from rating_train.extensions import load_extensions
 
 BASE_KEY = "base"
 _MAX_BASES = 16
@@ -55,6 +56,8 @@ def config_from_dict(
     """
     problems = dict(problems or {})
     config = read(Config, values, problems)
+    if not problems:
+        load_extensions(config.extensions)
     found = [*problems.values(), *broken_rules(config, _RULES, problems)]
     if found:
         fix = "see configs/base.yaml: every key, its unit and its default"

@@ -275,6 +275,9 @@ class Config:
 
     name: str = setting("run", "Name of the run; its directory is `runs_dir`/`name`.")
     runs_dir: str = setting("runs", "Folder of run directories.")
+    extensions: list[str] = setting(
+        [], "Python modules to import first: they add backbones, metrics or listeners (docs/extending.md)."
+    )
     data: DataConfig = section(DataConfig, "What is read, and in which order.")
     model: ModelConfig = section(ModelConfig, "The regressor.")
     loss: LossConfig = section(LossConfig, "The training loss.")

@@ -31,6 +31,7 @@ from rating_train.export.hub.processing_rating import RatingProcessor, fast_toke
 from rating_train.export.inline import self_contained
 from rating_train.export.options import ExportOptions, check_options
 from rating_train.files import fsync_path, read_json
+from rating_train.model.backbones import BACKBONES, Backbone
 from rating_train.prediction.exported import (
     CONFIG_NAME,
     ONNX_DIR,
@@ -83,6 +84,7 @@ def export(options: ExportOptions) -> Exported:
     sweep(out.parent, re.escape(out.name))
     device = pick_device(options.device)
     scorer = load_scorer(found, device)
+    _check_family(scorer.inputs.architecture.family)
     split = found.config.data.eval_split
     items = check_scores.score_items(scorer, options.data or found.config.data.path, split, options.items)
     folder, lock = make_temporary(out)
@@ -126,6 +128,16 @@ def precision_of(config: Config) -> str:
     if config.train.precision == "fp32":
         return "fp32"
     return "bf16" if config.zero.stage > 0 else "autocast"
+
+
+def _check_family(family: str) -> None:
+    """Refuse a family that an extension added: the folder's code is made of this package's modules alone."""
+    if type(BACKBONES[family]).__module__ != Backbone.__module__:
+        raise UserError(
+            f"the backbone's family {family!r} comes from an extension, which an export cannot hold",
+            where="model.backbone",
+            fix="score with `rating-train predict RUN`, or add the family to rating_train/model/backbones.py",
+        )
 
 
 def _write_files(folder: Path, scorer: Scorer) -> None:

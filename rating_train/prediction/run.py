@@ -144,7 +144,7 @@ def _score_parts(plan: Plan, scorer: Scorer, rows: Rows, work: WorkDir, world: W
         error = UserError(
             f"{len(unfinished)} parts were taken and not finished, the first is part {unfinished[0]}",
             where=work.path,
-            fix="give the same command again: it continues with them",
+            fix="run the same command again: it continues with them",
         )
         error.on_all_ranks = True
         raise error

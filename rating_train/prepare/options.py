@@ -50,6 +50,9 @@ class PrepareOptions(PlanRules):
     only: str = setting("", "with --stage parts: A:B (B excluded), or I/N for the share I of 0 to N - 1")
     keep_build: bool = setting(False, "leave the working directory OUT.build in place")
     verify_parts: bool = setting(False, "before merging, compare the SHA-256 of every shard")
+    extension: tuple[str, ...] = setting(
+        (), "Python modules to import first, for further kinds of source (docs/extending.md)"
+    )
     dry_run: bool = setting(False, "only scan and count; no image is opened, nothing is left on the disk")
 
     @property

@@ -5,13 +5,31 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rating_train import run_dir
 from rating_train.files import append_json_line, atomic_write_bytes
 
 log = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """What follows a run from rank 0, beside the files: a tracker of a company, a message to a person."""
+
+    def train(self, row: dict[str, Any]) -> None:
+        """Take a row of train.jsonl."""
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """Take a row of eval.jsonl."""
+
+    def close(self) -> None:
+        """The attempt ends."""
+
+
+#: Functions (run directory) -> listener. An extension adds to it (docs/extending.md).
+LISTENERS: list[Callable[[Path], Listener]] = []
 
 
 class Tracker:
@@ -28,6 +46,7 @@ class Tracker:
         self._run = run
         self._enabled = enabled
         self._writer: Any = None
+        self._listeners: list[Listener] = []
         self._waiting: list[tuple[str, dict[str, Any]]] = []  # rows that the disk had no room for
         if not enabled:
             return
@@ -36,14 +55,17 @@ class Tracker:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(run / run_dir.TENSORBOARD_DIR), purge_step=first_step + 1)
+        self._listeners = [start(run) for start in LISTENERS]
 
     def train(self, row: dict[str, Any]) -> None:
         """One line of train.jsonl; ``row`` holds ``step``."""
         self._write(run_dir.TRAIN_LOG, "train", row)
+        self._tell("train", row)
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """One line of eval.jsonl; ``row`` holds ``step`` and ``split``."""
         self._write(run_dir.EVAL_LOG, f"eval_{row.get('split', '')}", row)
+        self._tell("evaluation", row)
 
     def close(self) -> None:
         """Write the rows that wait for room, and flush the event file."""
@@ -51,6 +73,7 @@ class Tracker:
         if self._waiting:
             log.error("%d rows of the metrics files are lost: there is no room for them", len(self._waiting))
         self._draw("close")
+        self._tell("close")
 
     def _write(self, file: str, prefix: str, row: dict[str, Any]) -> None:
         if not self._enabled:
@@ -82,6 +105,15 @@ class Tracker:
         except OSError as e:
             self._writer = None
             log.error("TensorBoard's events end here (%s): train.jsonl and eval.jsonl have all rows", e)
+
+    def _tell(self, method: str, *arguments: Any) -> None:
+        """A listener that fails is dropped: it is no reason to lose a run."""
+        for listener in list(self._listeners):
+            try:
+                getattr(listener, method)(*arguments)
+            except Exception:
+                self._listeners.remove(listener)
+                log.exception("%s failed and is told nothing more", type(listener).__name__)
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,6 @@ import pytest
 from tests.helpers.forked import REPO, Forked, zygote
 
 SHARED_MEMORY = Path("/dev/shm")
-STREAMING_BLOCK = re.compile(r"\d{6}_[a-z_]+")  # how streaming names its blocks of shared memory
 LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
 
 Process = subprocess.Popen[str] | Forked
@@ -38,18 +36,14 @@ class Ranks:
 
     def __init__(self) -> None:
         self.started: list[Process] = []
-        self._shared_memory = set(os.listdir(SHARED_MEMORY))
-        self._folder = tempfile.mkdtemp(
-            prefix="rt-"
-        )  # short: sockets are made in it. Holds streaming's lock files
+        self._folder = tempfile.mkdtemp(prefix="rt-")  # short: sockets are made in it
 
     def close(self) -> None:
-        """Kill what still runs, and remove the shared memory and lock files that killed jobs left."""
+        """Kill what still runs, and remove the files that killed jobs left."""
         for process in self.started:
             if process.poll() is None:
                 self.kill(process)
                 process.wait(timeout=30)
-        remove_dead_blocks(self._shared_memory)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def start(
@@ -137,15 +131,6 @@ def wait_for_step(run: Path, step: int, process: Process) -> None:
         assert process.poll() is None, process.communicate()[0][-4000:]
         assert time.monotonic() < deadline, f"step {step} was not reached in 120 s"
         time.sleep(0.05)
-
-
-def remove_dead_blocks(known: set[str]) -> None:
-    """Remove streaming's blocks of shared memory that were not ``known`` before and that no process has mapped."""
-    new = {name for name in os.listdir(SHARED_MEMORY) if STREAMING_BLOCK.fullmatch(name)} - known
-    in_use = mapped_files() if new else set()
-    for name in new:
-        if str(SHARED_MEMORY / name) not in in_use:
-            (SHARED_MEMORY / name).unlink(missing_ok=True)
 
 
 def mapped_files() -> set[str]:

@@ -23,8 +23,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.helpers.ranks import SHARED_MEMORY, remove_dead_blocks
-
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
@@ -71,7 +69,6 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="rt-slurm-"))  # short: sockets are made in it
         self.folder.chmod(0o755)
         self.daemons: list[subprocess.Popen[bytes]] = []
-        self._shared_memory = set(os.listdir(SHARED_MEMORY))
         conf = self.folder / "slurm.conf"
         conf.write_text(
             SLURM_CONF.format(
@@ -150,7 +147,6 @@ class Cluster:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(left, timeout=15)
-        remove_dead_blocks(self._shared_memory)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _is_ours(self, process: psutil.Process) -> bool:

@@ -16,7 +16,7 @@ import importlib
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,11 @@ _CSV_COLUMNS: dict[str, tuple[str, ...]] = {
 }
 _CSV_RATINGS = ("average_rating", "rating_number")
 _CSV_REQUIRED = ("parent_asin", *_CSV_RATINGS)
+
+
+#: Further kinds of source: suffix of a file's name -> function that yields its records as dictionaries with the keys
+#: of Amazon-2023 metadata. An extension adds to it (docs/extending.md).
+READERS: dict[str, Callable[[str], Iterable[dict[str, Any]]]] = {}
 
 
 class Record(NamedTuple):
@@ -89,6 +94,10 @@ def read_raw(path: str, rated: bool = True) -> Iterator[Raw]:
             torn download must not pass as a small catalogue).
     """
     kind = source_kind(path)
+    if kind in READERS:
+        for number, record in enumerate(READERS[kind](path), start=1):
+            yield Raw(path, number, partial(to_listing, record, path, number, rated))
+        return
     if kind == "parquet":
         yield from _read_parquet(path, rated)
         return
@@ -97,7 +106,7 @@ def read_raw(path: str, rated: bool = True) -> Iterator[Raw]:
 
 
 def source_kind(path: str) -> str:
-    """Return ``"jsonl"``, ``"csv"`` or ``"parquet"``, by the file's name.
+    """Return ``"jsonl"``, ``"csv"``, ``"parquet"`` or a suffix of :data:`READERS`, by the file's name.
 
     Raises:
         UserError: the file is missing or of another kind.
@@ -108,6 +117,8 @@ def source_kind(path: str) -> str:
     if not file.is_file():
         raise UserError("source is not a file", where=path, expected="a .jsonl, .csv or .parquet file")
     suffixes = [s.lower() for s in file.suffixes]
+    if suffixes and suffixes[-1] in READERS:
+        return suffixes[-1]
     if suffixes and suffixes[-1] == ".parquet":
         return "parquet"
     if suffixes and suffixes[-1] in _PACKED_SUFFIXES:

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rating_train import run_dir
 from rating_train.files import read_json_lines
+from rating_train.training import tracking
 from rating_train.training.provenance import provenance
 from rating_train.training.tracking import Tracker
 
@@ -148,3 +149,32 @@ def test_rows_that_never_find_room_are_counted(tmp_path: Path, caplog: pytest.Lo
         tracker.train({"step": step, "loss": 1.0})
     tracker.close()
     assert "2 rows of the metrics files are lost" in caplog.text
+
+
+def test_a_listener_gets_every_row_and_one_that_fails_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard: list[tuple[str, object]] = []
+
+    class Good:
+        def train(self, row: dict[str, object]) -> None:
+            heard.append(("train", row["step"]))
+
+        def evaluation(self, row: dict[str, object]) -> None:
+            heard.append(("evaluation", row["step"]))
+
+        def close(self) -> None:
+            heard.append(("close", None))
+
+    class Bad(Good):
+        def train(self, row: dict[str, object]) -> None:
+            raise RuntimeError("no network")
+
+    monkeypatch.setattr(tracking, "LISTENERS", [lambda run: Bad(), lambda run: Good()])
+    tracker = tracking.Tracker(tmp_path, 0, enabled=True)
+    tracker.train({"step": 1})
+    tracker.train({"step": 2})
+    tracker.evaluation({"step": 2, "split": "val"})
+    tracker.close()
+    assert heard == [("train", 1), ("train", 2), ("evaluation", 2), ("close", None)]
+    assert caplog.text.count("Bad failed and is told nothing more") == 1
