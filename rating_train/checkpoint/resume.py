@@ -1,4 +1,4 @@
-"""Choose the checkpoint that a start resumes from. Handles files only: no torch, no collectives."""
+"""Choose the checkpoint that a start resumes from, or that is scored. Handles files only: no torch, no collectives."""
 
 from __future__ import annotations
 
@@ -74,3 +74,31 @@ def named_checkpoint(resume: str) -> Path:
             expected="auto, never, must, or the path of a checkpoint, as RUN/checkpoints/step_00000500",
         )
     return path
+
+
+def choose_checkpoint(root: Path, wanted: str) -> Path:
+    """Return the directory of ``best``, ``latest`` or a step, after verifying it.
+
+    Raises:
+        UserError: no such checkpoint, or one whose bytes are not those that were saved.
+    """
+    names = {"best": store.BEST, "latest": store.LATEST}
+    if wanted in names:
+        step = store.pointed_step(root, names[wanted])
+    elif wanted.isdigit():
+        step = int(wanted)
+    else:
+        raise UserError(
+            f"{wanted!r} names no checkpoint", where="--checkpoint", expected="best, latest or a step"
+        )
+    present = [s for s, _ in store.steps_present(root)]
+    if step is None or step not in present:
+        raise UserError(
+            f"there is no checkpoint {wanted}",
+            where=root,
+            expected=f"one of the steps {', '.join(map(str, present))}" if present else "a trained run",
+        )
+    directory = root / store.step_name(step)
+    if problem := store.problem(directory):
+        raise UserError(f"the checkpoint cannot be trusted: {problem}", where=directory)
+    return directory

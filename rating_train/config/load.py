@@ -156,6 +156,11 @@ _RULES = (
         "`data.predownload_items` needs `data.remote`",
     ),
     Rule(
+        "model.init_parts",
+        lambda c: c.model.init_parts and set(c.model.init_parts) <= set(PARTS),
+        f"`model.init_parts` is {{c.model.init_parts}}, expected at least one of {', '.join(PARTS)}",
+    ),
+    Rule(
         "model.freeze",
         lambda c: set(c.model.freeze) <= set(PARTS),
         f"`model.freeze` is {{c.model.freeze}}, expected any of {', '.join(PARTS)}",

@@ -102,6 +102,17 @@ class ModelConfig:
     weights: Literal["pretrained", "random"] = setting(
         "pretrained", "`random` builds the architecture without reading weights (tests, benchmarks)."
     )
+    init_from: str = setting(
+        "",
+        "Warm start: another run (its best checkpoint, or RUN/checkpoints/step_N) or an exported folder, whose weights "
+        "a new run starts from. The backbone must have the same shape; image size, text length and learning rates may "
+        "differ. A run that resumes does not load it again.",
+    )
+    init_parts: list[str] = setting(
+        ["vision", "connector", "decoder", "head"],
+        "Parts that `init_from` fills. The others come from `backbone`; a head that is left out, or has another "
+        "`head_hidden`, is drawn anew.",
+    )
     freeze: list[str] = setting(
         [], "Parts that are not trained, of: vision, connector, decoder, head. [] is full fine-tuning."
     )

@@ -17,12 +17,12 @@ from rating_train.config.schema import Config
 from rating_train.export import check_scores
 from rating_train.export.check_scores import Compared, Items
 from rating_train.model.cost import count_forward, count_parameters
-from rating_train.prediction.exported import CARD_NAME
 from rating_train.scoring.bootstrap import CONFIDENCE, Interval, intervals
 from rating_train.scoring.ces import CONVENTIONS, ces_table
 from rating_train.scoring.metrics import score
 from rating_train.scoring.predictions import read_predictions
 from rating_train.training.setup import ModelInputs
+from rating_train.weights.exported import CARD_NAME
 
 TEMPLATE = Path(__file__).with_name("card.md")
 PROJECT = "https://arxiv.org/abs/2605.27737"

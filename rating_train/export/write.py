@@ -32,7 +32,9 @@ from rating_train.export.inline import self_contained
 from rating_train.export.options import ExportOptions, check_options
 from rating_train.files import fsync_path, read_json
 from rating_train.model.backbones import BACKBONES, Backbone
-from rating_train.prediction.exported import (
+from rating_train.prediction.model import FoundModel, Scorer, find_model, load_scorer, pick_device
+from rating_train.shards.writer import make_temporary, sweep
+from rating_train.weights.exported import (
     CONFIG_NAME,
     ONNX_DIR,
     PREFIX,
@@ -40,8 +42,6 @@ from rating_train.prediction.exported import (
     TRAINING_NAME,
     WEIGHTS_NAME,
 )
-from rating_train.prediction.model import FoundModel, Scorer, find_model, load_scorer, pick_device
-from rating_train.shards.writer import make_temporary, sweep
 
 log = logging.getLogger(__name__)
 

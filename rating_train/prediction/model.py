@@ -12,6 +12,7 @@ import torch
 from rating_train import run_dir
 from rating_train.checkpoint import store
 from rating_train.checkpoint.deepspeed_io import consolidated_weights
+from rating_train.checkpoint.resume import choose_checkpoint
 from rating_train.checkpoint.state import STATE_FILE
 from rating_train.config.load import load_config
 from rating_train.config.schema import Config
@@ -20,7 +21,10 @@ from rating_train.distributed.device import choose_device, probe
 from rating_train.errors import UserError
 from rating_train.files import read_json, sha256_file
 from rating_train.model.cost import count_forward, count_parameters
-from rating_train.prediction.exported import (
+from rating_train.shards.manifest import read_manifest
+from rating_train.training import setup
+from rating_train.training.predictor import Predictor, load_predictor
+from rating_train.weights.exported import (
     PROCESSOR_NAME,
     WEIGHTS_NAME,
     exported_architecture,
@@ -28,10 +32,6 @@ from rating_train.prediction.exported import (
     exported_weights,
     is_exported,
 )
-from rating_train.shards.manifest import read_manifest
-from rating_train.training import setup
-from rating_train.training.evaluate_run import choose_checkpoint
-from rating_train.training.predictor import Predictor, load_predictor
 
 log = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from rating_train import run_dir
+from rating_train.checkpoint import store
 from rating_train.checkpoint.resume import named_checkpoint
 from rating_train.config.resolve import BatchPlan, plan_batch
 from rating_train.config.schema import Config
@@ -24,6 +25,7 @@ from rating_train.model.cost import visual_tokens
 from rating_train.model.custom_loss import CustomLoss, load_custom_loss
 from rating_train.model.load import read_architecture
 from rating_train.shards.verify import read_manifest
+from rating_train.weights.warm_start import check_source
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ def check_job(config: Config, run: Path, resume: str, world: World, device: torc
     Raises:
         UserError: ``resume`` names no checkpoint; the run directory cannot be made; the dataset, a split, a custom loss
             or the backbone's folder is missing; the batch does not divide, is larger than the split or does not fit in
-            memory; the image does not divide.
+            memory; the image does not divide; ``model.init_from`` is missing or has another width.
     """
     problems: list[UserError] = []
 
@@ -61,6 +63,8 @@ def check_job(config: Config, run: Path, resume: str, world: World, device: torc
     plan = attempt(lambda: plan_batch(config.batch.global_items, config.batch.micro_items, world.size))
     architecture = attempt(lambda: local_architecture(config))
     visual = attempt(lambda: visual_tokens(architecture, config.data.image_px)) if architecture else None
+    if config.model.init_from and not store.steps_present(run / run_dir.CHECKPOINTS_DIR):
+        attempt(lambda: check_source(config.model, architecture))
     if plan is not None and not problems:
         attempt(lambda: check_memory(config, plan, visual or 0, architecture, world, device))
     if len(problems) == 1:

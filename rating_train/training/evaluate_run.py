@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rating_train import run_dir
-from rating_train.checkpoint import store
 from rating_train.checkpoint.deepspeed_io import consolidated_weights
+from rating_train.checkpoint.resume import choose_checkpoint
 from rating_train.checkpoint.state import STATE_FILE, from_json
 from rating_train.config.schema import Config
 from rating_train.data.loader import open_evaluation
 from rating_train.distributed.collectives import on_main
-from rating_train.errors import UserError
 from rating_train.files import append_json_line, read_json
 from rating_train.scoring.ces import CONVENTIONS
 from rating_train.training import setup
@@ -55,34 +54,6 @@ def evaluate_run(run: Path, config: Config, checkpoint: str, split: str) -> dict
     )
     on_main(lambda: append_json_line(run / run_dir.EVAL_LOG, row))
     return row
-
-
-def choose_checkpoint(root: Path, wanted: str) -> Path:
-    """Return the directory of ``best``, ``latest`` or a step, after verifying it.
-
-    Raises:
-        UserError: no such checkpoint, or one whose bytes are not those that were saved.
-    """
-    names = {"best": store.BEST, "latest": store.LATEST}
-    if wanted in names:
-        step = store.pointed_step(root, names[wanted])
-    elif wanted.isdigit():
-        step = int(wanted)
-    else:
-        raise UserError(
-            f"{wanted!r} names no checkpoint", where="--checkpoint", expected="best, latest or a step"
-        )
-    present = [s for s, _ in store.steps_present(root)]
-    if step is None or step not in present:
-        raise UserError(
-            f"there is no checkpoint {wanted}",
-            where=root,
-            expected=f"one of the steps {', '.join(map(str, present))}" if present else "a trained run",
-        )
-    directory = root / store.step_name(step)
-    if problem := store.problem(directory):
-        raise UserError(f"the checkpoint cannot be trusted: {problem}", where=directory)
-    return directory
 
 
 def render(row: dict[str, Any]) -> str:

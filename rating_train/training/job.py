@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,16 +14,18 @@ from rating_train import run_dir
 from rating_train.checkpoint.manager import Checkpointer
 from rating_train.checkpoint.state import Identity, TrainState
 from rating_train.config.resolve import BatchPlan, order_fingerprint_inputs, plan_batch, total_steps
-from rating_train.config.schema import Config
+from rating_train.config.schema import PARTS, Config
 from rating_train.data.loader import EvaluationData, TrainingData, open_evaluation, open_training
+from rating_train.distributed.collectives import on_main
 from rating_train.distributed.seeding import seed_everything
 from rating_train.distributed.world import World
 from rating_train.engine.engine import Engine, build_engine
 from rating_train.model.custom_loss import CustomLoss
-from rating_train.model.regressor import build_regressor
+from rating_train.model.regressor import RatingRegressor, build_regressor
 from rating_train.scoring.metrics import LARGER_IS_BETTER
 from rating_train.training import setup
 from rating_train.training.checks import check_batch_fits
+from rating_train.weights.warm_start import find_source, warm_start
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +45,7 @@ class Job:
     checkpointer: Checkpointer
     total_steps: int
     custom_loss: CustomLoss | None = None
+    warm_start: dict[str, Any] | None = None  # facts of the weights that another run gave to this start
 
     @property
     def larger_is_better(self) -> bool:
@@ -58,10 +63,34 @@ class Job:
         )
 
 
+def open_checkpoints(config: Config, run: Path, world: World) -> Checkpointer:
+    """Return what reads and writes the checkpoints of a run."""
+    t = config.train
+    return Checkpointer(
+        run / run_dir.CHECKPOINTS_DIR, world, t.keep_last, t.keep_every_steps, t.background_save
+    )
+
+
 def assemble_job(
-    config: Config, run: Path, world: World, device: torch.device, custom_loss: CustomLoss | None = None
+    config: Config,
+    run: Path,
+    world: World,
+    device: torch.device,
+    checkpointer: Checkpointer,
+    resumed_from: Path | None,
+    custom_loss: CustomLoss | None = None,
 ) -> Job:
-    """Open the data, then build the model and the engine. A collective."""
+    """Open the data, then build the model and the engine. A collective.
+
+    Args:
+        config: the resolved configuration.
+        run: the run directory.
+        world: this process among the ranks.
+        device: this rank's device.
+        checkpointer: of the run.
+        resumed_from: the checkpoint that :func:`restore` loads afterwards. Without one, ``model.init_from`` is loaded.
+        custom_loss: a loss of the user's own.
+    """
     plan = plan_batch(config.batch.global_items, config.batch.micro_items, world.size)
     seed_everything(config.train.seed, world.rank)
     model_inputs = setup.read_model_inputs(config)
@@ -74,44 +103,50 @@ def assemble_job(
     eval_data = open_evaluation(
         config.data, prompt, world, config.data.eval_split, eval_items, config.eval.max_items
     )
-    model = build_regressor(
-        config.model,
-        model_inputs.architecture,
-        config.data.image_px,
-        prompt.layout.image_start,
-        config.train.seed,
-    )
+    model, warm = _build_model(config, model_inputs, fresh=resumed_from is None)
     engine = build_engine(model, config, plan, device, custom_loss.function if custom_loss else None)
-    checkpointer = Checkpointer(
-        run / run_dir.CHECKPOINTS_DIR,
-        world,
-        config.train.keep_last,
-        config.train.keep_every_steps,
-        config.train.background_save,
-    )
     steps = total_steps(config, data.samples)
     log.info(
         "%d items, %d steps of %d = %d ranks x %d x %d accumulation; evaluating %d items",
         data.samples, steps, plan.global_items, plan.ranks, plan.micro_items, plan.accumulation, eval_data.samples,
     )  # fmt: skip
     return Job(
-        config, run, world, plan, model_inputs, data, eval_data, engine, checkpointer, steps, custom_loss
+        config,
+        run,
+        world,
+        plan,
+        model_inputs,
+        data,
+        eval_data,
+        engine,
+        checkpointer,
+        steps,
+        custom_loss,
+        warm,
     )
 
 
-def restore(job: Job, resume: str) -> tuple[TrainState, Path | None]:
-    """Load the newest checkpoint that verifies, or start at step 0. A collective.
+def _build_model(
+    config: Config, inputs: setup.ModelInputs, fresh: bool
+) -> tuple[RatingRegressor, dict[str, Any] | None]:
+    """Build the model; of a fresh start, with the weights that ``model.init_from`` gives it, and what they were."""
+    own, source = config.model, None
+    if fresh and own.init_from:
+        source = on_main(lambda: find_source(own.init_from))
+    if source is not None and set(own.init_parts) >= set(PARTS) - {"head"}:
+        own = dataclasses.replace(
+            own, weights="random"
+        )  # all of them are replaced below: nothing to download
+    start = inputs.prompt.layout.image_start
+    model = build_regressor(own, inputs.architecture, config.data.image_px, start, config.train.seed)
+    return model, warm_start(model, source, own.init_parts) if source is not None else None
 
-    Args:
-        resume: see ``Checkpointer.find``.
 
-    Returns:
-        The state, and the checkpoint that it comes from.
-    """
-    path = job.checkpointer.find(resume)
+def restore(job: Job, path: Path | None) -> TrainState:
+    """Load a checkpoint that ``Checkpointer.find`` found, or start at step 0. A collective."""
     if path is None:
         log.info("starting at step 0")
-        return TrainState(), None
+        return TrainState()
     content = job.checkpointer.read_state(path)
     identity = job.identity(content["train_state"]["step"])
     state = job.checkpointer.restore(job.engine.ds, path, content, identity)
@@ -121,4 +156,4 @@ def restore(job: Job, resume: str) -> tuple[TrainState, Path | None]:
             job.total_steps, content["total_steps"],
         )  # fmt: skip
     log.info("resuming from step %d of %d (%s)", state.step, job.total_steps, path)
-    return state, path
+    return state

@@ -32,7 +32,7 @@ from rating_train.training.checks import (
     warn_of_missing_cores,
 )
 from rating_train.training.evaluation import evaluate
-from rating_train.training.job import Job, assemble_job, restore
+from rating_train.training.job import Job, assemble_job, open_checkpoints, restore
 from rating_train.training.provenance import record_start
 from rating_train.training.recording import Recorder
 from rating_train.training.saver import Saver
@@ -61,8 +61,10 @@ def train(config: Config, resume: str) -> str:
     logs.set_up(world.rank, run_dir.rank_log(run, world.rank))
     warn_of_missing_cores(config, world)
     with supervise(run, config.train, world, scheduled_job(), started) as supervisor:
-        job = assemble_job(config, run, world, device, custom_loss)
-        state, path = restore(job, resume)
+        checkpointer = open_checkpoints(config, run, world)
+        path = checkpointer.find(resume)
+        job = assemble_job(config, run, world, device, checkpointer, path, custom_loss)
+        state = restore(job, path)
         on_main(lambda: record(job, state, path))
         with Recorder(job, state) as recorder:
             outcome = loop(job, state, recorder, supervisor)
@@ -80,6 +82,7 @@ def record(job: Job, state: TrainState, resumed_from: Path | None) -> None:
         state.step,
         resumed_from,
         job.custom_loss.facts() if job.custom_loss else None,
+        job.warm_start,
         ranks=job.world.size,
         nodes=job.world.nodes,
         device=str(job.engine.device),

@@ -28,6 +28,7 @@ _PLACES = ("name", "runs_dir")
 #: What a change means that a reader may not expect.
 _NOTES = {
     "train.seed": "dropout masks follow it, and differ from now on; weights are those of the checkpoint",
+    "model.init_from": "not loaded: weights are those of the checkpoint",
     "train.epochs": "the learning rate follows the new total",
     "train.max_steps": "the learning rate follows the new total",
 }
@@ -60,6 +61,7 @@ def record_start(
     step: int,
     resumed_from: Path | None,
     custom_loss: dict[str, str] | None = None,
+    warm_start: dict[str, Any] | None = None,
     **more: Any,
 ) -> Changes:
     """Write config.yaml and provenance.json of a run that starts, or resumes, and warn of changed settings.
@@ -73,6 +75,7 @@ def record_start(
         step: the step from which they count.
         resumed_from: the checkpoint; its own run's settings are what the new ones are compared with.
         custom_loss: kind, file and sha256 of a loss of the user's own.
+        warm_start: which weights the run starts from, where they are another run's.
         more: further facts for provenance.json.
 
     Returns:
@@ -91,6 +94,7 @@ def record_start(
     facts = provenance(resumed_from=str(resumed_from) if resumed_from else None, loss=custom_loss, **more)
     entry: dict[str, Any] = {"started": facts["started"], "command": facts["command"], "step": step}
     entry |= {"loss": custom_loss} if custom_loss else {}
+    entry |= {"warm_start": warm_start} if warm_start else {}
     entry |= {"changed": changes} if history else {"config": to_dict(config)}
     atomic_write_text(run / run_dir.CONFIG_FILE, dump_config(config))
     atomic_write_json(run / run_dir.PROVENANCE_FILE, {**facts, "history": [*history, entry]})

@@ -26,7 +26,7 @@ LAYERS: dict[int, str] = {
     1: "config distributed files extensions",
     2: "shards scoring checkpoint resilience",
     3: "prepare data model demo",
-    4: "engine",
+    4: "engine weights",
     5: "training",
     6: "reports cluster prediction export",
     7: "commands",

@@ -52,6 +52,20 @@ CREATE TABLE placed AS SELECT pos, root, split FROM chosen JOIN member_sides USI
 CREATE TABLE picked AS SELECT pos, id, category, rating, rating_count, image, root, split
     FROM rows JOIN placed USING (pos) ORDER BY pos;"""
 
+# Every stratum (category, half star) is spread evenly over (0, 1), in the order of a hash of the id, and the training
+# listings are taken from below: a smaller sample is part of a larger one, and no stratum is off by more than one.
+SAMPLE = """CREATE TABLE trained AS SELECT pos, c, id_hash FROM items
+    SEMI JOIN (SELECT pos FROM picked WHERE split = 'train') USING (pos);
+CREATE TABLE strata AS SELECT pos, c, floor(2 * rating)::INTEGER AS stars, id_hash FROM trained JOIN picked USING (pos);
+CREATE TABLE spread AS SELECT pos, id_hash, (place - 0.5::DOUBLE) / n AS height FROM (
+    SELECT *, row_number() OVER (PARTITION BY c, stars ORDER BY id_hash) AS place FROM strata
+    ) JOIN (SELECT c, stars, count(*) AS n FROM strata GROUP BY ALL) USING (c, stars);
+CREATE TABLE sampled AS SELECT pos FROM (
+    SELECT pos, row_number() OVER (ORDER BY height, id_hash) AS place FROM spread) WHERE place <= {sample};
+CREATE TABLE left_out AS SELECT pos FROM trained ANTI JOIN sampled USING (pos);
+CREATE OR REPLACE TABLE picked AS SELECT * FROM picked ANTI JOIN left_out USING (pos) ORDER BY pos;
+CREATE OR REPLACE TABLE groups AS SELECT root, count(*)::BIGINT AS items FROM picked GROUP BY root;"""
+
 SELECTION = """COPY (SELECT id, category, rating, rating_count, image,
     lpad(lower(to_hex(root)), 16, '0') AS "group", split FROM picked ORDER BY pos)
     TO {file} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 20480)"""

@@ -191,6 +191,8 @@ def _select(db: Any, rules: PlanRules, work: Path, read: int, on_progress: OnPro
     else:
         _split_by_size(db, rules.val_items, rules.test_items)
     db.execute(plan_sql.PICKED)
+    if rules.sample:
+        db.execute(plan_sql.SAMPLE.format(sample=rules.sample))
     splits = dict(db.execute("SELECT split, count(*) FROM picked GROUP BY split").fetchall())
     dropped = Counter(
         dict(

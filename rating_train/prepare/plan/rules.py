@@ -45,6 +45,12 @@ class PlanRules:
     val_fraction: float = setting(0.05, "share of the product groups for validation", low=0, high=1)
     test_fraction: float = setting(0.0, "share of the product groups for the test split", low=0, high=1)
     split_seed: str = setting("rating_train", "any text; another text gives another split")
+    sample: int = setting(
+        0,
+        "training listings to keep, evenly over categories and half stars (0: all). A smaller sample is part of a "
+        "larger one of the same sources and rules; validation and test stay as they are",
+        low=0,
+    )
     max_text_chars: int = setting(4000, "cut every text field to this many characters", low=1)
     part_items: int = setting(4096, "listings per part", low=1)
     memory_mb: int = setting(
@@ -61,5 +67,9 @@ class PlanRules:
         return [*invalid.values(), *broken_rules(self, _RULES, invalid)]
 
     def recorded(self) -> dict[str, Any]:
-        """Return what decides the result: all fields but ``memory_mb``, and none that a subclass adds."""
-        return {f.name: getattr(self, f.name) for f in fields(PlanRules) if f.name != "memory_mb"}
+        """Return what decides the result: all fields but ``memory_mb``, and none that a subclass adds.
+
+        ``sample`` is there where it does something: plans from before there was one keep their fingerprint.
+        """
+        left_out = {"memory_mb"} if self.sample else {"memory_mb", "sample"}
+        return {f.name: getattr(self, f.name) for f in fields(PlanRules) if f.name not in left_out}

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from rating_train.checkpoint import store
+from rating_train.checkpoint.resume import choose_checkpoint
 from rating_train.errors import UserError
-from rating_train.training.evaluate_run import choose_checkpoint, render
+from rating_train.training.evaluate_run import render
 
 
 def save(root: Path, step: int) -> Path:

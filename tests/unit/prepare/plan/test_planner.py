@@ -308,3 +308,37 @@ def test_impossible_rules_are_named_together(tmp_path: Path) -> None:
         assert word in str(error.value)
     with pytest.raises(UserError, match="source file not found"):
         make_plan([str(tmp_path / "s.jsonl")], tmp_path / "plan", WINDOWED)
+
+
+def stratum(row: tuple[Any, ...]) -> tuple[str, int]:
+    """(category, half star) of a row of the selection."""
+    return row[1], int(2 * row[2])
+
+
+@pytest.mark.parametrize("rules", [PlanRules(val_fraction=0.2), WINDOWED])
+def test_a_sample_is_nested_stratified_and_leaves_validation_alone(tmp_path: Path, rules: PlanRules) -> None:
+    sources = write(tmp_path, seed=5, files=4, rows=150)
+    make_plan(sources, tmp_path / "all", rules)
+    everything = table(tmp_path / "all")
+    train = [row for row in everything if row[-1] == "train"]
+    others = [row for row in everything if row[-1] != "train"]
+    sizes = Counter(stratum(row) for row in train)
+    assert len(train) > 20 and len(sizes) > 6 and others
+    within: set[tuple[Any, ...]] = set()
+    for sample in (1, 7, len(train) // 2, len(train) - 1, len(train), len(train) + 9):
+        plan = make_plan(sources, tmp_path / f"{sample}", replace(rules, sample=sample))
+        rows = table(tmp_path / f"{sample}")
+        assert [row for row in rows if row[-1] != "train"] == others
+        kept = [row for row in rows if row[-1] == "train"]
+        share = len(kept) / len(train)
+        assert len(kept) == min(sample, len(train)) and within <= set(kept) <= set(train)
+        assert kept == sorted(kept, key=train.index), "in the order of the sources"
+        counts = Counter(stratum(row) for row in kept)
+        assert all(abs(counts[name] - size * share) <= 1 for name, size in sizes.items())
+        assert plan["kept"] == len(rows) and plan["kept"] + sum(plan["dropped"].values()) == plan["read"]
+        assert plan["groups"]["count"] == len({row[-2] for row in rows})
+        within = set(kept)
+    make_plan(sources, tmp_path / "again", replace(rules, sample=7, memory_mb=300), workers=2)
+    assert contents(tmp_path / "again").keys() == contents(tmp_path / "7").keys()
+    differing = {n for n, b in contents(tmp_path / "7").items() if contents(tmp_path / "again")[n] != b}
+    assert differing <= {"plan.json"}
