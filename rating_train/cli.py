@@ -1,7 +1,7 @@
 """The command line: one verb, one module. A verb's module is imported only when it is called, so `--help` is fast.
 
 Exit codes: 0 done, or stopped with a checkpoint; 1 a bug (traceback); 2 a problem that the user can fix (one line);
-75 no progress (stacks in the run directory).
+3 an evaluation that does not meet `--require`; 75 no progress (stacks in the run directory).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import traceback
 from typing import Any
 
 from rating_train import __version__, log
-from rating_train.errors import EXIT_BUG, EXIT_DONE, EXIT_USER_ERROR, UserError
+from rating_train.errors import EXIT_BUG, EXIT_DONE, EXIT_REQUIREMENT, EXIT_USER_ERROR, UserError
 from rating_train.processes import die_with_parent
 
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE  # as the shell has it
@@ -40,7 +40,7 @@ VERBS = {
     "prepare": "turn a catalogue and its images into shards",
     "verify": "check every byte of a dataset",
     "train": "train a regressor (under torchrun, Slurm, or alone)",
-    "evaluate": "score a checkpoint: PLCC, SRCC, RMSE, MAE, CES",
+    "evaluate": "score a checkpoint or an export: metrics with intervals, baselines, CES",
     "compare": "which run is better on the same items, by how much",
     "predict": "score a catalogue into a CSV or Parquet file",
     "export": "write a checkpoint as a folder that transformers loads",
@@ -122,7 +122,7 @@ def leave(code: int) -> int:
 
     from rating_train.distributed.world import disconnect
 
-    if code == EXIT_DONE:  # after a failure other ranks may be gone: do not wait for them
+    if code in (EXIT_DONE, EXIT_REQUIREMENT):  # after a failure other ranks may be gone: do not wait for them
         disconnect()
     # DataLoader workers ignore SIGTERM (see data/loader.py), so multiprocessing's own exit would wait for them.
     for child in multiprocessing.active_children():

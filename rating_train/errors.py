@@ -1,7 +1,8 @@
 """Errors that name what is wrong, where, what was expected and what to change.
 
 Exit codes of every command: 0 done (or stopped with a checkpoint), 1 a bug (traceback),
-2 a :class:`UserError` (one line), 75 no progress (stacks in the run directory; restart it).
+2 a :class:`UserError` (one line), 3 an evaluation that does not meet `--require`,
+75 no progress (stacks in the run directory; restart it).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 EXIT_DONE = 0
 EXIT_BUG = 1
 EXIT_USER_ERROR = 2
+EXIT_REQUIREMENT = 3
 EXIT_HUNG = 75  # EX_TEMPFAIL of sysexits.h
 
 

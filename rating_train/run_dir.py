@@ -8,6 +8,7 @@
       train.jsonl            one line per logged step        (append-only)
       eval.jsonl             one line per evaluation         (append-only)
       predictions/           predictions of every evaluation (JSON lines)
+      evaluations/           what `rating-train evaluate` found: intervals, slices, calibration, baselines
       checkpoints/           step_00000500/ ..., best.json, latest.json
       logs/rank_00000.log    one log per rank; stacks_00000.txt if it got stuck
       tensorboard/           the same metrics as event files
@@ -29,6 +30,7 @@ PROVENANCE_FILE = "provenance.json"
 TRAIN_LOG = "train.jsonl"
 EVAL_LOG = "eval.jsonl"
 PREDICTIONS_DIR = "predictions"
+EVALUATIONS_DIR = "evaluations"
 CHECKPOINTS_DIR = "checkpoints"
 LOGS_DIR = "logs"
 TENSORBOARD_DIR = "tensorboard"
@@ -59,6 +61,11 @@ def samples_file(run: Path, rank: int) -> Path:
 def predictions_file(run: Path, split: str, step: int) -> Path:
     """Return the file for the predictions of an evaluation of ``split`` at ``step``."""
     return run / PREDICTIONS_DIR / f"{split}_step_{step:08d}.jsonl"
+
+
+def evaluation_file(run: Path, split: str, step: int) -> Path:
+    """Return the file for what `rating-train evaluate` found on ``split`` at ``step``."""
+    return run / EVALUATIONS_DIR / f"{split}_step_{step:08d}.json"
 
 
 def make(run: Path) -> None:

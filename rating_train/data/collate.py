@@ -18,8 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from rating_train.data.prompt import PromptEncoder
+from rating_train.shards.schema import TEXT_FIELDS
+from rating_train.shards.titles import product_group
 
 _TENSORS = ("images", "input_ids", "used_tokens", "ratings", "rating_counts", "id_hashes")
+_LISTS = ("ids", "categories", "groups", "text_chars")
 
 
 @dataclass
@@ -40,6 +43,9 @@ class Batch:
     #: (B,) int64, CRC-32 of each id; dropout masks derive from it. Computed here, in the DataLoader worker,
     #: so that it is pinned and copied with the other tensors.
     id_hashes: Tensor = None  # type: ignore[assignment]
+    #: What an evaluation is sliced by: each item's product group, and its characters in all fields together.
+    groups: list[str] = dataclasses.field(default_factory=list)
+    text_chars: list[int] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.id_hashes is None:
@@ -62,7 +68,7 @@ class Batch:
         return [self._take(slice(i, i + items)) for i in range(0, len(self), items)]
 
     def _take(self, part: slice) -> Batch:
-        taken = {name: getattr(self, name)[part] for name in ("ids", "categories", *_TENSORS)}
+        taken = {name: getattr(self, name)[part] for name in (*_LISTS, *_TENSORS)}
         return Batch(**taken, truncated_tokens=0)
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> Batch:
@@ -89,6 +95,8 @@ class Collator:
             ratings=torch.tensor([float(s["rating"]) for s in samples], dtype=torch.float32),
             rating_counts=torch.tensor([float(s["rating_count"]) for s in samples], dtype=torch.float32),
             truncated_tokens=sum(p.cut for p in prompts),
+            groups=[product_group(s) for s in samples],
+            text_chars=[sum(len(s[name]) for name in TEXT_FIELDS) for s in samples],
         )
 
 

@@ -17,6 +17,7 @@ from rating_train import run_dir
 from rating_train.errors import UserError, one_error
 from rating_train.log import text_table
 from rating_train.scoring import bootstrap
+from rating_train.scoring.analysis import item_groups
 from rating_train.scoring.bootstrap import Difference
 from rating_train.scoring.metrics import LARGER_IS_BETTER
 from rating_train.scoring.predictions import Prediction, deduplicate, read_predictions
@@ -94,7 +95,8 @@ def compare_runs(
     _check_ratings(runs, common)
     true = np.array([runs[0].rows[i].rating for i in common], np.float64)
     predicted = [np.array([run.rows[i].score for i in common], np.float64) for run in runs]
-    differences = [bootstrap.compare(predicted[0], p, true, None, resamples, seed) for p in predicted[1:]]
+    groups = item_groups([runs[0].rows[i] for i in common])
+    differences = [bootstrap.compare(predicted[0], p, true, groups, resamples, seed) for p in predicted[1:]]
     return Comparison(
         split=split,
         runs=runs,

@@ -26,6 +26,7 @@ REFERENCE_FLOPS = 20e9
 MAX_EFFICIENCY = 1.10
 
 PAPER_CONVENTION = "mac_linear"
+STRICT_CONVENTION = "flop_attention"
 
 #: Convention -> what it counts. One multiply-accumulate (MAC) is two floating-point operations.
 CONVENTIONS: Mapping[str, str] = MappingProxyType(

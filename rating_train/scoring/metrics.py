@@ -1,4 +1,4 @@
-"""Agreement of predictions with targets: PLCC, SRCC, RMSE and MAE, all computed in float64.
+"""Agreement of predictions with targets: correlations and errors, all computed in float64.
 
 An undefined metric is ``None`` with a reason: a constant prediction has no correlation, and reporting it as
 0.0 (or NaN) would make a collapsed model look like a merely bad one.
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from rating_train.errors import UserError
 
-METRICS = ("plcc", "srcc", "rmse", "mae")
+METRICS = ("plcc", "srcc", "kendall", "rmse", "mae", "r2")
 
 #: Of every metric that a run selects by or a comparison reports.
 LARGER_IS_BETTER = {"plcc": True, "srcc": True, "kendall": True, "rmse": False, "mae": False, "r2": True}
@@ -33,8 +33,11 @@ class Scores:
         n: number of (prediction, target) pairs.
         plcc: Pearson's linear correlation coefficient, in [-1, 1].
         srcc: Spearman's rank correlation coefficient (ties get their average rank), in [-1, 1].
+        kendall: Kendall's tau-b (corrected for ties), in [-1, 1].
         rmse: root mean squared error, in the unit of the targets (stars).
         mae: mean absolute error, in the unit of the targets (stars).
+        r2: 1 - squared error / squared deviation of the targets from their mean; at most 1, negative for predictions
+            that are worse than that mean.
         undefined: for every metric that is ``None``, the reason.
     """
 
@@ -44,6 +47,8 @@ class Scores:
     rmse: float | None
     mae: float | None
     undefined: dict[str, str] = field(default_factory=dict)
+    kendall: float | None = None
+    r2: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; ``undefined`` is left out if every metric is defined."""
@@ -68,7 +73,7 @@ def score(predictions: Iterable[float], targets: Iterable[float]) -> Scores:
         UserError: unequal lengths, more than one dimension, values that are not numbers, or a value that is
             NaN or infinite (the first index is named).
 
-    Sources: ``scipy.stats.pearsonr`` and ``scipy.stats.spearmanr``.
+    Sources: ``scipy.stats.pearsonr``, ``scipy.stats.spearmanr`` and ``scipy.stats.kendalltau`` (variant b).
     """
     predicted = _vector(predictions, "predictions")
     true = _vector(targets, "targets")
@@ -157,30 +162,43 @@ def _score_vectors(predicted: Float64Array, true: Float64Array) -> Scores:
         undefined = dict.fromkeys(METRICS, "no items")
         return Scores(0, None, None, None, None, undefined)
     reason = _why_no_correlation(predicted, true)
-    if reason:
-        undefined["plcc"] = undefined["srcc"] = reason
-        plcc = srcc = None
-    else:
-        plcc = _defined(lambda: stats.pearsonr(predicted, true).statistic, "plcc", undefined)
-        srcc = _defined(lambda: stats.spearmanr(predicted, true).statistic, "srcc", undefined)
-    with np.errstate(over="ignore"):
+    values: dict[str, float | None] = {}
+    for name, correlate in (
+        ("plcc", stats.pearsonr),
+        ("srcc", stats.spearmanr),
+        ("kendall", stats.kendalltau),
+    ):
+        if reason:
+            undefined[name] = reason
+        else:
+            values[name] = _defined(lambda f=correlate: f(predicted, true).statistic, name, undefined)
+    with np.errstate(all="ignore"):
         error = predicted - true
-        rmse = _defined(lambda: np.sqrt(np.mean(error * error)), "rmse", undefined)
-        mae = _defined(lambda: np.mean(np.abs(error)), "mae", undefined)
-    return Scores(n, plcc, srcc, rmse, mae, undefined)
+        spread = true - true.mean()
+        values["rmse"] = _defined(lambda: np.sqrt(np.mean(error * error)), "rmse", undefined)
+        values["mae"] = _defined(lambda: np.mean(np.abs(error)), "mae", undefined)
+        if why := _why_constant("targets", true):
+            undefined["r2"] = why
+        else:
+            values["r2"] = _defined(lambda: 1 - (error @ error) / (spread @ spread), "r2", undefined)
+    return Scores(n=n, undefined=undefined, **{name: values.get(name) for name in METRICS})
 
 
 def _why_no_correlation(predicted: Float64Array, true: Float64Array) -> str:
     """Return why there is no correlation, or "" if there is one."""
-    if true.size < 2:
-        return f"needs at least 2 items, has {true.size}"
-    for name, values in (("predictions", predicted), ("targets", true)):
-        if np.all(values == values[0]):
-            return f"all {name} are {values[0]:g}"
-        # SciPy's own limit: below it the centred values are rounding noise, not a signal.
-        spread = np.linalg.norm(values - values.mean())
-        if spread < 1e-13 * abs(values.mean()):
-            return f"all {name} are {values[0]:g} up to float64 rounding"
+    return next(filter(None, (_why_constant("predictions", predicted), _why_constant("targets", true))), "")
+
+
+def _why_constant(name: str, values: Float64Array) -> str:
+    """Return why the values have no spread, or "" if they have one."""
+    if values.size < 2:
+        return f"needs at least 2 items, has {values.size}"
+    if np.all(values == values[0]):
+        return f"all {name} are {values[0]:g}"
+    # SciPy's own limit: below it the centred values are rounding noise, not a signal.
+    spread = np.linalg.norm(values - values.mean())
+    if spread < 1e-13 * abs(values.mean()):
+        return f"all {name} are {values[0]:g} up to float64 rounding"
     return ""
 
 

@@ -40,12 +40,20 @@ class Prediction:
         score: the predicted rating in stars.
         rating: the true rating in stars, or ``None`` if unknown.
         category: the item's main category, or ``None`` if unknown.
+        rating_count: the number of ratings behind ``rating``, or ``None`` if unknown.
+        text_chars: characters of all text fields together, before any cut.
+        group: name of the product group, whose items are resampled together.
+        tokens: T of the item before padding: visual tokens, template and text.
     """
 
     id: str
     score: float
     rating: float | None = None
     category: str | None = None
+    rating_count: int | None = None
+    text_chars: int | None = None
+    group: str | None = None
+    tokens: int | None = None
 
 
 def deduplicate(rows: Iterable[Prediction]) -> list[Prediction]:
@@ -196,7 +204,12 @@ def _by_suffix(path: Path, choices: Mapping[str, Callable[..., Any]]) -> Callabl
 
 
 def _to_jsonl(rows: Iterable[Prediction]) -> str:
-    return "".join(json.dumps(asdict(r), allow_nan=False, ensure_ascii=False) + "\n" for r in rows)
+    return "".join(json.dumps(_known(r), allow_nan=False, ensure_ascii=False) + "\n" for r in rows)
+
+
+def _known(row: Prediction) -> dict[str, Any]:
+    """Return the columns of every file, and those others that are known."""
+    return {name: value for name, value in asdict(row).items() if name in COLUMNS or value is not None}
 
 
 def _to_csv(rows: Iterable[Prediction]) -> str:
@@ -237,7 +250,22 @@ def _checked(raw: Any, where: str) -> Prediction:
     category = raw.get("category")
     if category is not None and not isinstance(category, str):
         raise UserError(f"category is {category!r}", where=where, expected="a string or nothing")
-    return Prediction(identity, score, _number(raw.get("rating"), "rating", where), category or None)
+    group = raw.get("group")
+    return Prediction(
+        identity,
+        score,
+        _number(raw.get("rating"), "rating", where),
+        category or None,
+        rating_count=_count(raw.get("rating_count"), "rating_count", where),
+        text_chars=_count(raw.get("text_chars"), "text_chars", where),
+        group=group if isinstance(group, str) and group else None,
+        tokens=_count(raw.get("tokens"), "tokens", where),
+    )
+
+
+def _count(value: Any, name: str, where: str) -> int | None:
+    number = _number(value, name, where)
+    return None if number is None else int(number)
 
 
 def _number(value: Any, name: str, where: str) -> float | None:

@@ -10,6 +10,7 @@ is little-endian.
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import struct
@@ -134,11 +135,40 @@ def read_shard(
                 raise BadShard(f"sample {place} cannot be decoded: {e}") from e
 
 
+def read_columns(path: Path, shard: Mapping[str, Any], names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield some columns of all samples of a shard, in order; the bytes of the others are not read.
+
+    Raises:
+        OSError: the file cannot be read.
+        BadShard: its table of offsets, or a sample, does not match the file or the columns.
+    """
+    with open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        count = shard["samples"]
+        if size < 4 * (count + 2):
+            raise BadShard("it ends within its table of offsets")
+        # Not closed by hand: an error's traceback may still hold a part of it.
+        content = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
+    if struct.unpack_from("<I", content)[0] != count:
+        raise BadShard(f"its header does not count {count} samples")
+    offsets = struct.unpack_from(f"<{count + 1}I", content, 4)
+    for place in range(count):
+        begin, end = offsets[place], offsets[place + 1]
+        if not 4 * (count + 2) <= begin <= end <= size:
+            raise BadShard(f"sample {place} has impossible offsets {begin} and {end}")
+        try:
+            yield decode(content[begin:end], shard, names)
+        except (ValueError, struct.error, KeyError) as e:
+            raise BadShard(f"sample {place} cannot be decoded: {e}") from e
+
+
 _NUMBERS = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i", "int": "<q"}
 
 
-def decode(data: bytes, shard: Mapping[str, Any]) -> dict[str, Any]:
-    """Decode one sample by the columns of its shard's entry in the index."""
+def decode(
+    data: bytes | memoryview, shard: Mapping[str, Any], names: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Decode one sample, or the columns ``names`` of it, by its shard's entry in the index."""
     sizes: list[int] = []
     at = 0
     for size in shard["column_sizes"]:
@@ -152,10 +182,12 @@ def decode(data: bytes, shard: Mapping[str, Any]) -> dict[str, Any]:
     for name, encoding, size in zip(shard["column_names"], shard["column_encodings"], sizes):
         value = data[at : at + size]
         at += size
+        if names is not None and name not in names:
+            continue
         if encoding == "str":
-            sample[name] = value.decode("utf-8")
+            sample[name] = str(value, "utf-8")
         elif encoding == "bytes":
-            sample[name] = value
+            sample[name] = bytes(value)
         else:
             (sample[name],) = struct.unpack(_NUMBERS[encoding], value)
     return sample

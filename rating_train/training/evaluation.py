@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,12 @@ from rating_train.scoring.predictions import Prediction, check_coverage, dedupli
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a split, and the file that holds its predictions."""
+    """Scores of a split, the file that holds its predictions, and tokens before padding -> number of items."""
 
     scores: Scores
     predictions_path: Path | None
     truncated_tokens: int
+    lengths: dict[int, int]
 
 
 def evaluate(
@@ -37,7 +39,7 @@ def evaluate(
     """Score every item of ``data`` exactly once. A collective.
 
     Rank 0 removes the repeated items that fill the last batches, checks that no item is missing, computes
-    PLCC, SRCC, RMSE and MAE in float64 over all items (never a mean of parts), and writes the predictions.
+    every metric in float64 over all items (never a mean of parts), and writes the predictions.
 
     Args:
         predict: (batch of B) -> (B,) float32 scores on the CPU; under ZeRO-3 itself a collective.
@@ -55,13 +57,7 @@ def evaluate(
     with contextlib.closing(data.batches()) as batches, _shown(data, world) as show:
         for batch in batches:
             before_batch()
-            scores = predict(batch).tolist()
-            rows += [
-                Prediction(id=i, score=s, rating=r, category=c)
-                for i, s, r, c in zip(
-                    batch.ids, scores, batch.ratings.tolist(), batch.categories, strict=True
-                )
-            ]
+            rows += _rows(batch, predict(batch).tolist())
             truncated += batch.truncated_tokens
             show(len(batch) * world.size)
     gathered = gather((rows, truncated))
@@ -76,9 +72,35 @@ def evaluate(
             scores=score([r.score for r in unique], [r.rating for r in unique if r.rating is not None]),
             predictions_path=write_to,
             truncated_tokens=sum(count for _, count in gathered),
+            lengths=dict(Counter(r.tokens for r in unique if r.tokens is not None)),
         )
 
     return on_main(finish)
+
+
+def _rows(batch: Batch, scores: list[float]) -> list[Prediction]:
+    """Return one row for each item, with what the evaluation is sliced by."""
+    return [
+        Prediction(
+            id=batch.ids[i],
+            score=score,
+            rating=rating,
+            category=batch.categories[i],
+            rating_count=int(count),
+            text_chars=batch.text_chars[i],
+            group=batch.groups[i],
+            tokens=tokens,
+        )
+        for i, (score, rating, count, tokens) in enumerate(
+            zip(
+                scores,
+                batch.ratings.tolist(),
+                batch.rating_counts.tolist(),
+                batch.used_tokens.tolist(),
+                strict=True,
+            )
+        )
+    ]
 
 
 @contextlib.contextmanager

@@ -94,6 +94,7 @@ class Recorder:
             split=job.config.data.eval_split,
             source="train",
             seconds=seconds,
+            lengths=result.lengths,
         )
         self._tracker.evaluation(row)
         metric = job.config.train.select_metric

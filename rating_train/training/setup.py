@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +16,10 @@ from rating_train.data.prompt import PromptEncoder, load_tokenizer
 from rating_train.distributed import world as worlds
 from rating_train.distributed.collectives import on_main
 from rating_train.errors import UserError
+from rating_train.model.accounting import item_cost
 from rating_train.model.architecture import Architecture
-from rating_train.model.cost import count_forward, count_parameters, visual_tokens
+from rating_train.model.cost import visual_tokens
 from rating_train.model.load import read_architecture
-from rating_train.scoring.ces import ces_table
 from rating_train.scoring.metrics import Scores
 
 log = logging.getLogger(__name__)
@@ -56,26 +58,31 @@ def model_inputs_of(config: Config, architecture: Architecture) -> ModelInputs:
     return ModelInputs(config, architecture, prompt)
 
 
-def ces_by_convention(model_inputs: ModelInputs, plcc: float | None) -> dict[str, float | None]:
-    """Return the CES of a PLCC in each counting convention of :mod:`rating_train.scoring.ces`."""
-    forward = count_forward(
-        model_inputs.architecture, model_inputs.config.data.image_px, model_inputs.prompt.layout.length
-    )
-    parameters = count_parameters(model_inputs.architecture)["total"]
-    return {row.convention: row.ces for row in ces_table(plcc, parameters, forward.totals())}
-
-
 def evaluation_row(
-    model_inputs: ModelInputs, scores: Scores, *, step: int, split: str, source: str, seconds: float
+    model_inputs: ModelInputs,
+    scores: Scores,
+    *,
+    step: int,
+    split: str,
+    source: str,
+    seconds: float,
+    lengths: Mapping[int, int] | None = None,
 ) -> dict[str, Any]:
-    """Return one row of eval.jsonl: the scores, the reasons of undefined ones, and CES named by convention."""
-    ces = ces_by_convention(model_inputs, scores.plcc)
+    """Return one row of eval.jsonl: the scores, the reasons of undefined ones, and CES named by convention.
+
+    Args:
+        lengths: tokens of an item before padding -> number of items; for CES at the true length.
+    """
+    length = model_inputs.prompt.layout.length
+    cost = item_cost(
+        model_inputs.architecture, model_inputs.config.data.image_px, length, Counter(lengths).elements()
+    )
     return {
         "step": step,
         "split": split,
         "source": source,
         **scores.as_dict(),
-        **{f"ces_{name}": value for name, value in ces.items()},
+        **cost.as_row(scores.plcc),
         "seconds": round(seconds, 3),
         "items_per_second": round(scores.n / seconds, 2) if seconds > 0 else None,
     }

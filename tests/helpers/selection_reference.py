@@ -11,10 +11,10 @@ from rating_train.prepare.plan.selection import (
     check_listing,
     hash64,
     split_of,
-    title_key,
 )
 from rating_train.prepare.records.sources import Record
 from rating_train.shards.schema import Dropped, Listing
+from rating_train.shards.titles import title_key
 
 
 def apply_rules(records: Iterable[Record], rules: PlanRules) -> Iterator[Record]:

@@ -44,7 +44,7 @@ MODULES = (
     "numpy",
     "rating_train.cli",
     "rating_train.training.loop",
-    "rating_train.training.evaluate_run",
+    "rating_train.evaluation.run",
     "torch.utils.tensorboard",
     "torch.utils.serialization.config",
     "transformers.models.llama.modeling_llama",

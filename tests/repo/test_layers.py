@@ -28,7 +28,7 @@ LAYERS: dict[int, str] = {
     3: "prepare data model demo",
     4: "engine weights",
     5: "training",
-    6: "reports cluster prediction export",
+    6: "reports cluster prediction evaluation export",
     7: "commands",
     8: "cli __main__",
 }
@@ -37,6 +37,7 @@ LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split(
 #: Imports within one layer that are meant: (importer, imported).
 SAME_LAYER = {
     ("config", "extensions"),  # a setting may name what an extension adds
+    ("evaluation", "prediction"),  # an export is read as `predict` reads it
     ("export", "prediction"),  # an export is compared with what the checkpoint predicts
     ("demo", "model"),  # the tiny model is a model
     ("__main__", "cli"),
@@ -58,6 +59,7 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("export.onnx_graph",),
     "onnxscript": ("export.onnx_graph",),
     "aiohttp": ("prepare.images.http_client",),
+    "sklearn": ("evaluation.baselines",),
     "yarl": ("prepare.images.http_client",),
     "duckdb": ("prepare.plan.planner", "prepare.records.parquet", "prediction.output"),
 }
@@ -69,6 +71,7 @@ TORCH_FREE = (
     "scoring. shards. cluster.site cluster.submission checkpoint.store data.remote data.shard_cache "
     "data.shared_memory_need model.architecture model.cost "
     "training.provenance export.options prediction.options prediction.output prediction.rows prediction.work_dir "
+    "evaluation.baselines evaluation.gate evaluation.stored evaluation.text model.accounting "
 ).split()
 
 READS_ENVIRONMENT = {

@@ -25,6 +25,7 @@ from rating_train.prepare.plan.plan_dir import changed
 from rating_train.prepare.plan.rules import PlanRules
 from rating_train.prepare.records.sources import read_source
 from rating_train.shards.schema import Dropped, Listing
+from rating_train.shards.titles import title_key
 
 NULL_MARK = "\x01"
 LINE_BITS = 40
@@ -122,7 +123,7 @@ def _scan_source(
 
 
 def _compact(pos: int, listing: Listing) -> str:
-    key = selection.title_key(listing.title)
+    key = title_key(listing.title)
     title = selection.hash64("title", listing.main_category.casefold(), key) if key else NULL_MARK
     return (
         f"{pos}\t{_plain(listing.main_category)}\t{NULL_MARK}\t{listing.id}\t{listing.rating!r}\t"

@@ -8,8 +8,6 @@ Reasons given here: ``few_ratings``, ``no_image``, ``empty_text``.
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from dataclasses import replace
 from hashlib import blake2b
 
@@ -19,12 +17,6 @@ from rating_train.shards.schema import TEXT_FIELDS, Listing
 # Dropped because the user asked for it, not because the record is broken: not counted against the limit on dropped
 # records (most of a real catalogue has fewer than ten ratings).
 CHOSEN_REASONS = frozenset({"few_ratings", "no_image", "not_selected"})
-
-# A shorter normalised title ("t shirt") is too generic to call two listings the same product.
-MIN_TITLE_KEY_CHARS = 12
-
-_BRACKETED = re.compile(r"\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\}")
-_NOT_WORD = re.compile(r"[\W_]+")
 
 
 def check_listing(listing: Listing, rules: PlanRules) -> tuple[str, str] | None:
@@ -50,21 +42,6 @@ def hash64(*parts: str) -> int:
     # The lengths keep ("ab", "c") and ("a", "bc") apart.
     framed = b"".join(len(b).to_bytes(8, "big") + b for b in (p.encode("utf-8") for p in parts))
     return int.from_bytes(blake2b(framed, digest_size=8).digest(), "big")
-
-
-def title_key(title: str) -> str:
-    """Return a title without what distinguishes variants of one product; ``""`` if too little is left.
-
-    Case, punctuation, compatibility forms and bracketed parts are removed: "Redmi 10 (Blue, 64 GB)" and
-    "REDMI 10 (Black)" would share a key if it were long enough. If little is left outside the brackets, the text
-    inside them counts as well.
-    """
-    text = unicodedata.normalize("NFKC", title).casefold()
-    for candidate in (_BRACKETED.sub(" ", text), text):
-        key = _NOT_WORD.sub(" ", candidate).strip()
-        if len(key) >= MIN_TITLE_KEY_CHARS:
-            return key
-    return ""
 
 
 def split_hash(root: int, seed: str) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rating_train.prepare.plan.rules import PlanRules
-from rating_train.prepare.plan.selection import cap_text, hash64, split_of, title_key
+from rating_train.prepare.plan.selection import cap_text, hash64, split_of
 from rating_train.prepare.records.sources import Record
 from rating_train.shards.schema import Dropped, Listing
 from tests.helpers.selection_reference import Groups, apply_rules, drop_duplicates, split_counts
@@ -57,15 +57,6 @@ def test_texts_are_capped_in_characters() -> None:
     capped = cap_text(replace(BASE, title="é" * 9, main_category="c" * 9), 4)
     assert (capped.title, capped.main_category, capped.description) == ("é" * 4, "c" * 4, "d")
     assert cap_text(BASE, 4000) is BASE
-
-
-def test_title_key_forgets_what_tells_variants_apart() -> None:
-    blue = title_key("Spigen Ultra Hybrid Case for iPhone 14 (TPU | Matte Black)")
-    assert blue == "spigen ultra hybrid case for iphone 14"
-    assert blue == title_key("SPIGEN ultra-hybrid case, for iPhone 14 [Sierra Blue]")
-    assert blue != title_key("Spigen Ultra Hybrid Case for iPhone 13 (TPU)")
-    assert title_key("T-Shirt (Red)") == "", "too short to mean one product"
-    assert title_key("") == ""
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import pytest
 from rating_train.checkpoint import store
 from rating_train.checkpoint.resume import choose_checkpoint
 from rating_train.errors import UserError
-from rating_train.training.evaluate_run import render
 
 
 def save(root: Path, step: int) -> Path:
@@ -76,24 +75,3 @@ def test_an_uncommitted_step_is_refused(root: Path) -> None:
         choose_checkpoint(root, "15")
     with pytest.raises(UserError, match=r"no checkpoint latest"):
         choose_checkpoint(root, "latest")
-
-
-def test_an_undefined_score_is_shown_with_its_reason_and_never_as_a_number() -> None:
-    from rating_train.scoring.ces import CONVENTIONS
-
-    row = {
-        "step": 5,
-        "split": "val",
-        "n": 1,
-        "items_per_second": 3.0,
-        "plcc": None,
-        "srcc": None,
-        "rmse": 0.25,
-        "mae": 0.25,
-        "undefined": {"plcc": "one item", "srcc": "one item"},
-        **{f"ces_{name}": None for name in CONVENTIONS},
-    }
-    text = render(row)
-    assert text.count("undefined: one item") == 2 and "RMSE (stars)   0.2500" in text
-    for name, label in CONVENTIONS.items():
-        assert f"undefined  [{name}: {label}]" in text, "a CES never stands without its convention"

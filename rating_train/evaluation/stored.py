@@ -1,0 +1,138 @@
+"""Texts and ratings of stored items, without their images: what baselines read, and what tells known items from new."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rating_train.errors import UserError
+from rating_train.log import Progress
+from rating_train.shards.manifest import check_split, read_manifest
+from rating_train.shards.mds_read import BadShard, read_columns, read_index
+from rating_train.shards.schema import TEXT_FIELDS
+from rating_train.shards.titles import product_group
+
+_COLUMNS = ("id", *TEXT_FIELDS, "rating")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Items of a split, in stored order.
+
+    Attributes:
+        ids: of the items.
+        texts: all text fields of an item, joined by spaces.
+        categories: main category, or "".
+        ratings: (N,) float64 stars.
+        of: items of the split, of which these may be a sample.
+    """
+
+    ids: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    categories: list[str] = field(default_factory=list)
+    ratings: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    of: int = 0
+
+
+def read_texts(data: Path, split: str, most: int | None = None) -> Texts:
+    """Read texts and ratings of a split, or of ``most`` of its items, chosen at random with a fixed seed.
+
+    Raises:
+        UserError: no such dataset or split, or its shards are not here or damaged.
+    """
+    check_split(data, split)
+    total = sum(shard["samples"] for shard in read_index(data / split))
+    chosen = None
+    if most is not None and most < total:
+        chosen = set(random.Random(0).sample(range(total), most))
+    found, ratings = Texts(of=total), []
+    for place, item in enumerate(_items(data, split, total)):
+        if chosen is None or place in chosen:
+            found.ids.append(item["id"])
+            found.texts.append(" ".join(item[name] for name in TEXT_FIELDS))
+            found.categories.append(item["main_category"])
+            ratings.append(float(item["rating"]))
+    return Texts(found.ids, found.texts, found.categories, np.array(ratings, np.float64), total)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Which evaluated items were trained on.
+
+    Attributes:
+        items: evaluated items.
+        by_id: of them, those whose id is in the training split.
+        by_group: further ones, of a product that is there under another id.
+        unknown: why it cannot be told; "" if it can.
+    """
+
+    items: int
+    by_id: int = 0
+    by_group: int = 0
+    unknown: str = ""
+
+    def warning(self) -> str:
+        """Return what to tell whoever reads the metrics, or ""."""
+        if self.unknown:
+            return f"whether these items were trained on is not known: {self.unknown}"
+        if not self.by_id + self.by_group:
+            return ""
+        share = 100 * (self.by_id + self.by_group) / self.items
+        return (
+            f"{self.by_id + self.by_group:,} of {self.items:,} items ({share:.1f} %) were trained on "
+            f"({self.by_id:,} by their id, {self.by_group:,} more by their product): the metrics are too good"
+        )
+
+
+def trained_on(
+    trained: Path, trained_split: str, fingerprint: str, evaluated: Path, split: str, items: int
+) -> Seen:
+    """Count the evaluated items that are in the training split, by id and by product group.
+
+    Args:
+        trained: dataset of the training.
+        trained_split: its split.
+        fingerprint: of the dataset as the training knew it; "" where that is not known.
+        evaluated: dataset of the evaluation; may be the same.
+        split: its split.
+        items: evaluated items.
+    """
+    try:
+        same = bool(fingerprint) and read_manifest(evaluated).get("fingerprint") == fingerprint
+        if same:  # the splits of one dataset have no product in common
+            return Seen(items, by_id=items if split == trained_split else 0)
+        if fingerprint and read_manifest(trained).get("fingerprint") != fingerprint:
+            return Seen(items, unknown=f"{trained} is no longer the dataset of the training")
+        check_split(trained, trained_split)
+        ids, groups = set(), set()
+        for item in _items(trained, trained_split):
+            ids.add(item["id"])
+            groups.add(product_group(item))
+        by_id = by_group = 0
+        for item in _items(evaluated, split):
+            if item["id"] in ids:
+                by_id += 1
+            elif product_group(item) in groups:
+                by_group += 1
+    except UserError as e:
+        return Seen(items, unknown=f"{e.what} ({e.where})")
+    return Seen(items, by_id, by_group)
+
+
+def _items(data: Path, split: str, total: int | None = None) -> Iterator[dict[str, Any]]:
+    progress = Progress(f"reading the texts of {data / split}", total)
+    for shard in read_index(data / split):
+        path = data / split / shard["raw_data"]["basename"]
+        try:
+            for item in read_columns(path, shard, _COLUMNS):
+                yield item
+                progress.add(1)
+        except (OSError, BadShard) as e:
+            raise UserError(f"the shard cannot be read: {e}", where=path) from e
+    progress.close(complete=False)
