@@ -40,7 +40,7 @@ VERBS = {
     "prepare": "turn a catalogue and its images into shards",
     "verify": "check every byte of a dataset",
     "train": "train a regressor (under torchrun, Slurm, or alone)",
-    "evaluate": "score a checkpoint or an export: metrics with intervals, baselines, CES",
+    "evaluate": "score a model on a split: metrics, intervals, CES",
     "compare": "which run is better on the same items, by how much",
     "predict": "score a catalogue into a CSV or Parquet file",
     "export": "write a checkpoint as a folder that transformers loads",

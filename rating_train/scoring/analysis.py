@@ -143,7 +143,7 @@ def calibration(
         ``slope`` and ``intercept`` of the least-squares line true = slope x predicted + intercept: 1 and 0 are
         perfect, a slope below 1 means that predictions are too extreme.
     """
-    empty = {"bins": [], "mean_gap": None, "slope": None, "intercept": None}
+    empty: dict[str, Any] = {"bins": [], "mean_gap": None, "slope": None, "intercept": None}
     if not len(predicted):
         return {**empty, "undefined": "no items"}
     edges = np.unique(np.quantile(predicted, np.linspace(0, 1, CALIBRATION_BINS + 1)))

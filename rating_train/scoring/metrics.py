@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -163,15 +164,12 @@ def _score_vectors(predicted: Float64Array, true: Float64Array) -> Scores:
         return Scores(0, None, None, None, None, undefined)
     reason = _why_no_correlation(predicted, true)
     values: dict[str, float | None] = {}
-    for name, correlate in (
-        ("plcc", stats.pearsonr),
-        ("srcc", stats.spearmanr),
-        ("kendall", stats.kendalltau),
-    ):
+    correlations = {"plcc": stats.pearsonr, "srcc": stats.spearmanr, "kendall": stats.kendalltau}
+    for name, correlate in correlations.items():
         if reason:
             undefined[name] = reason
         else:
-            values[name] = _defined(lambda f=correlate: f(predicted, true).statistic, name, undefined)
+            values[name] = _defined(partial(_statistic, correlate, predicted, true), name, undefined)
     with np.errstate(all="ignore"):
         error = predicted - true
         spread = true - true.mean()
@@ -182,6 +180,10 @@ def _score_vectors(predicted: Float64Array, true: Float64Array) -> Scores:
         else:
             values["r2"] = _defined(lambda: 1 - (error @ error) / (spread @ spread), "r2", undefined)
     return Scores(n=n, undefined=undefined, **{name: values.get(name) for name in METRICS})
+
+
+def _statistic(correlate: Callable[..., Any], predicted: Float64Array, true: Float64Array) -> Any:
+    return correlate(predicted, true).statistic
 
 
 def _why_no_correlation(predicted: Float64Array, true: Float64Array) -> str:

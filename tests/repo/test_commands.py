@@ -167,6 +167,11 @@ def evaluate(line: str, quickstart: Quickstart, fake: FakePython) -> None:
     assert "PLCC" in run_for_real(line, quickstart)
 
 
+def judge(line: str, quickstart: Quickstart, fake: FakePython) -> None:
+    """With options; the run is the quickstart's own."""
+    assert "mean error" in run_for_real(line, quickstart)
+
+
 def report(line: str, quickstart: Quickstart, fake: FakePython) -> None:
     run = shlex.split(line)[-1]
     link_run(run, quickstart)
@@ -292,6 +297,7 @@ EXERCISERS: list[tuple[str, Exerciser]] = [
         start_training,
     ),
     (r"bash launch/local\.sh( -n \d+)? evaluate runs/\S+", evaluate),
+    (r"rating-train evaluate runs/demo_cpu .*", judge),
     (r"cp slurm/cluster\.env\.example slurm/cluster\.env", copy_site),
     (r"bash slurm/train\.sbatch configs/\S+\.yaml --nodes \d+", submit),
     (r"sbatch (--[a-z-]+=\d+ )+slurm/train\.sbatch configs/\S+\.yaml( --set \S+=\S+)*", sbatch),
