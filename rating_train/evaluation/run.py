@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from rating_train import run_dir
-from rating_train.checkpoint.resume import choose_checkpoint
 from rating_train.checkpoint.deepspeed_io import consolidated_weights
+from rating_train.checkpoint.resume import choose_checkpoint
 from rating_train.checkpoint.state import STATE_FILE, from_json
 from rating_train.config.schema import Config
 from rating_train.data.loader import open_evaluation
@@ -22,12 +22,6 @@ from rating_train.errors import UserError
 from rating_train.evaluation import baselines
 from rating_train.evaluation.stored import Seen, read_texts, trained_on
 from rating_train.files import append_json_line, atomic_write_json, read_json
-from rating_train.weights.exported import (
-    CONFIG_NAME,
-    exported_architecture,
-    exported_weights,
-    is_exported,
-)
 from rating_train.scoring import bootstrap
 from rating_train.scoring.analysis import analyse, item_groups
 from rating_train.scoring.predictions import Prediction, deduplicate, read_predictions
@@ -35,6 +29,12 @@ from rating_train.shards.manifest import read_manifest
 from rating_train.training import setup
 from rating_train.training.evaluation import Evaluation, evaluate
 from rating_train.training.predictor import load_predictor
+from rating_train.weights.exported import (
+    CONFIG_NAME,
+    exported_architecture,
+    exported_weights,
+    is_exported,
+)
 
 log = logging.getLogger(__name__)
 

@@ -37,7 +37,6 @@ LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split(
 #: Imports within one layer that are meant: (importer, imported).
 SAME_LAYER = {
     ("config", "extensions"),  # a setting may name what an extension adds
-    ("evaluation", "prediction"),  # an export is read as `predict` reads it
     ("export", "prediction"),  # an export is compared with what the checkpoint predicts
     ("demo", "model"),  # the tiny model is a model
     ("__main__", "cli"),
