@@ -17,6 +17,7 @@ if all passed.
 Environment:
   RATING_TRAIN_SKIP_INSTALL=1  install nothing
   RATING_TRAIN_PYTHON          the Python to use
+  RATING_TRAIN_TEST_WORKERS    processes that share the tests of a complete run (default: the cores, at most 4)
   RATING_TRAIN_FULL=1          also run the variations that the default run skips for their time
   RATING_TRAIN_KILLS=50        kills in tests/faults/test_kill_ledger.py (default: 4) and test_prepare_kill.py (6)
 USAGE
@@ -47,7 +48,13 @@ step() {
 step "ruff check" "$PYTHON" -m ruff check .
 step "ruff format" "$PYTHON" -m ruff format --check .
 step "mypy" "$PYTHON" -m mypy
-step "pytest" "$PYTHON" -m pytest "$@"
+if [[ $# -eq 0 ]]; then
+    # Much of the suite waits: for time limits, for processes that start, for the disk.
+    workers="${RATING_TRAIN_TEST_WORKERS:-$(nproc)}"
+    step "pytest" "$PYTHON" -m pytest -n "$((workers < 4 ? workers : 4))" --dist loadgroup --durations=10
+else
+    step "pytest" "$PYTHON" -m pytest "$@"
+fi
 
 # The model's tests again on transformers 5, which GPU images ship and which streaming's pin keeps out of the
 # environment: a folder before it in the path.

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,15 +27,50 @@ watch = pytest.StashKey[Watch]()
 left_behind = pytest.StashKey[list[str]]()
 
 
+def is_worker(config: pytest.Config) -> bool:
+    """Whether this is one of several processes of pytest-xdist, and not the one that started them."""
+    return hasattr(config, "workerinput")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Note what is there before the tests."""
-    config.stash[watch] = Watch()
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # So a shell starts what runs in its background, and every process of a test would inherit it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not is_worker(config):
+        config.stash[watch] = Watch()
 
 
+#: Tests that share a costly fixture, and so a process: the beginning of their path -> name. The others go by file.
+GROUPS = {
+    "tests/slurm/": "slurm",
+    **{f"tests/repo/test_{name}": "quickstart" for name in ("quickstart", "commands", "readme", "pages")},
+}
+#: Several processes begin with what takes longest; unit tests fill the end.
+LONGEST_FIRST = ("tests/slurm", "tests/repo", "tests/faults", "tests/e2e", "tests/dist", "tests")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Divide the tests over the processes of pytest-xdist (`-n 2 --dist loadgroup`)."""
+    if not is_worker(config):
+        return
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        item.add_marker(
+            pytest.mark.xdist_group(next((g for start, g in GROUPS.items() if file.startswith(start)), file))
+        )
+    items.sort(
+        key=lambda item: next(i for i, start in enumerate(LONGEST_FIRST) if item.nodeid.startswith(start))
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after pytest-xdist has ended its processes
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail a session that leaves processes, shared memory or mounts behind."""
     close_zygote()
     config = session.config
+    if is_worker(config):
+        return
     config.stash[left_behind] = config.stash[watch].found(config._tmp_path_factory.getbasetemp())  # type: ignore[attr-defined]
     if config.stash[left_behind]:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
