@@ -25,6 +25,7 @@ CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
 NAMES = [str(p.relative_to(REPO / "configs")) for p in CONFIGS]
 ABLATIONS = [p for p in CONFIGS if p.parent.name == "ablations"]
 REFERENCE = REPO / "configs" / "full_ft_228m.yaml"
+PAPER = REPO / "configs" / "paper_frozen_228m.yaml"
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -104,8 +105,9 @@ def test_its_backbone_is_known_and_its_image_divides(path: Path) -> None:
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda p: p.stem)
 def test_an_ablation_says_only_what_differs(path: Path) -> None:
     own = yaml.safe_load(path.read_text())
-    assert own.pop("base") == "../full_ft_228m.yaml"
-    reference, result = flat(to_dict(load_config(REFERENCE))), flat(to_dict(load_config(path)))
+    base = (path.parent / own.pop("base")).resolve()
+    assert base in (REFERENCE, PAPER) or base in ABLATIONS
+    reference, result = flat(to_dict(load_config(base))), flat(to_dict(load_config(path)))
     differing = {key for key in reference if reference[key] != result[key]}
     assert differing == set(flat(own)), "a key that repeats the base hides what the ablation is about"
 
