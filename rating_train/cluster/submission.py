@@ -112,8 +112,9 @@ def facts(submission: Submission, place: Place) -> dict[str, Any]:
     plan = plan_batch(config.batch.global_items, config.batch.micro_items, ranks)
     steps: int | str
     try:
-        split = read_manifest(config.data.path)["splits"][config.data.train_split]
-        steps = total_steps(config, split["items"])
+        manifests = [read_manifest(source.path) for source in config.data.train_sources]
+        items = sum(manifest["splits"][config.data.train_split]["items"] for manifest in manifests)
+        steps = total_steps(config, items)
     except (UserError, KeyError) as e:
         steps = f"unknown until the data is there ({e})"
     return {

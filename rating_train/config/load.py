@@ -55,6 +55,9 @@ def config_from_dict(
         problems: key -> sentence of what is already known to be wrong.
     """
     problems = dict(problems or {})
+    data = values.get("data")
+    if isinstance(data, Mapping) and data.get("sources") and "path" not in data:
+        values = {**values, "data": {**data, "path": ""}}  # the default of `path` is not one more dataset
     config = read(Config, values, problems)
     if not problems:
         load_extensions(config.extensions)
@@ -131,6 +134,10 @@ def _apply_override(target: dict[str, Any], text: str, problems: dict[str, str])
     target[last] = parse_setting(raw)
 
 
+def _is_remote(where: str) -> bool:
+    return "://" not in where or where.startswith(("s3://", "gs://", "file://"))
+
+
 #: MODULE:FUNCTION, as ``losses:my_loss`` or ``package.losses:my_loss``.
 _IMPORTABLE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
@@ -141,18 +148,45 @@ _RULES = (
         "`name` is {c.name!r}, expected a plain folder name",
     ),
     Rule(
+        "data.path data.sources",
+        lambda c: not (c.data.path and c.data.sources),
+        "`data.path` and `data.sources` are both given, expected one of them (data.path='' undoes that of a base file; "
+        "`data.eval_path` is the dataset to evaluate on)",
+    ),
+    Rule(
+        "data.path data.sources",
+        lambda c: c.data.path or c.data.sources,
+        "neither `data.path` nor `data.sources` is given",
+    ),
+    Rule("data.sources", lambda c: all(s.path for s in c.data.sources), "`data.sources`: one has no `path`"),
+    Rule(
+        "data.sources",
+        lambda c: len({s.path for s in c.data.sources}) == len(c.data.sources),
+        "`data.sources`: two have the same `path`, expected one with the sum of their weights",
+    ),
+    Rule(
+        "data.sources data.remote data.cache_limit_mb",
+        lambda c: not c.data.sources or not (c.data.remote or c.data.cache_limit_mb),
+        "`data.remote` and `data.cache_limit_mb` are given beside `data.sources`, expected in each of the sources",
+    ),
+    Rule(
+        "data.sources",
+        lambda c: all(_is_remote(s.remote) for s in c.data.sources),
+        "`data.sources`: a `remote` is not s3://, gs://, file:// or a directory",
+    ),
+    Rule(
         "data.remote",
-        lambda c: "://" not in c.data.remote or c.data.remote.startswith(("s3://", "gs://", "file://")),
+        lambda c: _is_remote(c.data.remote),
         "`data.remote` is {c.data.remote!r}, expected s3://, gs://, file:// or a directory",
     ),
     Rule(
-        "data.remote data.cache_limit_mb",
-        lambda c: c.data.remote or not c.data.cache_limit_mb,
+        "data.sources data.remote data.cache_limit_mb",
+        lambda c: all(s.remote or not s.cache_limit_mb for s in (c.data, *c.data.sources)),
         "`data.cache_limit_mb` needs `data.remote`: it would delete the only copy of `data.path`",
     ),
     Rule(
-        "data.remote data.predownload_items",
-        lambda c: c.data.remote or not c.data.predownload_items,
+        "data.sources data.remote data.predownload_items",
+        lambda c: c.data.is_remote or not c.data.predownload_items,
         "`data.predownload_items` needs `data.remote`",
     ),
     Rule(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
-from rating_train.config.schema import Config
+from rating_train.config.schema import Config, SourceConfig
 from rating_train.errors import UserError
 
 
@@ -74,14 +76,23 @@ def total_steps(config: Config, train_items: int) -> int:
     return min(steps, config.train.max_steps) if config.train.max_steps else steps
 
 
-def order_fingerprint_inputs(config: Config, data_fingerprint: str) -> dict[str, object]:
+def order_fingerprint_inputs(config: Config, data_fingerprints: Sequence[str]) -> dict[str, object]:
     """Collect everything that decides which samples a step reads. A resumed run must agree on all of it.
 
-    World size, micro-batch and DataLoader workers are left out on purpose: they do not change the order.
+    World size, micro-batch and DataLoader workers are left out on purpose: they do not change the order. So are the
+    places of the datasets.
+
+    Args:
+        config: the configuration.
+        data_fingerprints: of the datasets to train on, in the order of ``data.sources``.
     """
     d = config.data
+    mixture: dict[str, object] = {}
+    if d.sources:
+        mixture = {"weights": [str(share) for share in source_shares(d.sources)]}
     return {
-        "data_fingerprint": data_fingerprint,
+        "data_fingerprint": list(data_fingerprints) if d.sources else data_fingerprints[0],
+        **mixture,
         "train_split": d.train_split,
         "shuffle": d.shuffle,
         "shuffle_seed": d.shuffle_seed,
@@ -89,3 +100,9 @@ def order_fingerprint_inputs(config: Config, data_fingerprint: str) -> dict[str,
         "num_canonical_nodes": d.num_canonical_nodes,
         "global_items": config.batch.global_items,
     }
+
+
+def source_shares(sources: Sequence[SourceConfig]) -> list[Fraction]:
+    """Return the share of each source, which add up to 1 exactly: weights 7 and 3 are 7/10 and 3/10, as 0.7 and 0.3."""
+    weights = [Fraction(repr(source.weight)) for source in sources]
+    return [weight / sum(weights) for weight in weights]

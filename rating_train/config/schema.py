@@ -19,11 +19,31 @@ LOSSES = ("mse", "huber")
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One of several datasets that are mixed. What each key means is said at ``data.sources``."""
+
+    path: str = setting("", "As `data.path`.")
+    weight: float = setting(1.0, "Share of the items, relative to the other sources.", low=1e-6, high=1e6)
+    remote: str = setting("", "As `data.remote`.")
+    cache_limit_mb: int = setting(0, "As `data.cache_limit_mb`.", low=0)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     path: str = setting(
         "data",
         "Dataset directory made by `rating-train prepare` (it holds manifest.json); with `remote`, the directory "
         "of each node that caches it.",
+    )
+    sources: list[SourceConfig] = setting(
+        [],
+        "In place of `path`: several datasets that are mixed by weight, for example [{path: A, weight: 0.7}, {path: B, "
+        "weight: 0.3}]. Each may have a `remote` and a `cache_limit_mb` of its own. An epoch has as many items as all "
+        "of them together, a share of it from each; a source that is used up is shuffled anew and starts over, and "
+        "what an epoch leaves of it comes first in the next.",
+    )
+    eval_path: str = setting(
+        "", "Dataset directory to evaluate on; empty takes `path`, or the first of `sources`."
     )
     remote: str = setting(
         "",
@@ -90,6 +110,22 @@ class DataConfig:
         high=256,
     )
     prefetch_batches: int = setting(4, "Batches that each DataLoader worker keeps ready.", low=1, high=1024)
+
+    @property
+    def train_sources(self) -> list[SourceConfig]:
+        """The datasets to train on: `sources`, or the one of `path`."""
+        one = SourceConfig(self.path, 1.0, self.remote, self.cache_limit_mb)
+        return self.sources or [one]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether any dataset to train on is fetched from elsewhere."""
+        return any(source.remote for source in self.train_sources)
+
+    @property
+    def eval_source(self) -> SourceConfig:
+        """The dataset to evaluate on."""
+        return SourceConfig(self.eval_path) if self.eval_path else self.train_sources[0]
 
 
 @dataclass(frozen=True)

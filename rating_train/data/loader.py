@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
-from rating_train.config.schema import DataConfig
+from rating_train.config.resolve import source_shares
+from rating_train.config.schema import DataConfig, SourceConfig
 from rating_train.data.collate import Batch, Collator
+from rating_train.data.mixed_dataset import MixedDataset
+from rating_train.data.mixture import Mixture, mixed_epoch, source_seed
 from rating_train.data.order import FirstReads, Ids, SampleOrder, evaluation_batches, rank_part
 from rating_train.data.prompt import PromptEncoder
 from rating_train.data.remote import Source
@@ -25,9 +29,11 @@ from rating_train.distributed.collectives import all_gather, on_main
 from rating_train.distributed.world import World
 from rating_train.errors import UserError
 from rating_train.processes import die_with_parent
-from rating_train.shards.manifest import check_split
+from rating_train.shards.manifest import check_split, refuse_unlike
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _AHEAD_BATCHES = 8  # of a DataLoader worker, whose shards are fetched ahead where nothing else is asked for
 
@@ -48,7 +54,7 @@ class OpenSplit:
             nothing.
     """
 
-    dataset: SplitDataset
+    dataset: SplitDataset | MixedDataset
     collator: Collator
     config: DataConfig
     world: World
@@ -67,12 +73,17 @@ class OpenSplit:
 
 @dataclass
 class TrainingData:
-    """The training split of one rank. ``manifest`` is the dataset's; ``samples`` is N of one epoch."""
+    """The training split of one rank. ``manifests`` are the datasets'; ``samples`` is N of one epoch."""
 
     split: OpenSplit
     order: SampleOrder
     rank_items: int
-    manifest: dict[str, Any]
+    manifests: list[dict[str, Any]]
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """The fingerprint of each dataset."""
+        return [manifest["fingerprint"] for manifest in self.manifests]
 
     @property
     def samples(self) -> int:
@@ -114,29 +125,47 @@ class EvaluationData:
 def open_training(
     config: DataConfig, prompt: PromptEncoder, world: World, global_items: int, rank_items: int
 ) -> TrainingData:
-    """Check and open the training split. A collective."""
-    manifest, split = _open(config, config.train_split, prompt, world)
+    """Check and open the training split of each source. A collective.
 
-    def epoch_ids(epoch: int) -> Ids:
-        return shuffled_epoch(
-            split.dataset.samples_per_shard,
-            seed=config.shuffle_seed,
-            epoch=epoch,
-            block_samples=config.shuffle_block_samples,
-            canonical_nodes=config.num_canonical_nodes,
-            shuffle=config.shuffle,
-        )
+    Raises:
+        UserError: a source is missing or damaged, or the sources do not go together.
+    """
+    sources = config.train_sources
+    opened = [_open(config, source, config.train_split, world) for source in sources]
+    manifests, parts = [manifest for manifest, _ in opened], [dataset for _, dataset in opened]
+    passes = [_passes(part, config, number) for number, part in enumerate(parts)]
+    dataset: SplitDataset | MixedDataset = parts[0]
+    epoch_ids = passes[0]
+    if len(parts) > 1:
+        dataset = MixedDataset(parts)
+        mixture = Mixture([len(part) for part in parts], source_shares(sources))
+        paths = [source.path for source in sources]
+        _alike(lambda: refuse_unlike(paths, manifests))
+        _alike(lambda: mixture.refuse_tiny_shares(paths))
+        epoch_ids = functools.partial(mixed_epoch, mixture, passes)
+    split = _readable(dataset, config, prompt, world)
+    return TrainingData(split, SampleOrder(len(dataset), global_items, epoch_ids), rank_items, manifests)
 
-    order = SampleOrder(len(split.dataset), global_items, epoch_ids)
-    return TrainingData(split, order, rank_items, manifest)
+
+def _passes(part: SplitDataset, config: DataConfig, number: int) -> Callable[[int], Ids]:
+    """Return what gives the ids of a pass over source ``number``, in order."""
+    return lambda epoch: shuffled_epoch(
+        part.samples_per_shard,
+        seed=source_seed(config.shuffle_seed, number),
+        epoch=epoch,
+        block_samples=config.shuffle_block_samples,
+        canonical_nodes=config.num_canonical_nodes,
+        shuffle=config.shuffle,
+    )
 
 
 def open_evaluation(
     config: DataConfig, prompt: PromptEncoder, world: World, split: str, rank_items: int, max_items: int = 0
 ) -> EvaluationData:
     """Check and open a split for evaluation. A collective. ``max_items`` 0 takes the complete split."""
-    _, opened = _open(config, split, prompt, world)
-    samples = len(opened.dataset)
+    _, dataset = _open(config, config.eval_source, split, world)
+    opened = _readable(dataset, config, prompt, world)
+    samples = len(dataset)
     if max_items and max_items < samples:
         log.info("evaluating the first %d of %d items of %s", max_items, samples, split)
         samples = max_items
@@ -144,27 +173,33 @@ def open_evaluation(
 
 
 def _open(
-    config: DataConfig, split: str, prompt: PromptEncoder, world: World
-) -> tuple[dict[str, Any], OpenSplit]:
-    """Check a split, or fetch its index from the remote, and open it: (manifest, split). A collective."""
-    source = Source(config.path, config.remote, config.cache_limit_mb << 20)
+    config: DataConfig, where: SourceConfig, split: str, world: World
+) -> tuple[dict[str, Any], SplitDataset]:
+    """Check a split, or fetch its index from the remote, and open it: (manifest, dataset). A collective."""
+    source = Source(where.path, where.remote, where.cache_limit_mb << 20)
     if source.remote:
         fetched = _on_node_leaders(lambda: fetch_split(source, split), world)
         manifest = on_main(lambda: fetched or {})
     else:
         manifest = on_main(lambda: check_split(source.path, split))
-    dataset = _alike(lambda: SplitDataset(source, split))
+    return manifest, _alike(lambda: SplitDataset(source, split))
+
+
+def _readable(
+    dataset: SplitDataset | MixedDataset, config: DataConfig, prompt: PromptEncoder, world: World
+) -> OpenSplit:
+    """Put together what reading the samples takes. A collective."""
     sharers = _sharers(dataset, world) if config.verify == "first_read" else None
-    return manifest, OpenSplit(dataset, Collator(prompt, config.image_px), config, world, sharers)
+    return OpenSplit(dataset, Collator(prompt, config.image_px), config, world, sharers)
 
 
-def _sharers(dataset: SplitDataset, world: World) -> list[int]:
+def _sharers(dataset: SplitDataset | MixedDataset, world: World) -> list[int]:
     """Return the ranks that read the very same files: not copies on the disks of other nodes. A collective."""
     everyone = all_gather(dataset.identity())
     return [rank for rank, identity in enumerate(everyone) if identity == everyone[world.rank]]
 
 
-def _alike(action: Callable[[], SplitDataset]) -> SplitDataset:
+def _alike(action: Callable[[], T]) -> T:
     """Run what raises the same :class:`UserError` on every rank, if any: each sees the same files and settings."""
     try:
         return action()
@@ -191,7 +226,9 @@ def _on_node_leaders(action: Callable[[], dict[str, Any]], world: World) -> dict
     return result
 
 
-def _requests(dataset: SplitDataset, rows: Iterable[_Row], workers: int, ahead: int) -> Iterator[Request]:
+def _requests(
+    dataset: SplitDataset | MixedDataset, rows: Iterable[_Row], workers: int, ahead: int
+) -> Iterator[Request]:
     """Yield a request for each row, which names the shards of the next ``ahead`` rows of the same worker."""
     rows, stride = iter(rows), max(1, workers)
     window = deque(islice(rows, stride * ahead + 1))
@@ -207,7 +244,7 @@ def _load(split: OpenSplit, rows: Iterable[_Row], count: int, items: int) -> Gen
     config = split.config
     workers = min(config.workers, count)
     ahead = -(-config.predownload_items // items) or _AHEAD_BATCHES
-    requests = _requests(split.dataset, rows, workers, ahead if config.remote else 0)
+    requests = _requests(split.dataset, rows, workers, ahead if config.is_remote else 0)
     loader: DataLoader = DataLoader(
         split.dataset,
         batch_sampler=requests,  # type: ignore[arg-type]

@@ -138,8 +138,9 @@ def _front_matter(facts: CardFacts, metrics: Metrics) -> dict[str, Any]:
                 "confidence": CONFIDENCE, "low": round(interval.low, 5), "high": round(interval.high, 5),
             }  # fmt: skip
         results.append(found)
+    dataset_name = Path(config.data.eval_source.path).name
     dataset = {
-        "name": Path(config.data.path).name, "type": Path(config.data.path).name, "split": facts.split,
+        "name": dataset_name, "type": dataset_name, "split": facts.split,
         "revision": facts.fingerprint,
     }  # fmt: skip
     published = config.model.backbone in LICENCES

@@ -86,7 +86,9 @@ def export(options: ExportOptions) -> Exported:
     scorer = load_scorer(found, device)
     _check_family(scorer.inputs.architecture.family)
     split = found.config.data.eval_split
-    items = check_scores.score_items(scorer, options.data or found.config.data.path, split, options.items)
+    items = check_scores.score_items(
+        scorer, options.data or found.config.data.eval_source.path, split, options.items
+    )
     folder, lock = make_temporary(out)
     try:
         _write_files(folder, scorer)
@@ -201,7 +203,8 @@ def _write_processor(folder: Path, scorer: Scorer) -> None:
 
 def _fingerprint(found: FoundModel) -> str:
     identity: dict[str, Any] = read_json(found.folder / STATE_FILE)["identity"]
-    return str(identity["order"].get("data_fingerprint", ""))
+    found_in = identity["order"].get("data_fingerprint", "")
+    return ", ".join(found_in) if isinstance(found_in, list) else str(found_in)
 
 
 def without_paths(config: Config) -> Config:
@@ -211,7 +214,13 @@ def without_paths(config: Config) -> Config:
         return Path(path).name if path and Path(path).exists() else path
 
     data = dataclasses.replace(
-        config.data, path=Path(config.data.path).name, remote="", cache_limit_mb=0, predownload_items=0
+        config.data,
+        path=Path(config.data.eval_source.path).name,
+        sources=[],
+        eval_path="",
+        remote="",
+        cache_limit_mb=0,
+        predownload_items=0,
     )
     model = dataclasses.replace(
         config.model, backbone=last(config.model.backbone), tokenizer=last(config.model.tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,14 +141,15 @@ def load_scorer(found: FoundModel, device: torch.device) -> Scorer:
 
 def _stored_squares(config: Config) -> SquareRecipe:
     """As the run's dataset says; without it, the training's own size and the usual quality."""
-    try:
-        manifest = read_manifest(config.data.path)
-        return SquareRecipe(int(manifest["image_size_px"]), int(manifest["options"]["jpeg_quality"]))
-    except (UserError, KeyError, TypeError, ValueError):
-        recipe = SquareRecipe(config.data.image_px, DEFAULT_JPEG_QUALITY)
-        log.warning(
-            "the run's dataset is not at %s: images are made to %d pixels with JPEG quality %d, as `prepare` does by "
-            "default; if it was prepared otherwise, give --set data.path=DATA",
-            config.data.path, recipe.size_px, recipe.jpeg_quality,
-        )  # fmt: skip
-        return recipe
+    paths = [source.path for source in (*config.data.train_sources, config.data.eval_source)]
+    for path in paths:
+        with contextlib.suppress(UserError, KeyError, TypeError, ValueError):
+            manifest = read_manifest(path)
+            return SquareRecipe(int(manifest["image_size_px"]), int(manifest["options"]["jpeg_quality"]))
+    recipe = SquareRecipe(config.data.image_px, DEFAULT_JPEG_QUALITY)
+    log.warning(
+        "the run's dataset is not at %s: images are made to %d pixels with JPEG quality %d, as `prepare` does by "
+        "default; if it was prepared otherwise, give --set data.%s=DATA",
+        paths[0], recipe.size_px, recipe.jpeg_quality, "eval_path" if config.data.sources else "path",
+    )  # fmt: skip
+    return recipe

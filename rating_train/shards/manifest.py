@@ -6,6 +6,7 @@ index, the index the size and the hashes of each shard. Shards are hashed elsewh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,31 @@ def check_index(path: str | Path, split: str) -> dict[str, Any]:
     if sha256_file(index) != manifest["splits"][split]["index_sha256"]:
         raise UserError("the index is not the one in the manifest", where=index, fix=COPY_AGAIN)
     return manifest
+
+
+def refuse_unlike(paths: Sequence[str], manifests: Sequence[dict[str, Any]]) -> None:
+    """Refuse datasets that cannot be mixed. Versions and columns are the same wherever a dataset could be opened.
+
+    Raises:
+        UserError: their images are stored in different sizes, or two of them are the same dataset.
+    """
+    sizes = {path: manifest.get("image_size_px") for path, manifest in zip(paths, manifests, strict=True)}
+    if len(set(sizes.values())) > 1:
+        raise UserError(
+            "the sources store images of different sizes: "
+            + ", ".join(f"{path} {size} px" for path, size in sizes.items()),
+            where="data.sources",
+            expected="one size, so that no source is told by its blur",
+            fix="prepare them with the same --image-size-px",
+        )
+    first: dict[Any, str] = {}
+    for path, manifest in zip(paths, manifests, strict=True):
+        if (same := first.setdefault(manifest.get("fingerprint"), path)) != path:
+            raise UserError(
+                f"two sources are the same dataset: {same} and {path}",
+                where="data.sources",
+                fix="give it once, with the sum of the weights",
+            )
 
 
 def check_split(path: str | Path, split: str) -> dict[str, Any]:

@@ -6,15 +6,16 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from rating_train import run_dir
 from rating_train.checkpoint import store
 from rating_train.checkpoint.resume import named_checkpoint
-from rating_train.config.resolve import BatchPlan, plan_batch
+from rating_train.config.resolve import BatchPlan, plan_batch, source_shares
 from rating_train.config.schema import Config
+from rating_train.data.mixture import Mixture
 from rating_train.data.shared_memory_need import batch_bytes
 from rating_train.distributed import world as worlds
 from rating_train.distributed.collectives import all_gather
@@ -24,7 +25,7 @@ from rating_train.model.architecture import KNOWN_ARCHITECTURES, Architecture
 from rating_train.model.cost import visual_tokens
 from rating_train.model.custom_loss import CustomLoss, load_custom_loss
 from rating_train.model.load import read_architecture
-from rating_train.shards.verify import read_manifest
+from rating_train.shards.manifest import read_manifest, refuse_unlike
 from rating_train.weights.warm_start import check_source
 
 log = logging.getLogger(__name__)
@@ -101,30 +102,48 @@ def make_run_folder(run: Path) -> None:
 
 
 def check_data(config: Config) -> None:
-    """Refuse a local dataset that is missing, lacks a split, or is smaller than one global batch.
+    """Refuse local datasets that are missing, lack a split, cannot be mixed, or are smaller than one global batch.
 
     Raises:
-        UserError: see above.
+        UserError: see above; all that is missing in one error.
     """
-    data = config.data
-    if data.remote:
-        return  # its manifest is fetched later
-    splits = read_manifest(data.path)["splits"]
-    missing = [
-        f"data.{key}={name}"
-        for key, name in (("train_split", data.train_split), ("eval_split", data.eval_split))
-        if name not in splits
-    ]
+    data, sources = config.data, config.data.train_sources
+    wanted = {source: {"train_split": data.train_split} for source in sources}
+    wanted.setdefault(data.eval_source, {})["eval_split"] = data.eval_split
+    manifests, problems = {}, []
+    for source, splits in wanted.items():
+        if source.remote:
+            continue  # its manifest is fetched later
+        try:
+            manifests[source] = _manifest_with(splits, source.path)
+        except UserError as e:
+            problems.append(e)
+    if problems:
+        raise problems[0] if len(problems) == 1 else one_error([str(e) for e in problems], where="data")
+    if not all(source in manifests for source in sources):
+        return
+    entries = [manifests[source]["splits"][data.train_split] for source in sources]
+    items = [entry.get("items") for entry in entries]
+    if not all(isinstance(count, int) for count in items):
+        return  # the manifest is damaged, which is found when the split is opened
+    paths = [source.path for source in sources]
+    refuse_unlike(paths, [manifests[source] for source in sources])
+    Mixture(items, source_shares(sources)).refuse_tiny_shares(paths)
+    check_batch_fits(config.batch.global_items, sum(items), data.train_split)
+
+
+def _manifest_with(splits: dict[str, str], path: str) -> dict[str, Any]:
+    """Return the manifest of a local dataset that has these splits: setting -> name."""
+    manifest = read_manifest(path)
+    missing = [f"data.{key}={name}" for key, name in splits.items() if name not in manifest["splits"]]
     if missing:
         raise UserError(
             f"the dataset has no split {', '.join(missing)}",
-            where=data.path,
-            expected=f"one of {', '.join(splits)}",
+            where=path,
+            expected=f"one of {', '.join(manifest['splits'])}",
             fix="set data.train_split and data.eval_split, or prepare with another --val-fraction",
         )
-    items = splits[data.train_split].get("items")
-    if isinstance(items, int):  # else the manifest is damaged, which is found when the split is opened
-        check_batch_fits(config.batch.global_items, items, data.train_split)
+    return manifest
 
 
 def check_batch_fits(global_items: int, items: int, split: str) -> None:

@@ -13,7 +13,13 @@ import torch
 from rating_train import run_dir
 from rating_train.checkpoint.manager import Checkpointer
 from rating_train.checkpoint.state import Identity, TrainState
-from rating_train.config.resolve import BatchPlan, order_fingerprint_inputs, plan_batch, total_steps
+from rating_train.config.resolve import (
+    BatchPlan,
+    order_fingerprint_inputs,
+    plan_batch,
+    source_shares,
+    total_steps,
+)
 from rating_train.config.schema import PARTS, Config
 from rating_train.data.loader import EvaluationData, TrainingData, open_evaluation, open_training
 from rating_train.distributed.collectives import on_main
@@ -52,11 +58,22 @@ class Job:
         """Whether a larger ``train.select_metric`` is a better one."""
         return LARGER_IS_BETTER[self.config.train.select_metric]
 
+    def data_sources(self) -> list[dict[str, Any]]:
+        """Return what provenance.json says of each dataset to train on."""
+        data = self.config.data
+        return [
+            {"path": source.path, "remote": source.remote, "share": str(share)}
+            | {"items": manifest["splits"][data.train_split]["items"], "fingerprint": manifest["fingerprint"]}
+            for source, share, manifest in zip(
+                data.train_sources, source_shares(data.train_sources), self.data.manifests, strict=True
+            )
+        ]
+
     def identity(self, step: int) -> Identity:
         """Return what a checkpoint of ``step`` is tied to."""
         config = self.config
         return Identity(
-            order=order_fingerprint_inputs(config, self.data.manifest["fingerprint"]),
+            order=order_fingerprint_inputs(config, self.data.fingerprints),
             order_digest=self.data.order_digest(step),
             engine={"precision": config.train.precision, "freeze": sorted(config.model.freeze)},
             topology={"ranks": self.world.size, "zero_stage": config.zero.stage},

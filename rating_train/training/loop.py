@@ -86,7 +86,8 @@ def record(job: Job, state: TrainState, resumed_from: Path | None) -> None:
         ranks=job.world.size,
         nodes=job.world.nodes,
         device=str(job.engine.device),
-        data_fingerprint=job.data.manifest["fingerprint"],
+        data_fingerprint=", ".join(job.data.fingerprints),
+        data_sources=job.data_sources(),
     )
     (job.run / run_dir.REQUEUE_FILE).unlink(missing_ok=True)
     if job.config.train.log_sample_ids:

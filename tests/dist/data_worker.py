@@ -1,6 +1,8 @@
 """What every rank reads and how it is scored, written by rank 0 as JSON. Uses the real shards, loader and evaluator.
 
 Usage: torchrun data_worker.py OUT.json DATA MODEL order|evaluate
+
+DATA is a dataset directory, or the sources of a mixture as JSON.
 """
 
 from __future__ import annotations
@@ -52,9 +54,10 @@ def score_all(inputs, world, device, out: Path) -> dict:
 def main() -> None:
     out, data, model, what = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
     world, device = setup.join_job()
+    where = {"sources": json.loads(data)} if data.startswith("[") else {"path": data}
     config = config_from_dict(
         {
-            "data": {"path": data, "image_px": 64, "text_tokens": 96, "workers": 0, "num_canonical_nodes": 3},
+            "data": {**where, "image_px": 64, "text_tokens": 96, "workers": 0, "num_canonical_nodes": 3},
             "model": {"backbone": model, "head_hidden": 16},
             "batch": {"global_items": GLOBAL_ITEMS},
         }

@@ -289,6 +289,15 @@ CASES = [
     Case("rubbish tokenizer", damaged("model", "tokenizer.json", rubbish), ("tokenizer", "copy-of-model")),
     Case("image side", train(data={"image_px": 70}), ("70 pixels", "data.image_px")),
     Case("text too short", train(data={"text_tokens": 8}), ("data.text_tokens",)),
+    Case(
+        "one of two sources",
+        lambda place: [
+            "train",
+            place.config(data={"path": "", "sources": [{"path": str(DATA(place))}, {"path": "/no"}]}),
+        ],
+        ("dataset directory not found", "/no"),
+    ),
+    Case("sources and a path", train(data={"sources": [{"path": "a"}]}), ("`data.path` and `data.sources`",)),
     # --- the loss
     Case("no such loss", train(loss={"kind": "no_module:f"}), ("no module 'no_module'", "loss.kind")),
     Case("a loss that is none", train(loss={"kind": "math:pi"}), ("not a function", "loss.kind")),

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from rating_train.config.load import config_from_dict, dump_config, load_config
-from rating_train.config.resolve import order_fingerprint_inputs, plan_batch, total_steps
+from rating_train.config.resolve import order_fingerprint_inputs, plan_batch, source_shares, total_steps
 from rating_train.config.schema import Config, to_dict
 from rating_train.errors import UserError
 
@@ -425,9 +426,59 @@ def test_total_steps(epochs: float, items: int, batch: int, limit: int, expected
     assert total_steps(config, items) == expected
 
 
+TWO = [{"path": "a", "weight": 7}, {"path": "b", "weight": 3, "remote": "s3://bucket/b", "cache_limit_mb": 9}]
+
+
+def test_several_sources_take_the_place_of_the_path() -> None:
+    config = config_from_dict({"data": {"sources": TWO, "predownload_items": 5}})
+    assert config.data.path == "" and config.data.is_remote
+    assert [s.path for s in config.data.train_sources] == ["a", "b"] and config.data.eval_source.path == "a"
+    assert source_shares(config.data.sources) == [Fraction(7, 10), Fraction(3, 10)]
+    again = config_from_dict(yaml.safe_load(dump_config(config)))
+    assert again == config
+    one = config_from_dict({"data": {"path": "c", "eval_path": "e"}}).data
+    assert [s.path for s in one.train_sources] == ["c"] and one.eval_source.path == "e"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"path": "a", "sources": TWO}, "`data.path` and `data.sources` are both given"),
+        ({"path": ""}, "neither `data.path` nor `data.sources` is given"),
+        ({"sources": [{"weight": 1}]}, "`data.sources`: one has no `path`"),
+        ({"sources": [TWO[0], TWO[0]]}, "`data.sources`: two have the same `path`"),
+        ({"sources": [{"path": "a", "weight": 0}]}, "`data.sources[0].weight` is 0"),
+        ({"sources": [{"path": "a", "weigth": 1}]}, "did you mean `data.sources[0].weight`?"),
+        ({"sources": {"path": "a"}}, "`data.sources` is {'path': 'a'} (dict), expected a list"),
+        ({"sources": ["a"]}, "`data.sources[0]` is a section, not 'a' (str)"),
+        ({"sources": TWO, "remote": "/r"}, "are given beside `data.sources`"),
+        ({"sources": [{"path": "a", "remote": "ftp://x"}]}, "`data.sources`: a `remote` is not s3://"),
+        ({"sources": [{"path": "a", "cache_limit_mb": 9}]}, "`data.cache_limit_mb` needs `data.remote`"),
+        (
+            {"sources": [{"path": "a"}], "predownload_items": 9},
+            "`data.predownload_items` needs `data.remote`",
+        ),
+    ],
+)
+def test_sources_that_make_no_sense_are_refused(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        config_from_dict({"data": data})
+
+
+def test_the_order_of_a_mixture_is_tied_to_shares_and_datasets_and_not_to_places() -> None:
+    def inputs(sources: list[dict[str, Any]], fingerprints: list[str]) -> dict[str, object]:
+        return order_fingerprint_inputs(config_from_dict({"data": {"sources": sources}}), fingerprints)
+
+    reference = inputs(TWO, ["d", "e"])
+    assert reference["weights"] == ["7/10", "3/10"] and reference["data_fingerprint"] == ["d", "e"]
+    assert inputs([{"path": "x", "weight": 0.7}, {"path": "y", "weight": 0.3}], ["d", "e"]) == reference
+    assert inputs(TWO, ["e", "d"]) != reference
+    assert inputs([{"path": "a"}, {"path": "b"}], ["d", "e"]) != reference
+
+
 def test_the_order_is_tied_to_what_decides_it_and_to_nothing_else() -> None:
-    reference = order_fingerprint_inputs(Config(), "d")
-    assert order_fingerprint_inputs(Config(), "e") != reference
+    reference = order_fingerprint_inputs(Config(), ["d"])
+    assert order_fingerprint_inputs(Config(), ["e"]) != reference
     for change in (
         {"data": {"shuffle_seed": 1}},
         {"data": {"shuffle": False}},
@@ -435,7 +486,7 @@ def test_the_order_is_tied_to_what_decides_it_and_to_nothing_else() -> None:
         {"data": {"shuffle_block_samples": 7}},
         {"batch": {"global_items": 32}},
     ):
-        assert order_fingerprint_inputs(config_from_dict(change), "d") != reference
+        assert order_fingerprint_inputs(config_from_dict(change), ["d"]) != reference
     for change in (
         {"data": {"workers": 0, "prefetch_batches": 1}},
         {"batch": {"micro_items": 4}},
@@ -443,4 +494,4 @@ def test_the_order_is_tied_to_what_decides_it_and_to_nothing_else() -> None:
         {"train": {"epochs": 1}},
         {"optim": {"clip_norm": 0}},
     ):
-        assert order_fingerprint_inputs(config_from_dict(change), "d") == reference
+        assert order_fingerprint_inputs(config_from_dict(change), ["d"]) == reference

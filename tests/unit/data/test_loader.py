@@ -58,7 +58,7 @@ def training(prompt: PromptEncoder) -> Open:
         opened = open_training(config, prompt, World(), global_items, global_items)
         if world is not None:
             split = OpenSplit(opened.split.dataset, opened.split.collator, config, world, sharers)
-            opened = TrainingData(split, opened.order, global_items // world.size, opened.manifest)
+            opened = TrainingData(split, opened.order, global_items // world.size, opened.manifests)
         return opened
 
     return open_one

@@ -80,6 +80,33 @@ def test_a_global_batch_that_is_larger_than_the_split(settings: Settings, demo: 
     assert "larger than the split" in problem(settings(batch={"global_items": items + 1}), tmp_path / "run")
 
 
+def test_each_source_of_a_mixture_is_looked_at(settings: Settings, demo: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    manifest = json.loads((demo / "data" / "manifest.json").read_text())
+
+    def mixture(weight: float = 1.0, global_items: int = 12, **more: object) -> Config:
+        sources = [{"path": str(demo / "data")}, {"path": str(other), "weight": weight}]
+        return settings(data={"path": "", "sources": sources, **more}, batch={"global_items": global_items})
+
+    assert "dataset directory not found" in problem(mixture(), tmp_path / "run")
+    error = problem(mixture(train_split="test", eval_path=str(tmp_path / "third")), tmp_path / "run")
+    assert "no split data.train_split=test" in error and "third" in error and str(other) in error, (
+        "all in one"
+    )
+    other.mkdir()
+    for change, message in (
+        ({}, "two sources are the same dataset"),
+        ({"fingerprint": "x", "image_size_px": 48}, "images of different sizes"),
+    ):
+        (other / "manifest.json").write_text(json.dumps({**manifest, **change}))
+        assert message in problem(mixture(), tmp_path / "run")
+    (other / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": "x"}))
+    items = 2 * manifest["splits"]["train"]["items"]
+    assert "items of an epoch" in problem(mixture(weight=1e-4), tmp_path / "run")
+    assert f"which has {items}" in problem(mixture(global_items=items + 1), tmp_path / "run")
+    checks.check_job(mixture(global_items=items), tmp_path / "run", "auto", World(), CPU)
+
+
 def test_a_split_that_the_dataset_does_not_have(settings: Settings, tmp_path: Path) -> None:
     error = problem(settings(data={"train_split": "trian", "eval_split": "test"}), tmp_path / "run")
     assert "no split data.train_split=trian, data.eval_split=test" in error and "one of train, val" in error
