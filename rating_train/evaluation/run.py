@@ -20,7 +20,7 @@ from rating_train.data.loader import open_evaluation
 from rating_train.distributed.collectives import on_main
 from rating_train.errors import UserError
 from rating_train.evaluation import baselines
-from rating_train.evaluation.stored import Seen, read_texts, trained_on
+from rating_train.evaluation.stored import Seen, read_texts, read_texts_of_all, trained_on
 from rating_train.files import append_json_line, atomic_write_json, read_json
 from rating_train.scoring import bootstrap
 from rating_train.scoring.analysis import analyse, item_groups
@@ -69,9 +69,8 @@ class _Trained:
     folder: Path
     step: int
     zero_stage: int | None
-    data: Path
+    data: dict[Path, str]  # dataset -> its fingerprint as the training knew it, or ""
     split: str
-    fingerprint: str
     out: Path
 
 
@@ -91,10 +90,8 @@ def evaluate_model(path: Path, config: Config, options: EvaluateOptions) -> dict
     world, device = setup.join_job(wanted=config.train.device)
     trained = on_main(lambda: _find(path, config, options))
     if options.data:
-        config = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, path=options.data, remote="")
-        )
-    log.info("evaluating %s on %s of %s", trained.folder, split, config.data.path)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, eval_path=options.data))
+    log.info("evaluating %s on %s of %s", trained.folder, split, config.data.eval_source.path)
     if trained.zero_stage is None:
         inputs = setup.model_inputs_of(config, exported_architecture(path))
     else:
@@ -105,7 +102,7 @@ def evaluate_model(path: Path, config: Config, options: EvaluateOptions) -> dict
     else:
         weights = consolidated_weights(trained.folder, trained.zero_stage)
     predictor = load_predictor(config, inputs.architecture, inputs.prompt.layout.image_start, weights, device)
-    label = on_main(lambda: _label(trained, Path(config.data.path), split))
+    label = on_main(lambda: _label(trained, Path(config.data.eval_source.path), split))
     file = run_dir.predictions_file(trained.out, label, trained.step)
     started = time.monotonic()
     result = evaluate(predictor, data, file, world)
@@ -123,7 +120,7 @@ def evaluate_model(path: Path, config: Config, options: EvaluateOptions) -> dict
 
 def _find(path: Path, config: Config, options: EvaluateOptions) -> _Trained:
     """Find the checkpoint and verify it; say what it was trained on. Rank 0."""
-    data, split = Path(config.data.path), config.data.train_split
+    data, split = [Path(source.path) for source in config.data.train_sources], config.data.train_split
     if is_exported(path):
         told = read_json(path / CONFIG_NAME).get("trained") or {}
         step = str(told.get("checkpoint", "")).rpartition("_")[2]
@@ -131,25 +128,28 @@ def _find(path: Path, config: Config, options: EvaluateOptions) -> _Trained:
         for name in (run_dir.PREDICTIONS_DIR, run_dir.EVALUATIONS_DIR):
             (out / name).mkdir(parents=True, exist_ok=True)
         fingerprint = str(told.get("data_fingerprint", ""))
-        return _Trained(path, int(step) if step.isdigit() else 0, None, data, split, fingerprint, out)
+        return _Trained(path, int(step) if step.isdigit() else 0, None, {data[0]: fingerprint}, split, out)
     if options.out is not None:
         raise UserError("--out is for an export: the results of a run are in the run", where="--out")
     folder = choose_checkpoint(path / run_dir.CHECKPOINTS_DIR, options.checkpoint)
     content = read_json(folder / STATE_FILE)
     identity = content["identity"]
     (path / run_dir.EVALUATIONS_DIR).mkdir(exist_ok=True)
-    fingerprint = str(identity["order"].get("data_fingerprint", ""))
+    known = identity["order"].get("data_fingerprint", "")
+    fingerprints = known if isinstance(known, list) else [str(known)]
     stage = identity["topology"]["zero_stage"]
-    return _Trained(folder, from_json(content).step, stage, data, split, fingerprint, path)
+    return _Trained(
+        folder, from_json(content).step, stage, dict(zip(data, fingerprints, strict=False)), split, path
+    )
 
 
 def _label(trained: _Trained, data: Path, split: str) -> str:
     """Return the split's name in the results; with the dataset's, where that is not the training's."""
     try:
-        known = read_manifest(data).get("fingerprint") == trained.fingerprint
+        known = read_manifest(data).get("fingerprint") in trained.data.values()
     except UserError:  # a remote dataset, whose manifest is not here: the configured one
         known = True
-    return split if known or not trained.fingerprint else f"{split}@{data.resolve().name}"
+    return split if known or not any(trained.data.values()) else f"{split}@{data.resolve().name}"
 
 
 def _judge(
@@ -163,8 +163,8 @@ def _judge(
     """Analyse the predictions, and write what was found. Rank 0."""
     assert result.predictions_path is not None
     rows = [r for r in deduplicate(read_predictions(result.predictions_path)) if r.rating is not None]
-    data = Path(config.data.path)
-    seen = trained_on(trained.data, trained.split, trained.fingerprint, data, split, len(rows))
+    data = Path(config.data.eval_source.path)
+    seen = trained_on(trained.data, trained.split, data, split, len(rows))
     if warning := seen.warning():
         log.warning("%s", warning)
     found = analyse(rows, options.resamples, options.seed)
@@ -191,7 +191,7 @@ def _baselines(
     if seen.by_id == len(rows) and rows:
         return {"unavailable": "they would be fitted on the very items that are evaluated", "scores": []}
     try:
-        train = read_texts(trained.data, trained.split, baselines.MOST_ITEMS)
+        train = read_texts_of_all(list(trained.data), trained.split, baselines.MOST_ITEMS)
         items = read_texts(data, split)
     except UserError as e:
         return {"unavailable": f"{e.what} ({e.where})", "scores": []}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,30 +90,46 @@ class Seen:
         )
 
 
+def read_texts_of_all(datasets: Sequence[Path], split: str, most: int) -> Texts:
+    """Read texts and ratings of a split of several datasets, an equal number at most of each (:func:`read_texts`)."""
+    found = [read_texts(data, split, -(-most // len(datasets))) for data in datasets]
+    return Texts(
+        [i for each in found for i in each.ids],
+        [text for each in found for text in each.texts],
+        [category for each in found for category in each.categories],
+        np.concatenate([each.ratings for each in found]),
+        sum(each.of for each in found),
+    )
+
+
 def trained_on(
-    trained: Path, trained_split: str, fingerprint: str, evaluated: Path, split: str, items: int
+    trained: Mapping[Path, str], trained_split: str, evaluated: Path, split: str, items: int
 ) -> Seen:
     """Count the evaluated items that are in the training split, by id and by product group.
 
     Args:
-        trained: dataset of the training.
-        trained_split: its split.
-        fingerprint: of the dataset as the training knew it; "" where that is not known.
+        trained: datasets of the training -> their fingerprints as the training knew them; "" where that is not known.
+        trained_split: their split.
         evaluated: dataset of the evaluation; may be the same.
         split: its split.
         items: evaluated items.
     """
     try:
-        same = bool(fingerprint) and read_manifest(evaluated).get("fingerprint") == fingerprint
-        if same:  # the splits of one dataset have no product in common
-            return Seen(items, by_id=items if split == trained_split else 0)
-        if fingerprint and read_manifest(trained).get("fingerprint") != fingerprint:
-            return Seen(items, unknown=f"{trained} is no longer the dataset of the training")
-        check_split(trained, trained_split)
+        known = read_manifest(evaluated).get("fingerprint") if any(trained.values()) else None
+        if split == trained_split and known in trained.values():
+            return Seen(items, by_id=items)
         ids, groups = set(), set()
-        for item in _items(trained, trained_split):
-            ids.add(item["id"])
-            groups.add(product_group(item))
+        for data, fingerprint in trained.items():
+            if fingerprint and fingerprint == known:
+                continue  # the splits of one dataset have no product in common
+            if fingerprint and read_manifest(data).get("fingerprint") != fingerprint:
+                return Seen(items, unknown=f"{data} is no longer the dataset of the training")
+            check_split(data, trained_split)
+            for item in _items(data, trained_split):
+                ids.add(item["id"])
+                groups.add(product_group(item))
+        if not ids:
+            return Seen(items)
         by_id = by_group = 0
         for item in _items(evaluated, split):
             if item["id"] in ids:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rating_train.errors import UserError
-from rating_train.evaluation.stored import read_texts, trained_on
+from rating_train.evaluation.stored import read_texts, read_texts_of_all, trained_on
 from rating_train.shards.manifest import read_manifest
 from rating_train.shards.mds_read import BadShard, iter_sampled, read_columns, read_index
 from rating_train.shards.schema import TEXT_FIELDS
@@ -56,12 +56,27 @@ def test_items_that_were_trained_on_are_counted_by_id_and_by_product(demo: Path,
     ids = set(read_texts(data, "train").ids)
     known = [i for i in read_texts(few_items, "train").ids if i in ids]
     assert known, "few_items holds listings of the demo"
-    seen = trained_on(data, "train", fingerprint, few_items, "train", 50)
+    seen = trained_on({data: fingerprint}, "train", few_items, "train", 50)
     assert seen.by_id == len(known) and not seen.unknown
     assert f"{seen.by_id + seen.by_group} of 50 items" in seen.warning() and "too good" in seen.warning()
-    own = trained_on(data, "train", fingerprint, data, "val", 50)
+    own = trained_on({data: fingerprint}, "train", data, "val", 50)
     assert own.by_id == own.by_group == 0 and own.warning() == ""
-    assert trained_on(data, "train", fingerprint, data, "train", 250).by_id == 250
+    assert trained_on({data: fingerprint}, "train", data, "train", 250).by_id == 250
+
+
+def test_every_source_of_a_mixture_is_looked_at(demo: Path, few_items: Path) -> None:
+    """Evaluated on the validation split of the first source, of which the second has some items in training."""
+    data = demo / "data"
+    sources = {path: read_manifest(path)["fingerprint"] for path in (data, few_items)}
+    evaluated = set(read_texts(data, "val").ids)
+    known = evaluated & set(read_texts(few_items, "train").ids)
+    seen = trained_on(sources, "train", data, "val", len(evaluated))
+    assert seen.by_id == len(known) and not seen.unknown
+    assert trained_on(sources, "train", few_items, "train", 50).by_id == 50
+    both = read_texts_of_all(list(sources), "train", 20)
+    assert len(both.ids) == len(both.ratings) == 20 and both.of == sum(
+        read_texts(p, "train").of for p in sources
+    )
 
 
 def test_another_id_of_the_same_product_is_found(
@@ -77,7 +92,7 @@ def test_another_id_of_the_same_product_is_found(
     data = demo / "data"
     other = copy_with(data, tmp_path / "other", "another")
     monkeypatch.setattr(stored, "_items", lambda path, split, total=None: iter(parts[split]))
-    seen = trained_on(data, "train", read_manifest(data)["fingerprint"], other, "val", 2)
+    seen = trained_on({data: read_manifest(data)["fingerprint"]}, "train", other, "val", 2)
     assert (seen.by_id, seen.by_group) == (0, 1)
 
 
@@ -85,7 +100,7 @@ def test_where_the_training_data_are_gone_it_is_said(demo: Path, tmp_path: Path)
     data = demo / "data"
     other = copy_with(data, tmp_path / "other", "another")
     for trained, words in ((tmp_path / "gone", "not found"), (other, "no longer the dataset")):
-        seen = trained_on(trained, "train", "first", data, "val", 3)
+        seen = trained_on({trained: "first"}, "train", data, "val", 3)
         assert words in seen.unknown and "not known" in seen.warning()
 
 
