@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from rating_train.commands.shared import add_set_option
 from rating_train.config.load import load_config
@@ -14,13 +15,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file")
     add_set_option(parser)
     parser.add_argument("--plcc", type=float, default=None, help="a PLCC, to print CES in every convention")
+    parser.add_argument(
+        "--budget", action="store_true", help="print the PLCC that a CES needs, and what C <= 1 affords"
+    )
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="A.B=V,V",
+        help="print a table over these values; may be repeated: all combinations",
+    )
+    parser.add_argument("--out", type=Path, help="of --sweep: folder for a CSV and a plot")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the costs of a configuration."""
+    if args.sweep:
+        return _sweep(args)
     from rating_train.model.load import read_architecture
 
     config = load_config(args.config, args.set)
     arch = read_architecture(config.model)
     print(cost_report(arch, config.data.image_px, config.data.text_tokens, args.plcc))
+    if args.budget:
+        from rating_train.reports import cost_budget
+        from rating_train.reports.cost_sweep import measure_config
+
+        measured, _ = measure_config(config, (50, 100, 200, 400))
+        print("\n".join(cost_budget.needed_lines(arch, config.data.image_px, config.data.text_tokens)), "\n")
+        print("\n".join(cost_budget.affordable_lines(arch, config.data.image_px, measured)))
+    return 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from rating_train.reports.cost_sweep import parse_sweep, render_sweep, run_sweep, write_sweep
+
+    found = run_sweep(args.config, args.set, parse_sweep(args.sweep))
+    print(render_sweep(found, args.plcc))
+    if args.out is not None:
+        print("\n".join(map(str, write_sweep(found, args.out, args.plcc))))
     return 0

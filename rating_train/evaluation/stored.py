@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,9 @@ import numpy.typing as npt
 from rating_train.errors import UserError
 from rating_train.log import Progress
 from rating_train.shards.manifest import check_split, read_manifest
-from rating_train.shards.mds_read import BadShard, read_columns, read_index
+from rating_train.shards.mds_read import iter_texts, read_index
 from rating_train.shards.schema import TEXT_FIELDS
 from rating_train.shards.titles import product_group
-
-_COLUMNS = ("id", *TEXT_FIELDS, "rating")
 
 
 @dataclass(frozen=True)
@@ -48,17 +45,13 @@ def read_texts(data: Path, split: str, most: int | None = None) -> Texts:
     """
     check_split(data, split)
     total = sum(shard["samples"] for shard in read_index(data / split))
-    chosen = None
-    if most is not None and most < total:
-        chosen = set(random.Random(0).sample(range(total), most))
-    found, ratings = Texts(of=total), []
-    for place, item in enumerate(_items(data, split, total)):
-        if chosen is None or place in chosen:
-            found.ids.append(item["id"])
-            found.texts.append(" ".join(item[name] for name in TEXT_FIELDS))
-            found.categories.append(item["main_category"])
-            ratings.append(float(item["rating"]))
-    return Texts(found.ids, found.texts, found.categories, np.array(ratings, np.float64), total)
+    found, ratings = Texts(), []
+    for item in _items(data, split, most):
+        found.ids.append(item["id"])
+        found.texts.append(" ".join(item[name] for name in TEXT_FIELDS))
+        found.categories.append(item["main_category"])
+        ratings.append(float(item["rating"]))
+    return replace(found, ratings=np.array(ratings, np.float64), of=total)
 
 
 @dataclass(frozen=True)
@@ -141,14 +134,10 @@ def trained_on(
     return Seen(items, by_id, by_group)
 
 
-def _items(data: Path, split: str, total: int | None = None) -> Iterator[dict[str, Any]]:
-    progress = Progress(f"reading the texts of {data / split}", total)
-    for shard in read_index(data / split):
-        path = data / split / shard["raw_data"]["basename"]
-        try:
-            for item in read_columns(path, shard, _COLUMNS):
-                yield item
-                progress.add(1)
-        except (OSError, BadShard) as e:
-            raise UserError(f"the shard cannot be read: {e}", where=path) from e
+def _items(data: Path, split: str, most: int | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the items of a split, with their progress."""
+    progress = Progress(f"reading the texts of {data / split}", None)
+    for item in iter_texts(data / split, most):
+        yield item
+        progress.add(1)
     progress.close(complete=False)

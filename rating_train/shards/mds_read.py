@@ -162,6 +162,34 @@ def read_columns(path: Path, shard: Mapping[str, Any], names: Sequence[str]) -> 
             raise BadShard(f"sample {place} cannot be decoded: {e}") from e
 
 
+def iter_texts(folder: Path, most: int | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the items of a split without their images, in stored order.
+
+    Args:
+        folder: of the split.
+        most: yield this many, chosen at random with a fixed seed; ``None``, or more than there are, yields all.
+
+    Raises:
+        UserError: a shard is missing or damaged; the message names it.
+    """
+    shards = read_index(folder)
+    total = sum(shard["samples"] for shard in shards)
+    chosen = None if most is None or most >= total else set(random.Random(0).sample(range(total), most))
+    place = 0
+    for shard in shards:
+        path = folder / shard["raw_data"]["basename"]
+        names = [name for name in shard["column_names"] if name != "image"]
+        try:
+            for item in read_columns(path, shard, names):
+                if chosen is None or place in chosen:
+                    yield item
+                place += 1
+        except (OSError, BadShard) as e:
+            raise UserError(
+                f"the shard cannot be read: {e}", where=path, fix="run `rating-train verify` on the dataset"
+            ) from e
+
+
 _NUMBERS = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i", "int": "<q"}
 
 

@@ -87,16 +87,3 @@ def test_another_dataset_has_a_name_of_its_own_and_a_warning_of_what_was_trained
     assert (
         "(100.0 %) were trained on" in own and "no baselines: they would be fitted on the very items" in own
     )
-
-
-def test_an_export_gets_the_scores_of_its_checkpoint(run: Path, demo: Path, tmp_path: Path) -> None:
-    export = tmp_path / "export"
-    done = rating_train("export", run, "--out", export, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
-    before = sorted(export.rglob("*"))
-    text = evaluate(export, "--no-ridge", "--data", demo / "data")
-    assert sorted(export.rglob("*")) == before, "nothing is written into an export"
-    out = tmp_path / "export.evaluation"
-    mine = {r.id: r.score for r in read_predictions(out / "predictions" / f"val_{STEP}.jsonl")}
-    assert mine == {r.id: r.score for r in read_predictions(run / "predictions" / f"val_{STEP}.jsonl")}
-    assert str(out) in text and judgement(out, "val")["seen"]["unknown"] == ""

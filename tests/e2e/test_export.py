@@ -24,7 +24,9 @@ from rating_train.files import read_json, read_json_lines
 from rating_train.prediction.options import PredictOptions
 from rating_train.prediction.output import read_output
 from rating_train.prediction.run import predict
+from rating_train.scoring.predictions import read_predictions
 from tests.conftest import REPO
+from tests.helpers.cli import rating_train
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -47,6 +49,22 @@ def test_the_scores_are_those_of_the_checkpoint(exported: Exported) -> None:
         same.split()[:4] == ["AutoModel", "bf16", "checkpoint", "0.00e+00"] and same.split()[-1] == "+0.00000"
     )
     assert fp32.split()[:2] == ["AutoModel", "fp32"] and 0 < float(fp32.split()[3]) < 0.25
+
+
+def test_evaluate_gives_it_the_scores_of_its_checkpoint(
+    exported: Exported, trained_run: Path, demo: Path, tmp_path: Path
+) -> None:
+    before = sorted(exported.folder.rglob("*"))
+    words = ("--data", demo / "data", "--out", tmp_path, "--no-ridge", "--resamples", 50)
+    done = rating_train("evaluate", exported.folder, *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(exported.folder.rglob("*")) == before, "nothing is written into an export"
+    name = "val_step_00000006"
+    mine, own = (read_predictions(f / "predictions" / f"{name}.jsonl") for f in (tmp_path, trained_run))
+    assert {r.id: r.score for r in mine} == {r.id: r.score for r in own}
+    found = read_json(tmp_path / "evaluations" / f"{name}.json")
+    assert found["seen"] == {"items": len(own), "by_id": 0, "by_group": 0, "unknown": "", "warning": ""}
+    assert (tmp_path / "eval.jsonl").is_file()
 
 
 STRANGER = """

@@ -138,6 +138,11 @@ def cost(line: str, quickstart: Quickstart, fake: FakePython) -> None:
     assert "228,099,648" in out and all(name in out for name in CONVENTIONS)
 
 
+def cost_sweep(line: str, quickstart: Quickstart, fake: FakePython) -> None:
+    out = run_for_real(line, quickstart)
+    assert "PLCC for equal CES" in out and (quickstart.folder / shlex.split(line)[-1]).is_dir()
+
+
 def start_training(line: str, quickstart: Quickstart, fake: FakePython) -> None:
     """Small models for real. Others take a GPU: settings are loaded, the batch divides, the script starts torchrun."""
     words = shlex.split(line.removeprefix("HF_HUB_OFFLINE=1 "))  # it is set here anyway
@@ -290,7 +295,8 @@ EXERCISERS: list[tuple[str, Exerciser]] = [
     (r"rating-train prepare --source \S+ --images \S+ --out \S+( --[a-z-]+ [\d.]+)*", prepare),
     (r"python benchmarks/small_model\.py \S+ \S+", small_model),
     (r"python benchmarks/baselines\.py \S+", baselines),
-    (r"rating-train cost configs/\S+\.yaml( --plcc \S+)?", cost),
+    (r"rating-train cost configs/\S+\.yaml( --plcc \S+)?( --budget)?", cost),
+    (r"rating-train cost configs/\S+\.yaml( --sweep \S+)+ --plcc \S+ --out \S+", cost_sweep),
     (r"hf download HuggingFaceTB/\S+ --local-dir models/\S+ --include .*", download),
     (
         r"(HF_HUB_OFFLINE=1 )?bash launch/local\.sh( -n \d+)? train configs/\S+\.yaml( --set \S+=\S+)*",

@@ -91,7 +91,7 @@ def test_another_id_of_the_same_product_is_found(
     }
     data = demo / "data"
     other = copy_with(data, tmp_path / "other", "another")
-    monkeypatch.setattr(stored, "_items", lambda path, split, total=None: iter(parts[split]))
+    monkeypatch.setattr(stored, "_items", lambda path, split, most=None: iter(parts[split]))
     seen = trained_on({data: read_manifest(data)["fingerprint"]}, "train", other, "val", 2)
     assert (seen.by_id, seen.by_group) == (0, 1)
 
