@@ -1,10 +1,11 @@
-"""``rating-train cost``: parameters, operations, C, E and CES of a configuration, in every counting convention."""
+"""``rating-train cost``: parameters, operations, CES in every counting convention, and memory of a configuration."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from rating_train import log as logs
 from rating_train.commands.shared import add_set_option
 from rating_train.config.load import load_config
 from rating_train.reports.cost_report import cost_report
@@ -26,6 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print a table over these values; may be repeated: all combinations",
     )
     parser.add_argument("--out", type=Path, help="of --sweep: folder for a CSV and a plot")
+    parser.add_argument("--memory", action="store_true", help="predict the memory of a rank instead")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="of --memory: ranks (default: 1)")
+    parser.add_argument(
+        "--gpu-gib",
+        type=float,
+        default=0,
+        metavar="G",
+        help="of --memory: of one GPU (default: a table of GPUs)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,6 +46,12 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.set)
     arch = read_architecture(config.model)
+    if args.memory:
+        from rating_train.reports.memory_report import measure_memory, render_memory
+
+        logs.set_up()
+        print(render_memory(measure_memory(config, arch, args.gpus, args.gpu_gib)), end="")
+        return 0
     print(cost_report(arch, config.data.image_px, config.data.text_tokens, args.plcc))
     if args.budget:
         from rating_train.reports import cost_budget
