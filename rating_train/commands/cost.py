@@ -1,4 +1,4 @@
-"""``rating-train cost``: parameters, operations, CES in every counting convention, and memory of a configuration."""
+"""``rating-train cost``: parameters, operations, CES by convention; what training takes: hours, memory, disk, cores."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rating_train import log as logs
 from rating_train.commands.shared import add_set_option
 from rating_train.config.load import load_config
 from rating_train.reports.cost_report import cost_report
+from rating_train.reports.planning import ASSUMED_MFU, GPUS, make_plan, render_plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,13 +29,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, help="of --sweep: folder for a CSV and a plot")
     parser.add_argument("--memory", action="store_true", help="predict the memory of a rank instead")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="of --memory: ranks (default: 1)")
+    parser.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="of --memory and --items: GPUs (default: 1)"
+    )
     parser.add_argument(
         "--gpu-gib",
         type=float,
         default=0,
         metavar="G",
         help="of --memory: of one GPU (default: a table of GPUs)",
+    )
+    plan = parser.add_argument_group("what training takes: hours, memory, disk, network, cores")
+    plan.add_argument("--items", type=int, metavar="N", help="items of the training split; prints the plan")
+    plan.add_argument("--gpu", default="h100", help=f"one of {', '.join(GPUS)} (default: h100)")
+    assumed = ", ".join(map(str, ASSUMED_MFU))
+    plan.add_argument(
+        "--mfu", type=float, help=f"share of the GPU's bf16 speed that training reaches (default: {assumed})"
+    )
+    plan.add_argument(
+        "--rate",
+        type=float,
+        metavar="R",
+        help="in place of --mfu: items/s of one GPU, from samples_per_second in train.jsonl of a short run",
     )
 
 
@@ -53,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         print(render_memory(measure_memory(config, arch, args.gpus, args.gpu_gib)), end="")
         return 0
     print(cost_report(arch, config.data.image_px, config.data.text_tokens, args.plcc))
+    if args.items is not None:
+        print(render_plan(make_plan(config, arch, args.items, args.gpus, args.gpu, args.mfu, args.rate)))
     if args.budget:
         from rating_train.reports import cost_budget
         from rating_train.reports.cost_sweep import measure_config

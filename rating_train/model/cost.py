@@ -15,12 +15,18 @@ One multiply-accumulate (MAC) is two floating-point operations (FLOPs). A test c
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from rating_train.config.schema import PARTS
 from rating_train.errors import UserError
 from rating_train.model.architecture import Architecture, TextArchitecture, VisionArchitecture
 from rating_train.scoring.ces import CONVENTIONS
+
+#: Bytes that training keeps of one token in one layer for the backward pass, at least, per hidden unit in bf16:
+#: inputs of the linear layers, norms and activations (Korthikanti et al. 2022, without the attention matrix).
+_LAYER_BYTES = 34
+_CHECKPOINTED_LAYER_BYTES = 2  # with gradient checkpointing a layer's input alone
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,38 @@ def count_forward(arch: Architecture, image_px: int, sequence_tokens: int) -> Fo
         "head": 0,
     }
     return ForwardCost(linear, attention)
+
+
+def training_flops(forward: ForwardCost, freeze: Collection[str]) -> float:
+    """Count the FLOPs of training on one item (``flop_attention``): a forward pass, and a backward pass of twice that.
+
+    Frozen parts need no backward pass where nothing below them is trained: with ``vision`` frozen, neither the tower's
+    nor, with ``connector``, the connector's. What gradient checkpointing computes again is not counted.
+    """
+    by_part = forward.by_part("flop_attention")
+    backward, needed = 0.0, False
+    for part in PARTS:  # in the order of the forward pass
+        needed = needed or part not in freeze
+        backward += 2 * by_part[part] if needed else 0.0
+    return sum(by_part.values()) + backward
+
+
+def activation_bytes(
+    arch: Architecture,
+    image_px: int,
+    sequence_tokens: int,
+    *,
+    freeze: Collection[str] = (),
+    bf16: bool = True,
+    gradient_checkpointing: bool = False,
+) -> int:
+    """Return what one item keeps on the device for the backward pass, at least: without the attention matrix."""
+    per_unit = _CHECKPOINTED_LAYER_BYTES if gradient_checkpointing else _LAYER_BYTES
+    text, vision = arch.text, arch.vision
+    patches = (image_px // vision.patch) ** 2
+    decoder = text.layers * sequence_tokens * text.hidden
+    tower = 0 if {"vision", "connector"} <= set(freeze) else vision.layers * patches * vision.hidden
+    return per_unit * (1 if bf16 else 2) * (decoder + tower)
 
 
 def _attention_macs(tokens: int, width: int) -> int:

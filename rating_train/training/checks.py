@@ -22,7 +22,7 @@ from rating_train.distributed.collectives import all_gather
 from rating_train.distributed.world import World
 from rating_train.errors import UserError, one_error
 from rating_train.model.architecture import KNOWN_ARCHITECTURES, Architecture
-from rating_train.model.cost import visual_tokens
+from rating_train.model.cost import activation_bytes, visual_tokens
 from rating_train.model.custom_loss import CustomLoss, load_custom_loss
 from rating_train.model.load import read_architecture
 from rating_train.shards.manifest import read_manifest, refuse_unlike
@@ -33,10 +33,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _GIB = 2**30
-#: Bytes that training keeps of one token in one layer for the backward pass, at least, per hidden unit in bf16:
-#: inputs of the linear layers, norms and activations (Korthikanti et al. 2022, without the attention matrix).
-_LAYER_BYTES = 34
-_CHECKPOINTED_LAYER_BYTES = 2  # with gradient checkpointing a layer's input alone
 
 
 def check_job(config: Config, run: Path, resume: str, world: World, device: torch.device) -> None:
@@ -235,7 +231,14 @@ def check_memory(
         )
     if architecture is None:
         return
-    kept = plan.micro_items * activation_bytes(config, architecture, tokens)
+    kept = plan.micro_items * activation_bytes(
+        architecture,
+        config.data.image_px,
+        tokens,
+        freeze=config.model.freeze,
+        bf16=config.train.precision == "bf16",
+        gradient_checkpointing=config.model.gradient_checkpointing,
+    )
     if device.type == "cuda":
         available = torch.cuda.get_device_properties(device).total_memory
     if kept > available:
@@ -246,19 +249,6 @@ def check_memory(
             expected=f"at most {max(1, plan.micro_items * available // kept):,} by this estimate",
             fix="set batch.micro_items lower (the rest is accumulation), or model.gradient_checkpointing=true",
         )
-
-
-def activation_bytes(config: Config, architecture: Architecture, tokens: int) -> int:
-    """Return what one item keeps on the device for the backward pass, at least."""
-    per_unit = _CHECKPOINTED_LAYER_BYTES if config.model.gradient_checkpointing else _LAYER_BYTES
-    width = 1 if config.train.precision == "bf16" else 2
-    text, vision = architecture.text, architecture.vision
-    patches = (config.data.image_px // vision.patch) ** 2
-    decoder = text.layers * tokens * text.hidden
-    tower = (
-        0 if {"vision", "connector"} <= set(config.model.freeze) else vision.layers * patches * vision.hidden
-    )
-    return per_unit * width * (decoder + tower)
 
 
 def available_memory() -> int:

@@ -303,6 +303,7 @@ EXERCISERS: list[tuple[str, Exerciser]] = [
     (r"rating-train cost configs/\S+\.yaml( --plcc \S+)?( --budget)?", cost),
     (r"rating-train cost configs/\S+\.yaml --memory --gpus \d+", cost_memory),
     (r"rating-train cost configs/\S+\.yaml( --sweep \S+)+ --plcc \S+ --out \S+", cost_sweep),
+    (r"rating-train cost configs/\S+\.yaml --items .*", cost),
     (r"hf download HuggingFaceTB/\S+ --local-dir models/\S+ --include .*", download),
     (
         r"(HF_HUB_OFFLINE=1 )?bash launch/local\.sh( -n \d+)? train configs/\S+\.yaml( --set \S+=\S+)*",
