@@ -9,6 +9,8 @@ from typing import Any
 from rating_train.errors import UserError
 
 STATE_FILE = "state.json"
+#: What a checkpoint from before a key was recorded has.
+_UNRECORDED = {"optimizer": "adamw"}
 
 
 @dataclass
@@ -101,7 +103,7 @@ def check_identity(content: dict[str, Any], now: Identity, where: object) -> Non
     differences = []
     for section, current in (("order", now.order), ("engine", now.engine)):
         for key in sorted(set(saved[section]) | set(current)):
-            old, new = saved[section].get(key), current.get(key)
+            old, new = (side.get(key, _UNRECORDED.get(key)) for side in (saved[section], current))
             if old != new:
                 differences.append(f"{key} was {old!r} and is now {new!r}")
     old_stage, new_stage = saved["topology"]["zero_stage"], now.topology["zero_stage"]

@@ -210,6 +210,12 @@ _RULES = (
         f"`loss.kind` is {{c.loss.kind!r}}, expected {', '.join(LOSSES)}, or MODULE:FUNCTION of a loss of your own",
     ),
     Rule(
+        "optim.kind zero.stage",
+        lambda c: c.optim.kind == "adamw" or c.zero.stage == 0,
+        "`optim.kind` is adamw_8bit, which needs `zero.stage` 0 (it is {c.zero.stage}): ZeRO divides flat fp32 "
+        "moments over the ranks, and cannot hold moments in 8 bits with their scales",
+    ),
+    Rule(
         "zero.stage zero.offload_optimizer",
         lambda c: c.zero.stage > 0 or not c.zero.offload_optimizer,
         "`zero.offload_optimizer` needs `zero.stage` 1, 2 or 3",

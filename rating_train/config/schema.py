@@ -197,6 +197,11 @@ class LearningRates:
 @dataclass(frozen=True)
 class OptimConfig:
     lr: LearningRates = section(LearningRates, "Peak learning rate of each part of the model.")
+    kind: Literal["adamw", "adamw_8bit"] = setting(
+        "adamw",
+        "`adamw_8bit` keeps the moments of matrices in 8 bits (bitsandbytes, extra `eightbit`; the paper's optimizer). "
+        "Needs `zero.stage` 0.",
+    )
     schedule: Literal["linear", "cosine", "constant"] = setting("linear", "Decay after the warm-up.")
     warmup_fraction: float = setting(
         0.03, "Share of all steps over which the learning rate rises from 0.", low=0, high=1

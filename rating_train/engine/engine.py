@@ -17,7 +17,8 @@ from rating_train.config.schema import Config
 from rating_train.data.collate import Batch
 from rating_train.distributed.groups import connect_groups, limit_collectives
 from rating_train.engine.ds_config import build_ds_config
-from rating_train.engine.optimizer import GuardedAdamW, build_optimizer
+from rating_train.engine.guard import Guarded
+from rating_train.engine.optimizer import build_optimizer
 from rating_train.errors import UserError
 from rating_train.model.custom_loss import LossFunction
 from rating_train.model.head import dropout_keys
@@ -81,9 +82,7 @@ class Engine:
             self.ds.step()  # updates the weights after the last micro-batch of the step
             losses.append(loss.detach().float())
         optimizer = self.ds.optimizer
-        self._skipped.append(
-            optimizer.found_inf if isinstance(optimizer, GuardedAdamW) else optimizer.overflow
-        )
+        self._skipped.append(optimizer.found_inf if isinstance(optimizer, Guarded) else optimizer.overflow)
         return torch.stack(losses).mean()
 
     def read_skipped(self, wait: bool) -> list[bool]:

@@ -22,6 +22,11 @@ class ParamGroup:
     parameters: tuple[nn.Parameter, ...]
 
     @property
+    def matrices(self) -> bool:
+        """Whether these are the matrices of linear and convolution layers."""
+        return not self.name.endswith("/no_decay")
+
+    @property
     def numel(self) -> int:
         # Under ZeRO-3 a parameter that is not gathered is empty; ds_numel is its real size.
         return sum(int(getattr(p, "ds_numel", p.numel())) for p in self.parameters)

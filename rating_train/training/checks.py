@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Callable
@@ -57,6 +58,7 @@ def check_job(config: Config, run: Path, resume: str, world: World, device: torc
     attempt(lambda: check_run_folder(run))
     attempt(lambda: check_data(config))
     attempt(lambda: load_custom_loss(config.loss))
+    attempt(lambda: check_optimizer(config))
     plan = attempt(lambda: plan_batch(config.batch.global_items, config.batch.micro_items, world.size))
     architecture = attempt(lambda: local_architecture(config))
     visual = attempt(lambda: visual_tokens(architecture, config.data.image_px)) if architecture else None
@@ -68,6 +70,20 @@ def check_job(config: Config, run: Path, resume: str, world: World, device: torc
         raise problems[0]
     if problems:
         raise one_error([str(e) for e in problems], where=f"the configuration of {run}")
+
+
+def check_optimizer(config: Config) -> None:
+    """Refuse an optimizer whose package is not installed.
+
+    Raises:
+        UserError: see above.
+    """
+    if config.optim.kind == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "bitsandbytes is not installed",
+            where="optim.kind=adamw_8bit",
+            fix="pip install 'rating_train[eightbit]', or set optim.kind=adamw",
+        )
 
 
 def check_run_folder(run: Path) -> None:

@@ -75,7 +75,11 @@ class Job:
         return Identity(
             order=order_fingerprint_inputs(config, self.data.fingerprints),
             order_digest=self.data.order_digest(step),
-            engine={"precision": config.train.precision, "freeze": sorted(config.model.freeze)},
+            engine={
+                "precision": config.train.precision,
+                "freeze": sorted(config.model.freeze),
+                "optimizer": config.optim.kind,
+            },
             topology={"ranks": self.world.size, "zero_stage": config.zero.stage},
         )
 

@@ -15,6 +15,8 @@ from tests.conftest import Ranks
 from tests.helpers.forked import REPO
 from tests.helpers.runs import losses
 
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra `eightbit`)")
+
 ABLATIONS = sorted((REPO / "configs" / "ablations").glob("*.yaml"))
 STEPS = 5
 

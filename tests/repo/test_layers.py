@@ -54,6 +54,7 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
         "export.hub.",
         "export.reload",
     ),
+    "bitsandbytes": ("engine.eightbit",),
     "onnx": ("export.onnx_graph",),
     "onnxruntime": ("export.onnx_graph",),
     "onnxscript": ("export.onnx_graph",),
