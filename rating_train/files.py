@@ -1,4 +1,4 @@
-"""Files that are either complete or absent: atomic writes, fsync, checksums, JSON lines.
+"""Files that are either complete or absent: atomic writes, fsync, checksums, JSON.
 
 A network file system may fail for a moment (a server restarts, a handle goes stale) and show what another host wrote
 with a delay. Operations that can be repeated without harm are repeated here; see :func:`retry`.
@@ -37,12 +37,13 @@ TRANSIENT_ERRORS = frozenset(
     }
 )  # fmt: skip
 RETRY_PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6)  # seconds
+_PATIENT_PAUSES = (3.2, 6.4, 12.8)  # after those, where nobody waits: a server restarts
 #: How long a host may not see what another one wrote: NFS caches attributes for up to a minute (acdirmax).
 VISIBLE_SECONDS = 90.0
 _CHUNK_BYTES = 1 << 22
 
 
-def retry(action: Callable[[], T], what: object) -> T:
+def retry(action: Callable[[], T], what: object, patient: bool = False) -> T:
     """Run ``action``, again after each transient error, for about three seconds.
 
     Only for what can be repeated without harm: reading, or writing all of a file anew. After a failed ``fsync`` the
@@ -51,11 +52,12 @@ def retry(action: Callable[[], T], what: object) -> T:
     Args:
         action: the operation.
         what: the path or the operation, for the log.
+        patient: for about half a minute, in a thread that nobody waits for.
 
     Raises:
         OSError: the last transient error, or at once any other one.
     """
-    for pause in RETRY_PAUSES:
+    for pause in (*RETRY_PAUSES, *(_PATIENT_PAUSES if patient else ())):
         try:
             return action()
         except OSError as e:
@@ -137,6 +139,25 @@ def is_recent(path: Path) -> bool:
     return abs(time.time() - changed) < VISIBLE_SECONDS
 
 
+def make_folder(path: Path) -> None:
+    """Create a directory with its parents unless it is there, in spite of transient errors.
+
+    Another host may have made it: it is waited for until this one sees it.
+
+    Raises:
+        OSError: it cannot be made, or the name is that of something else.
+    """
+
+    def make() -> None:
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            if wait_until_visible(path, VISIBLE_SECONDS) and not stat.S_ISDIR(os.stat(path).st_mode):
+                raise
+
+    retry(make, path)
+
+
 def remove(path: Path) -> None:
     """Delete a file if it is there, in spite of transient errors."""
     retry(lambda: path.unlink(missing_ok=True), path)
@@ -144,8 +165,24 @@ def remove(path: Path) -> None:
 
 def remove_tree(path: Path) -> None:
     """Delete a directory with all that it contains, in spite of transient errors."""
-    with contextlib.suppress(FileNotFoundError):  # an attempt may have succeeded and yet reported an error
-        retry(lambda: shutil.rmtree(path), path)
+
+    def ignore_missing(_function: object, _path: object, error: Any) -> None:
+        if not isinstance(
+            error[1], FileNotFoundError
+        ):  # gone, by an attempt that reported an error, or not visible
+            raise error[1]
+
+    def attempt() -> None:
+        try:
+            shutil.rmtree(path, onerror=ignore_missing)
+        except OSError as e:
+            if e.errno != errno.ENOTEMPTY:
+                raise
+            raise OSError(
+                errno.EAGAIN, "it has files of another host that are not visible yet", str(path)
+            ) from e
+
+    retry(attempt, path)
 
 
 def fsync_path(path: str | Path) -> None:
@@ -163,10 +200,10 @@ def fsync_directory(directory: Path) -> None:
 
 
 def rename(source: Path, target: Path, done: Callable[[], bool]) -> None:
-    """Rename a directory and flush its parent. An error may come after the fact, so it is not simply repeated.
+    """Rename a file or directory and flush its parent. An error may come after the fact, so it is not simply repeated.
 
     Args:
-        source: the directory.
+        source: the file or directory.
         target: its new path.
         done: looks whether the rename took place.
 
@@ -256,25 +293,6 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"not valid JSON ({e})", where=path) from e
 
 
-def append_json_line(path: str | Path, value: dict[str, Any]) -> None:
-    """Append one object as one line, in a single ``write``, so that readers see complete lines.
-
-    A torn last line, left by a crash or a full disk, is removed first. Several processes may append: a lock on the
-    file makes them take turns, so that none mistakes another's unfinished line for a torn one.
-    """
-    line = json.dumps(value, sort_keys=False, allow_nan=False, ensure_ascii=False) + "\n"
-    with retry(
-        lambda: open(path, "ab+"), path
-    ) as f:  # what follows is not repeated: it may have been written
-        hold_lock(f, wait=True)
-        if f.seek(0, os.SEEK_END) > 0:
-            f.seek(-1, os.SEEK_END)
-            if f.read(1) != b"\n":
-                f.seek(0)
-                f.truncate(f.read().rfind(b"\n") + 1)
-        f.write(line.encode("utf-8"))
-
-
 def read_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the objects of a JSON-lines file, except a torn last line (from a crash while writing).
 
@@ -282,9 +300,7 @@ def read_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
         UserError: another line is not valid JSON.
     """
     with open(path, "rb") as f:
-        for number, line in enumerate(
-            f, start=1
-        ):  # split at "\n" only: text may contain other line separators
+        for number, line in enumerate(f, start=1):  # of bytes: text may contain other line separators
             if not line.strip():
                 continue
             try:

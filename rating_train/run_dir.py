@@ -68,7 +68,6 @@ def evaluation_file(run: Path, split: str, step: int) -> Path:
     return run / EVALUATIONS_DIR / f"{split}_step_{step:08d}.json"
 
 
-def make(run: Path) -> None:
-    """Create the directory and its subdirectories; existing ones are kept."""
-    for name in (PREDICTIONS_DIR, CHECKPOINTS_DIR, LOGS_DIR):
-        (run / name).mkdir(parents=True, exist_ok=True)
+def folders(run: Path) -> list[Path]:
+    """Return the subdirectories that every run has from its start."""
+    return [run / name for name in (PREDICTIONS_DIR, CHECKPOINTS_DIR, LOGS_DIR)]

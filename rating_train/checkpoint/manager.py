@@ -13,7 +13,6 @@ Threads never take part in collectives, and at most one save is pending.
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from rating_train.distributed import seeding
 from rating_train.distributed.collectives import all_gather, gather, max_over_ranks, on_main, sum_over_ranks
 from rating_train.distributed.world import World
 from rating_train.errors import UserError
-from rating_train.files import read_json, retry
+from rating_train.files import make_folder, read_json, remove_tree
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +158,7 @@ class Checkpointer:
             if not problem:
                 seconds = time.monotonic() - save.started
                 return Saved(path, save.step, save.best, size, save.blocked_seconds, seconds)
-        on_main(lambda: shutil.rmtree(save.temporary, ignore_errors=True))
+        on_main(lambda: self._remove(save.temporary))
         raise self._failure(save.step, problem, save.needed_bytes)
 
     def mark_best(self, step: int, best: Best) -> bool:
@@ -205,7 +204,7 @@ class Checkpointer:
             self._report_pruning()
 
     def _begin(self, step: int, needed_bytes: int) -> Path:
-        retry(lambda: self.root.mkdir(parents=True, exist_ok=True), self.root)
+        make_folder(self.root)
         store.check_free_space(self.root, needed_bytes)
         return store.begin(self.root, step)
 
@@ -231,6 +230,12 @@ class Checkpointer:
             )
         self._pruning = self._thread.submit(cleanup.prune, self.root, *self._keep)
         return path, size, ""
+
+    def _remove(self, temporary: Path) -> None:
+        try:
+            remove_tree(temporary)
+        except OSError as e:
+            log.warning("%s cannot be removed now (%s): the next start does it", temporary, e)
 
     def _report_pruning(self) -> None:
         assert self._pruning is not None

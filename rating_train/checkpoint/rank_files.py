@@ -13,7 +13,7 @@ import torch
 from rating_train.checkpoint import store
 from rating_train.checkpoint.deepspeed_io import Shard
 from rating_train.checkpoint.state import STATE_FILE
-from rating_train.files import atomic_write_json, retry
+from rating_train.files import VISIBLE_SECONDS, atomic_write_json, make_folder, retry, wait_until_visible
 
 
 def write_rank_files(temporary: Path, shard: Shard, state: dict[str, Any] | None) -> store.Files:
@@ -26,8 +26,9 @@ def write_rank_files(temporary: Path, shard: Shard, state: dict[str, Any] | None
     names = [*shard, STATE_FILE] if state is not None else list(shard)
     name = problem = ""
     try:
+        wait_until_visible(temporary, VISIBLE_SECONDS)  # rank 0 may be on another host
         for folder in {(temporary / name).parent for name in shard}:
-            _make(folder)
+            make_folder(folder)  # another rank may have been faster
         described: store.Files = {}
         for name in list(shard):
             described |= _write(temporary, name, shard[name], _save)
@@ -37,7 +38,7 @@ def write_rank_files(temporary: Path, shard: Shard, state: dict[str, Any] | None
             described |= _write(temporary, name, state, atomic_write_json)
         return described
     except Exception as e:
-        problem = f"{name}: {type(e).__name__}: {e}; {shutil.disk_usage(temporary).free:,} bytes were free"
+        problem = f"{name}: {type(e).__name__}: {e}; {_free_space(temporary)}"
     # After the except block: the error's frames hold the file open, and an open file keeps its space on disk.
     for written in names:
         with contextlib.suppress(OSError):  # rank 0 removes the directory later, with anything left in it
@@ -45,9 +46,11 @@ def write_rank_files(temporary: Path, shard: Shard, state: dict[str, Any] | None
     raise OSError(problem)
 
 
-def _make(folder: Path) -> None:
-    """Make a directory; another rank may have been faster."""
-    retry(lambda: folder.mkdir(exist_ok=True), folder)
+def _free_space(directory: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(directory).free:,} bytes were free"
+    except OSError as e:
+        return f"how much space was free is not known ({e})"
 
 
 def _write(directory: Path, name: str, content: Any, write: Callable[[Path, Any], None]) -> store.Files:
@@ -57,7 +60,7 @@ def _write(directory: Path, name: str, content: Any, write: Callable[[Path, Any]
         write(directory / name, content)
         return store.seal(directory, [name])
 
-    return retry(once, directory / name)
+    return retry(once, directory / name, patient=True)
 
 
 def _save(path: Path, content: Any) -> None:

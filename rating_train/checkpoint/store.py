@@ -37,6 +37,7 @@ from rating_train.files import (
     fsync_directory,
     fsync_path,
     is_recent,
+    make_folder,
     path_exists,
     read_json,
     remove,
@@ -78,7 +79,7 @@ def step_name(step: int) -> str:
 def begin(root: Path, step: int) -> Path:
     """Create the temporary directory of a new checkpoint. Called by one process of the job."""
     temporary = temporary_name(root / step_name(step))
-    retry(lambda: temporary.mkdir(parents=True), temporary)
+    make_folder(temporary)
     return temporary
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rating_train.checkpoint.safe_load import load
 from rating_train.checkpoint.store import InvalidCheckpoint
+from rating_train.files import retry
 
 MASTER = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -169,7 +170,8 @@ def _by_rank(engine: Path, pattern: re.Pattern[str]) -> list[Path]:
     Raises:
         InvalidCheckpoint: there are none, or one is missing.
     """
-    found = {int(m.group(1)): path for path in engine.iterdir() if (m := pattern.search(path.name))}
+    paths = retry(lambda: list(engine.iterdir()), engine)
+    found = {int(m.group(1)): path for path in paths if (m := pattern.search(path.name))}
     if not found or sorted(found) != list(range(len(found))):
         raise InvalidCheckpoint(f"{engine} has files of ranks {sorted(found)}, not one file per rank")
     return [found[rank] for rank in sorted(found)]

@@ -26,7 +26,7 @@ from rating_train.config.load import dump_config, load_config
 from rating_train.config.resolve import plan_batch, total_steps
 from rating_train.config.schema import Config
 from rating_train.errors import UserError
-from rating_train.files import atomic_write_json, atomic_write_text
+from rating_train.files import atomic_write_json, atomic_write_text, make_folder
 from rating_train.shards.manifest import read_manifest
 from rating_train.training.provenance import provenance
 
@@ -146,7 +146,8 @@ def git_state() -> dict[str, Any]:
 
 def freeze(submission: Submission, place: Place) -> None:
     """Write the resolved configuration and its provenance into the run directory."""
-    run_dir.make(submission.run)
+    for folder in run_dir.folders(submission.run):
+        make_folder(folder)
     atomic_write_text(submission.frozen, submission.text)
     atomic_write_json(submission.frozen.with_suffix(".json"), provenance(**facts(submission, place)))
 

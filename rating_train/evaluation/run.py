@@ -21,7 +21,8 @@ from rating_train.distributed.collectives import on_main
 from rating_train.errors import UserError
 from rating_train.evaluation import baselines
 from rating_train.evaluation.stored import Seen, read_texts, read_texts_of_all, trained_on
-from rating_train.files import append_json_line, atomic_write_json, read_json
+from rating_train.files import atomic_write_json, read_json
+from rating_train.row_files import append_json_line
 from rating_train.scoring import bootstrap
 from rating_train.scoring.analysis import analyse, item_groups
 from rating_train.scoring.predictions import Prediction, deduplicate, read_predictions

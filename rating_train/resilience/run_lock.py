@@ -32,7 +32,7 @@ from typing import Any
 
 from rating_train import run_dir
 from rating_train.errors import UserError
-from rating_train.files import remove, retry
+from rating_train.files import make_folder, remove, rename, retry
 from rating_train.processes import process_lives, this_process
 from rating_train.resilience.lock_file import LockState, describe, read_state
 
@@ -106,12 +106,15 @@ class RunLock:
         self._thread.start()
 
     def _acquire(self) -> None:
-        retry(lambda: self._run.mkdir(parents=True, exist_ok=True), self._run)
+        make_folder(self._run)
         while not retry(self._create, self._lock):
             found = read_state(self._lock)
             if found is None:  # just released, or not visible on this host yet
                 time.sleep(_LOOK_SECONDS)
                 continue
+            if found.content.get("nonce") == self._owner["nonce"]:  # created, although an error was reported
+                self._owner = found.content
+                break
             why = self._dead_at_once(found.content) or self._watch(found)
             if why and self._move_away(found):
                 log.warning("took over %s from %s: %s", self._lock, describe(found.content), why)
@@ -243,7 +246,7 @@ class RunLock:
             return False
         aside = self._lock.with_name(f"{self._lock.name}.stale-{self._owner['nonce']}")
         try:
-            os.rename(self._lock, aside)
+            rename(self._lock, aside, lambda: True)
         except FileNotFoundError:
             return False  # the other candidate was faster
         right = read_state(aside) == judged
@@ -252,7 +255,8 @@ class RunLock:
             # never over a third candidate's; in that case its owner notices at its next look.
             with contextlib.suppress(OSError):
                 os.link(aside, self._lock)
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # nobody reads it
+            remove(aside)
         return right
 
     def _is_mine(self) -> bool:

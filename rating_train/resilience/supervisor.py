@@ -13,7 +13,7 @@ from rating_train.config.schema import TrainConfig
 from rating_train.distributed.collectives import on_main
 from rating_train.distributed.world import ScheduledJob, World
 from rating_train.errors import UserError
-from rating_train.files import atomic_write_text, remove, retry
+from rating_train.files import atomic_write_text, make_folder, remove
 from rating_train.resilience.graceful_stop import REQUEUE_REASONS, StopFlag, Stopped
 from rating_train.resilience.run_lock import RunLock
 from rating_train.resilience.watchdog import Watchdog
@@ -110,7 +110,8 @@ def _prepare(run: Path) -> None:
         UserError: that is not possible.
     """
     try:
-        retry(lambda: run_dir.make(run), run)
+        for folder in run_dir.folders(run):
+            make_folder(folder)
         remove(run / run_dir.HUNG_FILE)
     except OSError as e:
         raise UserError(
@@ -122,7 +123,7 @@ def _prepare(run: Path) -> None:
 
 def leave_markers(run: Path, reason: str, step: int) -> None:
     """Remove STOP, which has been obeyed, and leave REQUEUE where the launcher is to start the run again. Rank 0."""
-    (run / run_dir.STOP_FILE).unlink(missing_ok=True)
+    remove(run / run_dir.STOP_FILE)
     _leave_requeue(run, f"at step {step}", reason)
 
 

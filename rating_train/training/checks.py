@@ -22,6 +22,7 @@ from rating_train.distributed import world as worlds
 from rating_train.distributed.collectives import all_gather
 from rating_train.distributed.world import World
 from rating_train.errors import UserError, one_error
+from rating_train.files import make_folder
 from rating_train.model.architecture import KNOWN_ARCHITECTURES, Architecture
 from rating_train.model.cost import activation_bytes, visual_tokens
 from rating_train.model.custom_loss import CustomLoss, load_custom_loss
@@ -107,7 +108,8 @@ def make_run_folder(run: Path) -> None:
         UserError: the file system refuses.
     """
     try:
-        run_dir.make(run)
+        for folder in run_dir.folders(run):
+            make_folder(folder)
     except OSError as e:
         fix = "set runs_dir to a folder that all nodes can write to"
         raise UserError(f"the run directory cannot be made ({e.strerror})", where=run, fix=fix) from e

@@ -22,6 +22,7 @@ from rating_train.data.collate import Batch
 from rating_train.distributed.collectives import on_main
 from rating_train.distributed.world import scheduled_job
 from rating_train.errors import UserError
+from rating_train.files import make_folder, remove
 from rating_train.resilience.graceful_stop import Stopped
 from rating_train.resilience.supervisor import Supervisor, leave_markers, supervise
 from rating_train.training import setup
@@ -89,9 +90,9 @@ def record(job: Job, state: TrainState, resumed_from: Path | None) -> None:
         data_fingerprint=", ".join(job.data.fingerprints),
         data_sources=job.data_sources(),
     )
-    (job.run / run_dir.REQUEUE_FILE).unlink(missing_ok=True)
+    remove(job.run / run_dir.REQUEUE_FILE)
     if job.config.train.log_sample_ids:
-        (job.run / run_dir.SAMPLES_DIR).mkdir(exist_ok=True)
+        make_folder(job.run / run_dir.SAMPLES_DIR)
 
 
 def loop(job: Job, state: TrainState, recorder: Recorder, supervisor: Supervisor) -> str:

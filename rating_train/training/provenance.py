@@ -17,7 +17,7 @@ from rating_train import run_dir
 from rating_train.config.load import dump_config
 from rating_train.config.schema import Config, to_dict
 from rating_train.errors import UserError
-from rating_train.files import atomic_write_json, atomic_write_text, read_json
+from rating_train.files import atomic_write_json, atomic_write_text, path_exists, read_json, retry
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def describe(changes: Changes) -> str:
 def _read_settings(path: Path) -> dict[str, Any] | None:
     """The settings of a config.yaml; ``None`` where there are none that can be read."""
     try:
-        settings = yaml.safe_load(path.read_text("utf-8"))
+        settings = yaml.safe_load(retry(lambda: path.read_text("utf-8"), path))
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
@@ -165,7 +165,7 @@ def _read_history(run: Path) -> list[dict[str, Any]]:
 def _read_provenance(run: Path) -> dict[str, Any]:
     path = run / run_dir.PROVENANCE_FILE
     try:
-        content = read_json(path) if path.exists() else {}
+        content = read_json(path) if path_exists(path) else {}
     except UserError as e:
         log.warning("%s: its history begins anew", e)
         return {}

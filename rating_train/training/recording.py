@@ -17,8 +17,9 @@ from rating_train.checkpoint.state import TrainState
 from rating_train.config.lr_schedule import lr_factor
 from rating_train.data.collate import Batch
 from rating_train.distributed.collectives import on_main, sum_over_ranks
-from rating_train.files import append_json_line, read_json, read_json_lines
+from rating_train.files import file_size, read_json, read_json_lines, retry
 from rating_train.log import duration, number
+from rating_train.row_files import RowFiles
 from rating_train.scoring.metrics import METRICS
 from rating_train.training.evaluation import Evaluation
 from rating_train.training.job import Job
@@ -40,6 +41,7 @@ class Recorder:
     def __init__(self, job: Job, state: TrainState) -> None:
         self._job, self._state = job, state
         self._tracker = Tracker(job.run, state.step, enabled=job.world.is_main)
+        self._sample_rows = RowFiles()
         self._meter = StepMeter()
         #: Steps of this attempt.
         self.steps = 0
@@ -51,6 +53,7 @@ class Recorder:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._bar.close()
+        self._sample_rows.close()
         self._tracker.close()
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -69,7 +72,7 @@ class Recorder:
         self._bar.update()
         if job.config.train.log_sample_ids:
             file = run_dir.samples_file(job.run, job.world.rank)
-            append_json_line(file, {"step": self._state.step, "ids": batch.ids})
+            self._sample_rows.append(file, {"step": self._state.step, "ids": batch.ids})
 
     def log_training(self) -> None:
         """Write a row of train.jsonl: means over all ranks and over the steps since the last row. A collective."""
@@ -123,16 +126,31 @@ class Recorder:
 
     def _find_row(self, step: int, split: str) -> dict[str, Any] | None:
         file = self._job.run / run_dir.EVAL_LOG
-        if not store.is_committed(self._job.checkpointer.root, step) or not file.is_file():
+        if not store.is_committed(self._job.checkpointer.root, step) or file_size(file) is None:
             return None  # the checkpoint is that of another run, and so its evaluation is not in this file
-        rows = [r for r in read_json_lines(file) if (r.get("step"), r.get("split")) == (step, split)]
+        found = retry(lambda: list(read_json_lines(file)), file)
+        rows = [r for r in found if (r.get("step"), r.get("split")) == (step, split)]
         return next((r for r in rows if r.get("source") == "train"), None)
 
     def summary(self, outcome: str, seconds: float) -> None:
         """Say how the run ended, where its results are, and what to run next. Rank 0."""
         job, state = self._job, self._state
-        root, run = job.checkpointer.root, job.run
         lines = [f"{outcome} at step {state.step} of {job.total_steps}, after {duration(seconds)}"]
+        try:
+            lines += self._results()
+        except OSError as e:  # all is saved: no reason to fail
+            lines.append(f"  results            cannot be listed now ({e}): see {job.run}")
+        if outcome in ("finished", "early stop"):
+            lines.append(
+                f"  next               rating-train evaluate {job.run}; rating-train report {job.run}"
+            )
+        else:
+            lines.append("  next               the same command resumes the run at this step")
+        log.info("\n".join(lines))
+
+    def _results(self) -> list[str]:
+        job, state, lines = self._job, self._state, []
+        root, run = job.checkpointer.root, job.run
         best, latest = (store.pointed_step(root, name) for name in (store.BEST, store.LATEST))
         if best is not None:
             content = read_json(root / store.BEST)
@@ -143,14 +161,9 @@ class Recorder:
         if latest is not None:
             lines.append(f"  latest checkpoint  {root / store.step_name(latest)}")
         predictions = run_dir.predictions_file(run, job.config.data.eval_split, state.step)
-        if predictions.is_file():
+        if file_size(predictions) is not None:
             lines.append(f"  predictions        {predictions}")
-        lines.append(f"  metrics            {run / run_dir.TRAIN_LOG}, {run / run_dir.EVAL_LOG}")
-        if outcome in ("finished", "early stop"):
-            lines.append(f"  next               rating-train evaluate {run}; rating-train report {run}")
-        else:
-            lines.append("  next               the same command resumes the run at this step")
-        log.info("\n".join(lines))
+        return [*lines, f"  metrics            {run / run_dir.TRAIN_LOG}, {run / run_dir.EVAL_LOG}"]
 
 
 def training_row(job: Job, state: TrainState, meter: StepMeter) -> dict[str, Any]:

@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rating_train import run_dir
-from rating_train.files import append_json_line, atomic_write_bytes
+from rating_train.files import atomic_write_bytes, retry
+from rating_train.row_files import RowFiles
 
 log = logging.getLogger(__name__)
+
+#: Of one start of a run, at most: a full disk would otherwise give an empty one for each row.
+_EVENT_FILES = 20
 
 
 class Listener(Protocol):
@@ -46,15 +50,14 @@ class Tracker:
         self._run = run
         self._enabled = enabled
         self._writer: Any = None
+        self._event_files = 0
+        self._rows = RowFiles()
         self._listeners: list[Listener] = []
-        self._waiting: list[tuple[str, dict[str, Any]]] = []  # rows that the disk had no room for
         if not enabled:
             return
         for name in (run_dir.TRAIN_LOG, run_dir.EVAL_LOG):
             _drop_rows_after(run / name, first_step)
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(run / run_dir.TENSORBOARD_DIR), purge_step=first_step + 1)
+        self._open_events(first_step + 1)
         self._listeners = [start(run) for start in LISTENERS]
 
     def train(self, row: dict[str, Any]) -> None:
@@ -68,43 +71,46 @@ class Tracker:
         self._tell("evaluation", row)
 
     def close(self) -> None:
-        """Write the rows that wait for room, and flush the event file."""
-        self._append_waiting()
-        if self._waiting:
-            log.error("%d rows of the metrics files are lost: there is no room for them", len(self._waiting))
+        """Write the rows that wait, and flush the event file."""
+        self._rows.close()
         self._draw("close")
         self._tell("close")
 
     def _write(self, file: str, prefix: str, row: dict[str, Any]) -> None:
         if not self._enabled:
             return
-        self._waiting.append((file, {**row, "time": round(time.time(), 3)}))
-        self._append_waiting()
+        self._rows.append(self._run / file, {**row, "time": round(time.time(), 3)})
+        if self._writer is None:
+            self._open_events()
         for key, value in row.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool) and key != "step":
                 self._draw("add_scalar", f"{prefix}/{key}", value, row["step"])
 
-    def _append_waiting(self) -> None:
-        """In order. On a full disk rows wait in memory: whether training stops is for the saves to say."""
-        while self._waiting:
-            file, row = self._waiting.pop(0)
-            try:
-                append_json_line(self._run / file, row)
-            except OSError as e:
-                self._waiting.insert(0, (file, row))
-                if len(self._waiting) == 1:
-                    log.error("%s cannot be written (%s): rows wait in memory for room", self._run / file, e)
-                return
+    def _open_events(self, purge_step: int | None = None) -> None:
+        """Begin a file of events, another one after an error; TensorBoard reads all that are there."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self._event_files == _EVENT_FILES:
+            return
+        self._event_files += 1
+        try:
+            self._writer = SummaryWriter(str(self._run / run_dir.TENSORBOARD_DIR), purge_step=purge_step)
+        except OSError as e:
+            self._do_without_events(e)
 
     def _draw(self, method: str, *arguments: Any) -> None:
-        """TensorBoard has a copy of the rows; it does without, rather than end the run."""
+        """TensorBoard has a copy of the rows; it does without some, rather than end the run."""
         if self._writer is None:
             return
         try:
             getattr(self._writer, method)(*arguments)
         except OSError as e:
-            self._writer = None
-            log.error("TensorBoard's events end here (%s): train.jsonl and eval.jsonl have all rows", e)
+            self._do_without_events(e)
+
+    def _do_without_events(self, error: OSError) -> None:
+        self._writer = None
+        if self._event_files in (1, _EVENT_FILES):
+            log.error("TensorBoard lacks some events (%s): train.jsonl and eval.jsonl have all rows", error)
 
     def _tell(self, method: str, *arguments: Any) -> None:
         """A listener that fails is dropped: it is no reason to lose a run."""
@@ -118,12 +124,12 @@ class Tracker:
 
 def _drop_rows_after(path: Path, step: int) -> None:
     """Keep the rows up to ``step``, atomically; a torn last line goes too."""
-    if not path.is_file():
+    try:
+        content = retry(path.read_bytes, path)
+    except FileNotFoundError:
         return
     kept, dropped = [], 0
-    for line in path.read_bytes().splitlines(
-        keepends=True
-    ):  # of bytes: at line ends alone, as they were written
+    for line in content.splitlines(keepends=True):  # of bytes: at line ends alone, as they were written
         try:
             keep = line.endswith(b"\n") and json.loads(line)["step"] <= step
         except (ValueError, KeyError, TypeError):

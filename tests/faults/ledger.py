@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,14 +71,28 @@ def wait_until_none_lives(token: str, seconds: float) -> list[psutil.Process]:
 class Attempt:
     """One observed start of the job."""
 
-    def __init__(self, ranks: Ranks, config: Path, run: Path, token: str, max_restarts: int = 0) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        config: Path,
+        run: Path,
+        token: str,
+        max_restarts: int = 0,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.run, self.token = run, token
         self._samples = run / "samples" / "rank_00000.jsonl"
         self._old = len(self._samples.read_bytes()) if self._samples.exists() else 0
         self.started = time.monotonic()
         self.first_step_seconds: float | None = None
         self.process = ranks.start(
-            2, "-m", "rating_train", "train", config, env={TOKEN: token}, max_restarts=max_restarts
+            2,
+            "-m",
+            "rating_train",
+            "train",
+            config,
+            env={**(env or {}), TOKEN: token},
+            max_restarts=max_restarts,
         )
         self._lines: list[str] = []
         # A full pipe would stop the job.
@@ -179,6 +193,7 @@ class Ledger:
     start_seconds: list[float] = field(default_factory=list)
     blocks: set[str] = field(default_factory=set)  # named shared memory of all jobs so far
     seconds: float = 0.0
+    own_ends: list[str] = field(default_factory=list)  # of jobs that failed without a kill: their last lines
 
     def table(self, steps: int, steps_done: int, straight_seconds: float) -> str:
         """Render for a terminal."""
@@ -190,7 +205,7 @@ class Ledger:
         lines += [
             f"kills {len(self.kills)}, of which {sum(k.save_cut for k in self.kills)} cut a save and "
             f"{sum(not k.noticed for k in self.kills)} were not noticed; restarts {self.starts - 1}, "
-            f"of which {self.refused} were refused",
+            f"of which {self.refused} were refused and {len(self.own_ends)} followed a failure without a kill",
             f"a job ended at most {max((k.end_seconds for k in self.kills), default=0):.1f} s after its kill",
             f"steps {steps}, done {steps_done}: {steps_done - steps} were repeated",
             f"seconds {self.seconds:.1f}, undisturbed {straight_seconds:.1f}: "
@@ -200,16 +215,28 @@ class Ledger:
 
 
 def supervise(
-    ranks: Ranks, config: Path, run: Path, kills: int, rng: random.Random, eval_every: int, token: str
+    ranks: Ranks,
+    config: Path,
+    run: Path,
+    kills: int,
+    rng: random.Random,
+    eval_every: int,
+    token: str,
+    env: Callable[[int], Mapping[str, str]] = lambda start: {},
+    own_ends: int = 0,
 ) -> Ledger:
     """Start the job until it ends with 0, killing it so many times on the way.
 
     Fails where a job hangs, leaves a process, or ends by itself with anything but 0.
+
+    Args:
+        env: the environment of a start, by its number.
+        own_ends: jobs that may end by themselves: on a file system that fails for longer than they wait.
     """
     ledger, plan = Ledger(), kill_plan(rng)
     began = time.monotonic()
     while True:
-        job = Attempt(ranks, config, run, token)
+        job = Attempt(ranks, config, run, token, env=env(ledger.starts))
         ledger.starts += 1
         before = len(ledger.kills)
         while len(ledger.kills) < kills and _kill_once(job, ledger, *next(plan), rng, eval_every):
@@ -223,7 +250,10 @@ def supervise(
             ledger.seconds = time.monotonic() - began
             return ledger
         ledger.refused += "another job is using this run" in job.output
-        assert len(ledger.kills) > before, f"ended by itself: {job.process.returncode}\n{job.output[-6000:]}"
+        if len(ledger.kills) == before:
+            ledger.own_ends.append(job.output[-6000:])
+            ended = f"ended by itself: {job.process.returncode}\n{job.output[-6000:]}"
+            assert len(ledger.own_ends) <= own_ends, ended
 
 
 def _kill_once(
@@ -247,6 +277,8 @@ def _kill_once(
     time.sleep(pause)
     if victim == "loader":
         job.wait(lambda: bool(job.loaders()), MOMENT_SECONDS, "a loader")
+    if job.process.poll() is not None and job.process.returncode != 0:
+        return False  # it failed by itself
     ledger.blocks |= job.memory_blocks()
     _kill(job, victim, rng)
     kill = Kill(victim, moment, next(iter(job.new_steps()[-1:]), None), job.saving())

@@ -23,7 +23,7 @@ PACKAGE = "rating_train"
 #: package. A new name must be put here: which layer it is in is a decision.
 LAYERS: dict[int, str] = {
     0: "errors log run_dir processes",
-    1: "config distributed files extensions",
+    1: "config distributed files row_files extensions",
     2: "shards scoring checkpoint resilience",
     3: "prepare data model demo",
     4: "engine weights",
@@ -36,6 +36,7 @@ LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split(
 
 #: Imports within one layer that are meant: (importer, imported).
 SAME_LAYER = {
+    ("row_files", "files"),  # a row is appended as files are written: again after a transient error
     ("config", "extensions"),  # a setting may name what an extension adds
     ("export", "prediction"),  # an export is compared with what the checkpoint predicts
     ("demo", "model"),  # the tiny model is a model

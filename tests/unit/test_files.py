@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -18,7 +17,6 @@ import pytest
 from rating_train import files
 from rating_train.errors import UserError
 from rating_train.files import (
-    append_json_line,
     atomic_write_bytes,
     atomic_write_json,
     atomic_write_text,
@@ -117,80 +115,11 @@ def test_reading_json_names_the_file_that_is_missing_or_torn(tmp_path: Path) -> 
             read_json(tmp_path / "torn.json")
 
 
-def test_appended_lines_are_read_back_in_order(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    rows = [{"step": i, "text": "größer 🫖\nnext line\u2028\x85end", "none": None} for i in range(5)]
-    for row in rows:
-        append_json_line(path, row)
-    assert list(read_json_lines(path)) == rows
-    assert path.read_bytes().count(b"\n") == 5
-
-
-def test_a_torn_last_line_is_skipped(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    append_json_line(path, {"step": 1})
-    append_json_line(path, {"step": 2, "loss": 0.123})
-    original = path.read_bytes()
-    for length in range(len('{"step": 1}\n'), len(original) - 2):
-        path.write_bytes(original[:length])
-        assert list(read_json_lines(path)) == [{"step": 1}]
-
-
-def test_a_line_torn_inside_a_character_is_skipped(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    append_json_line(path, {"step": 1})
-    original = path.read_bytes()
-    path.write_bytes(original + '{"title": "🫖'.encode()[:-2])
-    assert list(read_json_lines(path)) == [{"step": 1}]
-
-
 def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
     with pytest.raises(UserError, match=r"rows\.jsonl:2"):
         list(read_json_lines(path))
-
-
-def test_a_line_appended_after_a_torn_one_is_separate(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    append_json_line(path, {"step": 1})
-    with open(path, "ab") as f:
-        f.write(b'{"step": 2, "lo')
-    append_json_line(path, {"step": 3})
-    lines = path.read_text().splitlines()
-    assert json.loads(lines[0]) == {"step": 1} and json.loads(lines[-1]) == {"step": 3}
-    assert len(lines) == 2, "the torn line is removed, not extended"
-
-
-def test_complete_lines_around_a_terminated_torn_one_can_be_read(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    append_json_line(path, {"step": 1})
-    with open(path, "ab") as f:
-        f.write(b'{"step": 2, "lo')
-    append_json_line(path, {"step": 3})
-    assert list(read_json_lines(path)) == [{"step": 1}, {"step": 3}]
-
-
-def test_nan_is_refused_and_nothing_is_appended(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    append_json_line(path, {"loss": 1.0})
-    before = path.read_bytes()
-    with pytest.raises(ValueError):
-        append_json_line(path, {"loss": float("nan")})
-    assert path.read_bytes() == before
-
-
-def test_lines_of_several_processes_stay_complete(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    code = (
-        "import sys; from rating_train.files import append_json_line\n"
-        "for i in range(100): append_json_line(sys.argv[1], {'who': sys.argv[2], 'i': i, 'x': 'y' * 500})"
-    )
-    writers = [subprocess.Popen([sys.executable, "-c", code, str(path), w]) for w in "ab"]
-    assert [w.wait() for w in writers] == [0, 0]
-    rows = list(read_json_lines(path))
-    for who in "ab":
-        assert [r["i"] for r in rows if r["who"] == who] == list(range(100))
 
 
 def test_checksums_are_sha256(tmp_path: Path) -> None:
@@ -329,10 +258,56 @@ def test_a_file_of_another_host_is_waited_for(tmp_path: Path) -> None:
     assert not files.wait_until_visible(tmp_path / "never", 0.1)
 
 
-def test_a_row_is_appended_once_although_opening_failed_at_first(
+def test_a_folder_is_made_although_the_reply_is_lost_or_another_host_made_it_unseen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pauses: None
 ) -> None:
-    monkeypatch.setattr(files, "open", failing([errno.ESTALE], open), raising=False)
-    append_json_line(tmp_path / "rows.jsonl", {"step": 1})
-    monkeypatch.undo()
-    assert [row["step"] for row in read_json_lines(tmp_path / "rows.jsonl")] == [1]
+    mkdir, stat, replies = os.mkdir, os.stat, [errno.EIO]
+
+    def lost_reply(*args: Any, **more: Any) -> None:
+        mkdir(*args, **more)
+        if replies:
+            raise OSError(replies.pop(), "the server's reply was lost")
+
+    monkeypatch.setattr(os, "mkdir", lost_reply)
+    files.make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir() and not replies
+
+    looks = [errno.ENOENT, errno.ENOENT]  # made by another host, and not visible yet
+
+    def unseen(path: Any, *args: Any, **more: Any) -> Any:
+        if str(path).endswith("b") and looks:
+            raise FileNotFoundError(looks.pop(), "not visible yet")
+        return stat(path, *args, **more)
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "stat", unseen)
+        files.make_folder(tmp_path / "a" / "b")
+    assert not looks, "it was waited for"
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        files.make_folder(tmp_path / "file")
+
+
+def test_a_tree_is_removed_although_files_of_another_host_are_not_visible_at_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pauses: None
+) -> None:
+    """Neither a name that is listed and then missing nor a directory that is not as empty as it looks ends it."""
+    unlink, failures = os.unlink, [errno.ENOENT]
+
+    def unseen(*args: Any, **more: Any) -> None:
+        if failures:
+            raise FileNotFoundError(failures.pop(), "not visible yet")
+        unlink(*args, **more)
+
+    (tmp_path / "tree" / "sub").mkdir(parents=True)
+    for name in ("a", "sub/b"):
+        (tmp_path / "tree" / name).touch()
+    monkeypatch.setattr(os, "unlink", unseen)
+    files.remove_tree(tmp_path / "tree")
+    assert not (tmp_path / "tree").exists() and not failures
+    files.remove_tree(tmp_path / "tree")
+
+
+def test_what_nobody_waits_for_is_tried_for_longer(monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> None:
+    monkeypatch.setattr(files, "_PATIENT_PAUSES", (0.0, 0.0))
+    assert files.retry(failing([errno.EIO] * 4, lambda: "done"), "the file", patient=True) == "done"

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -377,7 +378,7 @@ def test_a_checkpoint_is_deleted_marker_first(tmp_path: Path, monkeypatch: pytes
     save(tmp_path, 5)
     save(tmp_path, 10)
 
-    def crash(*_: object) -> None:
+    def crash(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shutil, "rmtree", crash)
@@ -569,3 +570,18 @@ def test_the_checkpoint_that_latest_names_is_waited_for(
     found, _ = store.newest_valid(tmp_path)
     assert found is not None and found.step == 10
     late.join()
+
+
+def test_a_save_begins_although_the_reply_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pauses: None
+) -> None:
+    mkdir, replies = os.mkdir, [errno.EIO]
+
+    def lost_reply(*args: Any, **more: Any) -> None:
+        mkdir(*args, **more)
+        if replies:
+            raise OSError(replies.pop(), "the server's reply was lost")
+
+    monkeypatch.setattr(os, "mkdir", lost_reply)
+    temporary = store.begin(tmp_path, 5)
+    assert [p.name for p in tmp_path.iterdir()] == [temporary.name] and not replies

@@ -287,6 +287,46 @@ def test_taking_the_lock_survives_transient_errors(
     assert errors == {"open": [], "fsync": []}
 
 
+def test_a_lock_that_was_created_although_an_error_was_reported_is_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither could it be flushed, nor removed: the second attempt finds it, and must not refuse its own process."""
+    monkeypatch.setattr(files, "RETRY_PAUSES", (0.01, 0.01))
+    errors = [errno.EIO, errno.EIO]
+
+    def failing(*_: object, **__: object) -> None:
+        if errors:
+            raise OSError(errors.pop(), "injected")
+
+    monkeypatch.setattr(os, "fsync", failing)
+    monkeypatch.setattr(os, "unlink", failing)
+    with RunLock(tmp_path, **FAST) as lock:
+        lock.check()
+        assert not errors
+        monkeypatch.undo()
+    assert not (tmp_path / "LOCK").exists()
+
+
+def test_a_dead_owners_lock_is_taken_over_although_the_reply_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(files, "RETRY_PAUSES", (0.01,))
+    dead = {**this_process(), "pid": 2**22 + 1, "nonce": "of a dead process"}
+    (tmp_path / "LOCK").write_text(json.dumps(dead))
+    rename, replies = os.rename, [errno.EIO]
+
+    def lost_reply(source: Any, target: Any) -> None:
+        rename(source, target)
+        if replies:
+            raise OSError(replies.pop(), "the server's reply was lost")
+
+    monkeypatch.setattr(os, "rename", lost_reply)
+    with RunLock(tmp_path, **FAST) as lock:
+        lock.check()
+    assert "took over" in caplog.text and not replies
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["heartbeat.json"]
+
+
 @pytest.mark.parametrize("where", ["/dev/null", "/dev/null/run", "/proc/none/run"])
 def test_a_run_directory_that_cannot_be_is_one_error(where: str) -> None:
     with pytest.raises(UserError, match="the run directory cannot be used") as caught:

@@ -148,7 +148,7 @@ def test_rows_that_never_find_room_are_counted(tmp_path: Path, caplog: pytest.Lo
     for step in (1, 2):
         tracker.train({"step": step, "loss": 1.0})
     tracker.close()
-    assert "2 rows of the metrics files are lost" in caplog.text
+    assert "2 rows are lost" in caplog.text
 
 
 def test_a_listener_gets_every_row_and_one_that_fails_is_dropped(
@@ -178,3 +178,18 @@ def test_a_listener_gets_every_row_and_one_that_fails_is_dropped(
     tracker.close()
     assert heard == [("train", 1), ("train", 2), ("evaluation", 2), ("close", None)]
     assert caplog.text.count("Bad failed and is told nothing more") == 1
+
+
+def test_a_run_does_without_tensorboard_where_its_file_cannot_be_made(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And tries again with the next row."""
+    (tmp_path / run_dir.TENSORBOARD_DIR).touch()
+    tracker = Tracker(tmp_path, 0, enabled=True)
+    tracker.train({"step": 1, "loss": 1.0})
+    (tmp_path / run_dir.TENSORBOARD_DIR).unlink()
+    tracker.train({"step": 2, "loss": 0.5})
+    tracker.close()
+    assert "TensorBoard lacks some events" in caplog.text and steps(tmp_path) == [1, 2]
+    events = EventAccumulator(str(tmp_path / run_dir.TENSORBOARD_DIR)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(2, 0.5)]
