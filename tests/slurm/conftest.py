@@ -183,6 +183,21 @@ class Cluster:
         shown = self.user("scontrol", "show", "job", "--oneliner", job).stdout
         return dict(re.findall(r"(\w+)=(\S*)", shown))
 
+    @contextlib.contextmanager
+    def setting(self, name: str, value: object) -> Iterator[None]:
+        """Change one line of slurm.conf for a while."""
+        conf = Path(self.env["SLURM_CONF"])
+        before = conf.read_text()
+        after = re.sub(rf"^{name}=.*$", f"{name}={value}", before, flags=re.MULTILINE)
+        assert after != before, f"slurm.conf has no {name}"
+        try:
+            conf.write_text(after)
+            self.user("scontrol", "reconfigure")
+            yield
+        finally:
+            conf.write_text(before)
+            self.user("scontrol", "reconfigure")
+
     def wait_for_requeue(self, job: str, seconds: float = 100) -> None:
         """Wait until a job is back in the queue, and end the two minutes for which Slurm makes it wait there.
 

@@ -14,6 +14,7 @@ import yaml
 
 from tests.conftest import REPO
 from tests.helpers.runs import read_ids, read_log
+from tests.helpers.small_shards import reshard
 from tests.slurm.conftest import Cluster, wait_until
 
 pytestmark = pytest.mark.timeout(400)
@@ -105,6 +106,26 @@ def test_the_time_limit_the_bound_and_cancelling(cluster: Cluster, config: Calla
     job = cluster.sbatch(*options, "--set", f"train.max_steps={stopped + 2}")
     assert cluster.wait_for_end(job)["JobState"] == "COMPLETED"
     assert saved_step(run) == stopped + 2
+
+
+def test_a_term_during_an_evaluation_loses_no_step(
+    cluster: Cluster, config: Callable[..., Path], demo: Path
+) -> None:
+    """The save that is due at the same step comes first, and the evaluation is abandoned before Slurm kills the job."""
+    path = config("interrupted", max_steps=10, stop_check_steps=1000, save_every_steps=5, eval_every_steps=5)
+    run, log = cluster.folder / "runs" / "interrupted", cluster.folder / "interrupted.log"
+    options = (*TWO_NODES, f"--output={log}", SLURM / "train.sbatch", path)
+    many = reshard(demo / "data", cluster.folder / "many", 1 << 20, copies=12)
+    slow = (f"data.path={many}", "data.eval_split=train", "eval.micro_items=1", "data.text_tokens=1024")
+    with cluster.setting("KillWait", 4):
+        job = cluster.sbatch(*options, *(word for value in slow for word in ("--set", value)))
+        rank_log = run / "logs" / "rank_00000.log"
+        saved = lambda: rank_log.is_file() and "saved " in rank_log.read_text()  # noqa: E731
+        wait_until(saved, 100, "a save", cluster.logs)
+        cluster.user("scancel", job)
+        assert cluster.wait_for_end(job)["JobState"] == "CANCELLED", cluster.logs()
+    assert "the evaluation at step 5 is abandoned (signal SIGTERM)" in rank_log.read_text()
+    assert saved_step(run) == 5 == len(read_log(run)) and not (run / "eval.jsonl").exists()
 
 
 def test_mistakes_and_crashes(cluster: Cluster, config: Callable[..., Path]) -> None:
