@@ -24,6 +24,9 @@ from rating_train.shards.titles import product_group
 _TENSORS = ("images", "input_ids", "used_tokens", "ratings", "rating_counts", "id_hashes")
 _LISTS = ("ids", "categories", "groups", "text_chars")
 
+#: All that ``prepare`` stores.
+STORED_FORMATS = ("JPEG",)
+
 
 @dataclass
 class Batch:
@@ -77,15 +80,22 @@ class Batch:
 
 
 class Collator:
-    """A collate function: decodes and tokenizes samples (mappings with the MDS columns) into a batch."""
+    """A collate function: decodes and tokenizes samples (mappings with the MDS columns) into a batch.
 
-    def __init__(self, prompt: PromptEncoder, image_px: int) -> None:
+    Args:
+        prompt: makes token ids of the text.
+        image_px: side of the images, in pixels.
+        formats: of the samples' images.
+    """
+
+    def __init__(self, prompt: PromptEncoder, image_px: int, formats: tuple[str, ...] = STORED_FORMATS) -> None:
         self.prompt = prompt
         self.image_px = image_px
+        self.formats = formats
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> Batch:
         prompts = [self.prompt.encode(s) for s in samples]
-        images = np.stack([decode_square(s["image"], self.image_px, s["id"]) for s in samples])
+        images = np.stack([decode_square(s["image"], self.image_px, s["id"], self.formats) for s in samples])
         return Batch(
             ids=[s["id"] for s in samples],
             categories=[s["main_category"] for s in samples],
@@ -100,14 +110,22 @@ class Collator:
         )
 
 
-def decode_square(content: bytes, size_px: int, item_id: str) -> np.ndarray:
-    """Decode a JPEG to (S, S, 3) uint8 pixels, resized bilinearly without keeping the aspect ratio if needed.
+def decode_square(
+    content: bytes, size_px: int, item_id: str, formats: tuple[str, ...] = STORED_FORMATS
+) -> np.ndarray:
+    """Decode an image to (S, S, 3) uint8 pixels, resized bilinearly without keeping the aspect ratio if needed.
+
+    Args:
+        content: bytes of a stored image.
+        size_px: S.
+        item_id: named in errors.
+        formats: what it may be. Pillow would otherwise run any of its decoders, as the first bytes ask for.
 
     Raises:
-        ValueError: the bytes are not an image; the message names the item.
+        ValueError: the bytes are not such an image; the message names the item.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(content))
+        image: Image.Image = Image.open(io.BytesIO(content), formats=formats)
         if image.size != (size_px, size_px):
             image = image.convert("RGB").resize((size_px, size_px), Image.Resampling.BILINEAR)
         return np.asarray(image.convert("RGB") if image.mode != "RGB" else image)

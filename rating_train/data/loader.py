@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+CPU = torch.device("cpu")
 _AHEAD_BATCHES = 8  # of a DataLoader worker, whose shards are fetched ahead where nothing else is asked for
 
 #: One batch of this rank: its sample ids, and the shards that this rank has to check before it reads them.
@@ -52,6 +53,7 @@ class OpenSplit:
         world: this rank's place.
         sharers: the ranks that read the same files as this one and share the checking of their hashes; ``None`` checks
             nothing.
+        pinned: whether batches are made in pinned memory, from which copies to a GPU need not be waited for.
     """
 
     dataset: SplitDataset | MixedDataset
@@ -59,6 +61,7 @@ class OpenSplit:
     config: DataConfig
     world: World
     sharers: Sequence[int] | None
+    pinned: bool = False
     first_reads: FirstReads = field(init=False)
 
     def __post_init__(self) -> None:
@@ -123,9 +126,14 @@ class EvaluationData:
 
 
 def open_training(
-    config: DataConfig, prompt: PromptEncoder, world: World, global_items: int, rank_items: int
+    config: DataConfig,
+    prompt: PromptEncoder,
+    world: World,
+    global_items: int,
+    rank_items: int,
+    device: torch.device = CPU,
 ) -> TrainingData:
-    """Check and open the training split of each source. A collective.
+    """Check and open the training split of each source, for batches that go to ``device``. A collective.
 
     Raises:
         UserError: a source is missing or damaged, or the sources do not go together.
@@ -143,7 +151,7 @@ def open_training(
         _alike(lambda: refuse_unlike(paths, manifests))
         _alike(lambda: mixture.refuse_tiny_shares(paths))
         epoch_ids = functools.partial(mixed_epoch, mixture, passes)
-    split = _readable(dataset, config, prompt, world)
+    split = _readable(dataset, config, prompt, world, device)
     return TrainingData(split, SampleOrder(len(dataset), global_items, epoch_ids), rank_items, manifests)
 
 
@@ -160,11 +168,17 @@ def _passes(part: SplitDataset, config: DataConfig, number: int) -> Callable[[in
 
 
 def open_evaluation(
-    config: DataConfig, prompt: PromptEncoder, world: World, split: str, rank_items: int, max_items: int = 0
+    config: DataConfig,
+    prompt: PromptEncoder,
+    world: World,
+    split: str,
+    rank_items: int,
+    max_items: int = 0,
+    device: torch.device = CPU,
 ) -> EvaluationData:
-    """Check and open a split for evaluation. A collective. ``max_items`` 0 takes the complete split."""
+    """Check and open a split for evaluation on ``device``. A collective. ``max_items`` 0 takes the complete split."""
     _, dataset = _open(config, config.eval_source, split, world)
-    opened = _readable(dataset, config, prompt, world)
+    opened = _readable(dataset, config, prompt, world, device)
     samples = len(dataset)
     if max_items and max_items < samples:
         log.info("evaluating the first %d of %d items of %s", max_items, samples, split)
@@ -186,11 +200,16 @@ def _open(
 
 
 def _readable(
-    dataset: SplitDataset | MixedDataset, config: DataConfig, prompt: PromptEncoder, world: World
+    dataset: SplitDataset | MixedDataset,
+    config: DataConfig,
+    prompt: PromptEncoder,
+    world: World,
+    device: torch.device,
 ) -> OpenSplit:
     """Put together what reading the samples takes. A collective."""
     sharers = _sharers(dataset, world) if config.verify == "first_read" else None
-    return OpenSplit(dataset, Collator(prompt, config.image_px), config, world, sharers)
+    pinned = device.type == "cuda"
+    return OpenSplit(dataset, Collator(prompt, config.image_px), config, world, sharers, pinned)
 
 
 def _sharers(dataset: SplitDataset | MixedDataset, world: World) -> list[int]:
@@ -251,7 +270,7 @@ def _load(split: OpenSplit, rows: Iterable[_Row], count: int, items: int) -> Gen
         num_workers=workers,
         collate_fn=split.collator,
         prefetch_factor=config.prefetch_batches if workers else None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=split.pinned,
         worker_init_fn=set_up_worker,
         # The loader draws a seed when it starts; from the global generator, that would change the dropout of a
         # resumed run, and of every run that evaluates in between.

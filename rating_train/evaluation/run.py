@@ -97,7 +97,8 @@ def evaluate_model(path: Path, config: Config, options: EvaluateOptions) -> dict
         inputs = setup.model_inputs_of(config, exported_architecture(path))
     else:
         inputs = setup.read_model_inputs(config)
-    data = open_evaluation(config.data, inputs.prompt, world, split, _batch_items(config, world.size))
+    items = _batch_items(config, world.size)
+    data = open_evaluation(config.data, inputs.prompt, world, split, items, device=device)
     if trained.zero_stage is None:
         weights = exported_weights(path)
     else:

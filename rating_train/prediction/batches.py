@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from rating_train.data.loader import iterate, set_up_worker
@@ -84,8 +83,15 @@ def fetcher(work: WorkDir, options: FetchOptions) -> Callable[[int, list[Row]], 
     return fetched
 
 
-def decoded_units(decoder: Decoder, todo: Iterator[Unit], workers: int) -> Iterator[Decoded]:
-    """Yield the units decoded, in their order, by worker processes where there are some."""
+def decoded_units(decoder: Decoder, todo: Iterator[Unit], workers: int, pinned: bool) -> Iterator[Decoded]:
+    """Yield the units decoded, in their order, by worker processes where there are some.
+
+    Args:
+        decoder: decodes one unit.
+        todo: the units.
+        workers: number of processes; 0 decodes here.
+        pinned: whether the batches are made in pinned memory: for a GPU.
+    """
     loader: DataLoader[Any] = DataLoader(
         decoder,  # type: ignore[arg-type]
         batch_size=None,  # a unit is a batch already
@@ -93,7 +99,7 @@ def decoded_units(decoder: Decoder, todo: Iterator[Unit], workers: int) -> Itera
         num_workers=workers,
         collate_fn=_as_it_is,  # the default would look into it for tensors
         prefetch_factor=_PREFETCH if workers else None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pinned,
         worker_init_fn=set_up_worker,
     )
     yield from iterate(loader)

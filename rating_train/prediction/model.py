@@ -136,7 +136,9 @@ def load_scorer(found: FoundModel, device: torch.device) -> Scorer:
     predictor = load_predictor(
         found.config, inputs.architecture, inputs.prompt.layout.image_start, weights, device
     )
-    return Scorer(found, inputs, predictor, Collator(inputs.prompt, found.config.data.image_px))
+    # PNG: what `square_file` makes of a picture that is decoded already.
+    collator = Collator(inputs.prompt, found.config.data.image_px, ("JPEG", "PNG"))
+    return Scorer(found, inputs, predictor, collator)
 
 
 def _stored_squares(config: Config) -> SquareRecipe:

@@ -127,7 +127,8 @@ def _score_parts(plan: Plan, scorer: Scorer, rows: Rows, work: WorkDir, world: W
     left = sum(_rows_of(plan, number) for number in plan.missing)
     progress = Progress("predict", plan.rows, "rows", done=plan.rows - left) if world.is_main else None
     committed: list[int] = []
-    for number, lines, done in _scored(scorer, decoded_units(decoder, todo, options.workers)):
+    decoded = decoded_units(decoder, todo, options.workers, pinned=scorer.predictor.device.type == "cuda")
+    for number, lines, done in _scored(scorer, decoded):
         if lines is not None:
             work.commit(number, lines)
             committed.append(number)

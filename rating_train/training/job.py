@@ -116,13 +116,13 @@ def assemble_job(
     seed_everything(config.train.seed, world.rank)
     model_inputs = setup.read_model_inputs(config)
     prompt = model_inputs.prompt
-    data = open_training(config.data, prompt, world, plan.global_items, plan.rank_items)
+    data = open_training(config.data, prompt, world, plan.global_items, plan.rank_items, device)
     check_batch_fits(
         plan.global_items, data.samples, config.data.train_split
     )  # of a remote dataset, only now
     eval_items = config.eval.micro_items or plan.micro_items
     eval_data = open_evaluation(
-        config.data, prompt, world, config.data.eval_split, eval_items, config.eval.max_items
+        config.data, prompt, world, config.data.eval_split, eval_items, config.eval.max_items, device
     )
     model, warm = _build_model(config, model_inputs, fresh=resumed_from is None)
     engine = build_engine(model, config, plan, device, custom_loss.function if custom_loss else None)

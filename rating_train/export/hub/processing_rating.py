@@ -97,7 +97,7 @@ class RatingProcessor(ProcessorMixin):
         if isinstance(picture, (str, Path)):
             picture = Path(picture).read_bytes()
         square = square_file(picture, self.stored_px, self.jpeg_quality)
-        return decode_square(square, self.image_px, f"image {number}")
+        return decode_square(square, self.image_px, f"image {number}", ("JPEG", "PNG"))
 
     @property
     def model_input_names(self) -> list[str]:

@@ -152,6 +152,16 @@ def test_a_corrupt_image_is_an_error_that_names_the_item(damage: str, size: int)
         decode_square(content, S, "B00-7")
 
 
+@pytest.mark.parametrize("stored", ["PNG", "GIF", "TIFF", "BMP", "PPM"])
+def test_an_image_that_prepare_does_not_store_meets_no_decoder(stored: str) -> None:
+    other = io.BytesIO()
+    Image.open(io.BytesIO(jpeg())).save(other, stored)
+    with pytest.raises(ValueError, match="item 'B00-7'"):
+        decode_square(other.getvalue(), S, "B00-7")
+    if stored == "PNG":  # what a picture from memory becomes for scoring
+        assert decode_square(other.getvalue(), S, "B00-7", ("JPEG", "PNG")).shape == (S, S, 3)
+
+
 def test_any_changed_byte_gives_pixels_or_an_error_that_names_the_item() -> None:
     intact = jpeg()
     rng = np.random.default_rng(11)

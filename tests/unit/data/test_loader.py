@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rating_train.config.load import config_from_dict
-from rating_train.data import streaming_dataset
+from rating_train.data import loader, streaming_dataset
 from rating_train.data.loader import OpenSplit, TrainingData, _requests, open_evaluation, open_training
 from rating_train.data.order import rank_part
 from rating_train.data.prompt import PromptEncoder, load_tokenizer
@@ -175,3 +176,28 @@ def test_a_worker_is_told_the_shards_of_its_own_next_batches(built: Path, worker
         rows = range(number + stride, number + stride * ahead + 1, stride)
         later = [s for row in rows if row < len(ids) for s in dataset.shards_of(ids[row])]
         assert request.ahead == list(dict.fromkeys(later))
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True)])
+def test_memory_is_pinned_for_the_device_that_is_used_not_for_one_that_is_there(
+    built: Path, prompt: PromptEncoder, monkeypatch: pytest.MonkeyPatch, device: str, pinned: bool
+) -> None:
+    """Pinning on a machine with GPUs initialises CUDA, also where ``train.device`` is cpu."""
+    asked: list[bool] = []
+
+    class Loader(torch.utils.data.DataLoader):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            asked.append(options.pop("pin_memory"))
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(loader, "DataLoader", Loader)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = config_from_dict(
+        {"data": {"path": str(built), "image_px": 64, "text_tokens": 96, "workers": 0}}
+    ).data
+    place = torch.device(device)
+    training = open_training(config, prompt, World(), 12, 12, place)
+    assert len(next(training.batches(0, 1))) == 12
+    evaluation = open_evaluation(config, prompt, World(), "val", 7, device=place)
+    assert len(next(evaluation.batches())) == 7
+    assert asked == [pinned, pinned]
