@@ -88,7 +88,9 @@ class Collator:
         formats: of the samples' images.
     """
 
-    def __init__(self, prompt: PromptEncoder, image_px: int, formats: tuple[str, ...] = STORED_FORMATS) -> None:
+    def __init__(
+        self, prompt: PromptEncoder, image_px: int, formats: tuple[str, ...] = STORED_FORMATS
+    ) -> None:
         self.prompt = prompt
         self.image_px = image_px
         self.formats = formats

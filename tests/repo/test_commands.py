@@ -138,11 +138,6 @@ def cost(line: str, quickstart: Quickstart, fake: FakePython) -> None:
     assert "228,099,648" in out and all(name in out for name in CONVENTIONS)
 
 
-def cost_memory(line: str, quickstart: Quickstart, fake: FakePython) -> None:
-    out = run_for_real(line, quickstart)
-    assert re.search(r"^peak +\d+\.\d\d +\d+\.\d\d$", out, flags=re.M) and "H200" in out
-
-
 def cost_sweep(line: str, quickstart: Quickstart, fake: FakePython) -> None:
     out = run_for_real(line, quickstart)
     assert "PLCC for equal CES" in out and (quickstart.folder / shlex.split(line)[-1]).is_dir()
@@ -301,7 +296,6 @@ EXERCISERS: list[tuple[str, Exerciser]] = [
     (r"python benchmarks/small_model\.py \S+ \S+", small_model),
     (r"python benchmarks/baselines\.py \S+", baselines),
     (r"rating-train cost configs/\S+\.yaml( --plcc \S+)?( --budget)?", cost),
-    (r"rating-train cost configs/\S+\.yaml --memory --gpus \d+", cost_memory),
     (r"rating-train cost configs/\S+\.yaml( --sweep \S+)+ --plcc \S+ --out \S+", cost_sweep),
     (r"rating-train cost configs/\S+\.yaml --items .*", cost),
     (r"hf download HuggingFaceTB/\S+ --local-dir models/\S+ --include .*", download),

@@ -11,6 +11,7 @@ from rating_train import run_dir
 from rating_train.cli import VERBS
 from rating_train.config.load import load_config
 from rating_train.config.schema import Config, to_dict
+from rating_train.distributed.device import OLDEST_DRIVER
 from rating_train.model.architecture import KNOWN_ARCHITECTURES
 from rating_train.reports.cost_report import measure_cost
 from tests.repo.conftest import REPO, Quickstart
@@ -103,3 +104,12 @@ def test_the_run_directory_is_the_real_one(quickstart: Quickstart) -> None:
         assert name in tree and (quickstart.run / name).is_file()
     for name in re.findall(r"^  (\w+)/", tree, flags=re.M):
         assert (quickstart.run / name).is_dir(), name
+
+
+def test_the_oldest_driver_of_each_cuda_is_that_of_the_message() -> None:
+    """The README and the page on drivers say what ``train.device`` refuses."""
+    found = re.findall(r"^\| CUDA (\d+) \| (\d+) \|", PAGES["docs/troubleshooting.md"], flags=re.M)
+    assert {int(cuda): int(driver) for cuda, driver in found} == OLDEST_DRIVER
+    assert f"driver of version {OLDEST_DRIVER[max(OLDEST_DRIVER)]} or newer" in PAGES["README.md"].replace(
+        "\n", " "
+    )
