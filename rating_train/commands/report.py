@@ -1,13 +1,16 @@
-"""``rating-train report``: the figures of runs, or the page of datasets."""
+"""``rating-train report``: the page of runs, of their comparison, or of datasets."""
 
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
 from rating_train.errors import UserError
 from rating_train.reports.run_report import make_report
 from rating_train.shards.schema import MANIFEST_NAME
+
+FOLLOW_SECONDS = 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,10 +20,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", default="", help="of a dataset: folder or hub id; shows text lengths in tokens too"
     )
+    parser.add_argument(
+        "--follow",
+        type=int,
+        nargs="?",
+        const=FOLLOW_SECONDS,
+        default=0,
+        metavar="SECONDS",
+        help=f"while a run trains, write its page again and again (default: every {FOLLOW_SECONDS} s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw the report of every run, or the page of every dataset, and print where it is."""
+    """Write the page of every run or dataset, and one that compares several runs; print where they are."""
+    runs = []
     for directory in args.run:
         if not directory.is_dir():
             what = (
@@ -32,5 +45,34 @@ def run(args: argparse.Namespace) -> int:
 
             print(make_data_report(directory, args.out if len(args.run) == 1 else None, args.tokenizer))
         else:
-            print(make_report(directory))
+            runs.append(directory)
+    follow = args.follow if any(map(_trains, runs)) else 0
+    _write(runs, follow, show=True)
+    while follow:
+        time.sleep(follow)
+        follow = args.follow if any(map(_trains, runs)) else 0
+        _write(runs, follow, show=False)
     return 0
+
+
+def _write(runs: list[Path], refresh: int, show: bool) -> None:
+    from rating_train.reports.run_page import make_comparison_page, make_run_page
+
+    for directory in runs:
+        make_report(directory)
+        page = make_run_page(directory, refresh)
+        if show:
+            print(page)
+    if len(runs) > 1:
+        page = make_comparison_page(runs)
+        if show:
+            print(page)
+
+
+def _trains(run: Path) -> bool:
+    from rating_train.reports.run_status import read_status
+
+    try:
+        return bool(read_status(run, quick=True)["owner"]["state"] == "alive")
+    except UserError:  # logs without the rest of a run
+        return False

@@ -52,7 +52,8 @@ class ItemCost:
 
     def as_row(self, plcc: float | None) -> dict[str, Any]:
         """Return what a row of eval.jsonl holds: CES at both lengths, named by convention, and C."""
-        found: dict[str, Any] = {"padded_tokens": self.padded_tokens, "true_tokens": self.true_tokens}
+        found: dict[str, Any] = {"parameters": self.parameters}
+        found |= {"padded_tokens": self.padded_tokens, "true_tokens": self.true_tokens}
         for row in self.rows(plcc):
             found[f"ces_{row.convention}"] = row.ces
         for convention in SHOWN:

@@ -7,8 +7,6 @@ login node can draw the page (unless text is to be counted in tokens).
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 import random
 from collections import Counter
@@ -18,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from rating_train.files import atomic_write_text
 from rating_train.reports import plots
+from rating_train.reports.page.parts import Section, card, figure, page, section, table
+from rating_train.reports.page.render import Table, data_uri
 from rating_train.shards.manifest import read_manifest
 from rating_train.shards.mds_read import iter_sampled
 from rating_train.shards.schema import TEXT_FIELDS
@@ -255,75 +256,57 @@ def _legend(axes: Any) -> None:
 
 # --- the page ------------------------------------------------------------------------------------------
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222 }
-h1 { margin-bottom: 0 } h2 { margin: 1.6em 0 0 } p { margin: .2em 0 .6em; color: #555 }
-img { max-width: 100%; height: auto } table { border-collapse: collapse; margin: .6em 0 }
-th, td { padding: .25em .9em; border-bottom: 1px solid #ddd; text-align: right }
-th:first-child, td:first-child { text-align: left } code { overflow-wrap: anywhere }
-"""
-
 
 def _page(data: Path, manifest: Mapping[str, Any], found: Sampled, folder: Path) -> str:
     """Return the HTML text, with the pictures embedded."""
     splits = manifest["splits"]
     items = sum(entry["items"] for entry in splits.values())
-    dropped = manifest.get("dropped") or {}
-    read = manifest.get("read")
-    name = html.escape(data.resolve().name)
     seen = len(found.ratings)
-    parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{name}</title><style>{_STYLE}</style>",
-        f"<h1>{name}</h1><p>{items:,} items. Pictures show "
-        f"{'all of them' if seen == items else f'{seen:,} of them, chosen at random'}. "
-        f"Fingerprint <code>{html.escape(str(manifest.get('fingerprint', '')))}</code></p>",
-        _table(
-            ("split", "items", "shards", "MB", "mean rating", "its deviation"),
-            [
-                (
-                    split,
-                    f"{e['items']:,}",
-                    f"{e['shards']:,}",
-                    f"{e['bytes'] / 1e6:,.1f}",
-                    f"{e['rating_mean']:.3f}",
-                    f"{e['rating_std']:.3f}",
-                )
-                for split, e in splits.items()
-            ],
-        ),
-        f"<h2>Dropped</h2><p>{sum(dropped.values()):,} of {read if read is None else f'{read:,}'} records, "
-        "by reason; each is named in quarantine.jsonl.</p>",
-        _table(
-            ("reason", "records", "share"),
-            [(k, f"{n:,}", f"{100 * n / read:.2f} %" if read else "") for k, n in Counter(dropped).most_common()],
-        ) if dropped else "<p>none</p>",
-        _cut_table(found),
-    ]  # fmt: skip
+    shown = "all of them" if seen == items else f"{seen:,} of them, chosen at random"
+    ratings = np.asarray(found.ratings)
+    top = [
+        card("items", f"{items:,}", f"{len(splits)} splits"),
+        card("mean rating", f"{ratings.mean():.3f}", f"deviation {ratings.std():.3f} stars"),
+        card("ratings of an item", f"{np.median(found.counts):,.0f}", "median"),
+        card("categories", f"{len(found.categories):,}", "in the pictures"),
+        card("shards", f"{sum(e['bytes'] for e in splits.values()) / 1e6:,.1f} MB"),
+    ]
+    lines = [
+        [split, e["items"], e["shards"], round(e["bytes"] / 1e6, 1), e["rating_mean"], e["rating_std"]]
+        for split, e in splits.items()
+    ]
+    head = ("split", "items", "shards", "MB", "mean rating", "its deviation")
+    sections = [
+        section("splits", "Splits", tables=[table(Table(head, lines, 3))]),
+        _dropped(manifest),
+        section("text", "Text fields", tables=[table(_cut_table(found))]),
+    ]
     for file, title, note in PICTURES:
-        content = base64.b64encode((folder / file).read_bytes()).decode("ascii")
-        parts.append(
-            f'<h2>{title}</h2><p>{note}</p><img alt="{title}" src="data:image/png;base64,{content}">'
-        )
-    return "\n".join(parts) + "\n</html>\n"
+        uri = data_uri((folder / file).read_bytes(), "image/png")
+        drawing = Markup('<img alt="{}" src="{}">').format(title, uri)
+        identity = file.partition(".")[0]
+        sections.append(section(identity, title, note, columns=1, figures=[figure("", drawing)]))
+    fingerprint = manifest.get("fingerprint", "")
+    lead = f"Pictures show {shown}. Fingerprint {fingerprint}"
+    return page(data.resolve().name, lead, top, sections)
 
 
-def _cut_table(found: Sampled) -> str:
+def _dropped(manifest: Mapping[str, Any]) -> Section:
+    dropped, read = manifest.get("dropped") or {}, manifest.get("read")
+    rows = [[k, n, 100 * n / read if read else None] for k, n in Counter(dropped).most_common()]
+    of = f"{read:,}" if isinstance(read, int) else read
+    intro = f"{sum(dropped.values()):,} of {of} records, by reason; each is named in quarantine.jsonl."
+    tables = [table(Table(("reason", "records", "share (%)"), rows, 2))] if rows else []
+    return section("dropped", "Dropped", intro, tables=tables)
+
+
+def _cut_table(found: Sampled) -> Table:
     """Return a table of each field: the share that is empty, its lengths, and the share cut at each L."""
-    rows = []
+    rows: list[list[Any]] = []
     for name, values in found.chars.items():
         lengths = np.asarray(values)
-        cut = [f"{100 * float(np.mean(lengths > chars)):.1f} %" for chars in FIELD_CHARS]
-        middle, high = (f"{np.quantile(lengths, q):,.0f}" for q in (0.5, 0.95))
-        rows.append(
-            (name.replace("_", " "), f"{100 * float(np.mean(lengths == 0)):.1f} %", middle, high, *cut)
-        )
-    head = ("field", "empty", "median chars", "95% at most", *(f"cut at L={chars}" for chars in FIELD_CHARS))
-    return "<h2>Text fields</h2>" + _table(head, rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = "".join(f"<th>{html.escape(text)}</th>" for text in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows
-    )
-    return f"<table><tr>{cells}</tr>{body}</table>"
+        cut = [100 * float(np.mean(lengths > chars)) for chars in FIELD_CHARS]
+        middle, high = (round(float(np.quantile(lengths, q))) for q in (0.5, 0.95))
+        rows.append([name.replace("_", " "), 100 * float(np.mean(lengths == 0)), middle, high, *cut])
+    cuts = (f"cut at L={chars} (%)" for chars in FIELD_CHARS)
+    return Table(("field", "empty (%)", "median chars", "95 % at most", *cuts), rows, 1)

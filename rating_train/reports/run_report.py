@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rating_train.errors import UserError
-from rating_train.files import atomic_write_json, read_json_lines
+from rating_train.files import atomic_write_json
 from rating_train.reports import plots
 from rating_train.reports.rows import number
+from rating_train.reports.run_data import newest_predictions, rows_by_step
 from rating_train.run_dir import EVAL_LOG, PREDICTIONS_DIR, REPORT_DIR, TRAIN_LOG
 from rating_train.scoring.metrics import Scores, per_group, score
 from rating_train.scoring.predictions import Prediction, deduplicate, read_predictions
@@ -48,9 +49,9 @@ def make_report(run_dir: Path) -> Path:
     Raises:
         UserError: a missing folder, a folder that is not a run, or a log that is not JSON lines.
     """
-    train = _rows_by_step(run_dir / TRAIN_LOG).get("", [])
-    evaluations = {split or "val": rows for split, rows in _rows_by_step(run_dir / EVAL_LOG).items()}
-    newest = _newest_predictions(run_dir / PREDICTIONS_DIR)
+    train = rows_by_step(run_dir / TRAIN_LOG).get("", [])
+    evaluations = {split or "val": rows for split, rows in rows_by_step(run_dir / EVAL_LOG).items()}
+    newest = newest_predictions(run_dir / PREDICTIONS_DIR)
     if not (train or evaluations or newest):
         raise UserError(
             "nothing to report: no rows of training, evaluation or predictions",
@@ -79,26 +80,6 @@ def make_report(run_dir: Path) -> Path:
     }
     atomic_write_json(report / SUMMARY_FILE, _without_nan(summary))
     return report
-
-
-def _rows_by_step(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return split -> the rows that have a step, sorted by step; a row without a split is under "".
-
-    A killed run resumes from its last checkpoint and logs some steps again: the last row of a step is the one
-    that led to the final weights.
-    """
-    rows: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in read_json_lines(path) if path.is_file() else ():
-        step = row.get("step") if isinstance(row, dict) else None
-        if isinstance(step, int) and not isinstance(step, bool):
-            rows.setdefault(str(row.get("split") or ""), {})[step] = row
-    return {split: [found[step] for step in sorted(found)] for split, found in rows.items()}
-
-
-def _newest_predictions(folder: Path) -> Path | None:
-    """Return the file written last; of files written at the same instant, the last by name."""
-    found = [(path.stat().st_mtime_ns, path.name, path) for path in folder.glob("*.jsonl")]
-    return max(found)[2] if found else None
 
 
 def _report_predictions(report: Path, newest: Path | None, skipped: dict[str, str]) -> dict[str, Any] | None:

@@ -60,6 +60,7 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("export.onnx_graph",),
     "onnxscript": ("export.onnx_graph",),
     "aiohttp": ("prepare.images.http_client",),
+    "jinja2": ("reports.page.render",),
     "sklearn": ("evaluation.baselines",),
     "yarl": ("prepare.images.http_client",),
     "duckdb": ("prepare.plan.planner", "prepare.records.parquet", "prediction.output"),

@@ -1,0 +1,170 @@
+"""What a run directory holds, read for its report: logs, settings, provenance, and the newest evaluation.
+
+Everything may be missing or torn: a run that is training, was killed, or is of an older version has a report too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rating_train import run_dir
+from rating_train.config.schema import Config, to_dict
+from rating_train.errors import UserError
+from rating_train.files import read_json_lines
+from rating_train.scoring.analysis import analyse
+from rating_train.scoring.predictions import Prediction, deduplicate, read_predictions
+from rating_train.training.provenance import flat
+
+Rows = Sequence[Mapping[str, Any]]
+
+#: Resamples where the report has to compute intervals itself, because `evaluate` was not run.
+RESAMPLES = 500
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run, as its report needs it.
+
+    Attributes:
+        path: the run directory.
+        train: rows of train.jsonl, one for each step.
+        evaluations: split -> rows of eval.jsonl, one for each step.
+        curves: the same of the evaluations while training, without those of `evaluate`.
+        config: flat settings; empty where there are none.
+        provenance: provenance.json; empty where there is none.
+        predictions: the newest file of predictions, or ``None``.
+        rows: its rows with a rating.
+        judgement: what `evaluate` wrote of it, or else the same analysis without baselines; ``None`` without rows.
+    """
+
+    path: Path
+    train: Rows
+    evaluations: Mapping[str, Rows]
+    curves: Mapping[str, Rows]
+    config: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    predictions: Path | None
+    rows: Sequence[Prediction]
+    judgement: Mapping[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """The run's name: of its folder."""
+        return self.path.resolve().name
+
+    @property
+    def row(self) -> Mapping[str, Any]:
+        """The row of eval.jsonl of the newest predictions; empty where there is none."""
+        if self.judgement and "row" in self.judgement:
+            found: Mapping[str, Any] = self.judgement["row"]
+            return found
+        split, step = split_and_step(self.predictions) if self.predictions else ("", -1)
+        return next((r for r in self.evaluations.get(split, ()) if r["step"] == step), {})
+
+    @property
+    def data(self) -> Path | None:
+        """The dataset of the newest predictions."""
+        told = (self.judgement or {}).get("data") or self.config.get("data.path")
+        return Path(told) if isinstance(told, str) and told else None
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The settings that differ from the defaults."""
+        defaults = flat(to_dict(Config()))
+        return {k: v for k, v in self.config.items() if k in defaults and defaults[k] != v}
+
+
+def read_run(path: Path) -> RunData:
+    """Read a run directory.
+
+    Raises:
+        UserError: nothing to report, or a log that is not JSON lines.
+    """
+    train = rows_by_step(path / run_dir.TRAIN_LOG).get("", [])
+    evaluations = {split or "val": rows for split, rows in rows_by_step(path / run_dir.EVAL_LOG).items()}
+    curves = {
+        split or "val": rows for split, rows in rows_by_step(path / run_dir.EVAL_LOG, ("evaluate",)).items()
+    }
+    newest = newest_predictions(path / run_dir.PREDICTIONS_DIR)
+    if not (train or evaluations or newest):
+        raise UserError(
+            "nothing to report: no rows of training, evaluation or predictions",
+            where=path,
+            expected=f"a run with {run_dir.TRAIN_LOG}, {run_dir.EVAL_LOG} or {run_dir.PREDICTIONS_DIR}/*.jsonl",
+            fix="name the directory that `rating-train train` wrote",
+        )
+    rows = [r for r in deduplicate(read_predictions(newest)) if r.rating is not None] if newest else []
+    return RunData(
+        path,
+        train,
+        evaluations,
+        curves,
+        flat(_mapping(_yaml(path / run_dir.CONFIG_FILE))),
+        _mapping(_json(path / run_dir.PROVENANCE_FILE)),
+        newest,
+        rows,
+        _judgement(path, newest, rows),
+    )
+
+
+def rows_by_step(path: Path, without: Sequence[str] = ()) -> dict[str, list[dict[str, Any]]]:
+    """Return split -> the rows that have a step, sorted by step; a row without a split is under "".
+
+    A killed run resumes from its last checkpoint and logs some steps again: the last row of a step is the one
+    that led to the final weights. Rows of the sources ``without`` are left out.
+    """
+    rows: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in read_json_lines(path) if path.is_file() else ():
+        step = row.get("step") if isinstance(row, dict) else None
+        if isinstance(step, int) and not isinstance(step, bool) and row.get("source") not in without:
+            rows.setdefault(str(row.get("split") or ""), {})[step] = row
+    return {split: [found[step] for step in sorted(found)] for split, found in rows.items()}
+
+
+def newest_predictions(folder: Path) -> Path | None:
+    """Return the file written last; of files written at the same instant, the last by name."""
+    found = [(path.stat().st_mtime_ns, path.name, path) for path in folder.glob("*.jsonl")]
+    return max(found)[2] if found else None
+
+
+def split_and_step(file: Path) -> tuple[str, int]:
+    """Return what the name of a file of predictions says; step -1 where it says none."""
+    split, _, step = file.stem.rpartition("_step_")
+    return (split, int(step)) if split and step.isdigit() else (file.stem, -1)
+
+
+def _judgement(path: Path, newest: Path | None, rows: Sequence[Prediction]) -> Mapping[str, Any] | None:
+    """Return what `evaluate` wrote of these very predictions, else the analysis alone."""
+    if newest is None or not rows:
+        return None
+    written = path / run_dir.EVALUATIONS_DIR / f"{newest.stem}.json"
+    # Older than the predictions: training has evaluated the same step again since.
+    if written.is_file() and written.stat().st_mtime_ns >= newest.stat().st_mtime_ns:
+        found = _mapping(_json(written))
+        if found.get("n") == len(rows) and "metrics" in found:
+            return found
+    return analyse(rows, RESAMPLES)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
