@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from rating_train.data.prompt import load_tokenizer
-from rating_train.reports.prompt_lengths import measure_lengths
+from rating_train.reports.cost.prompt_lengths import measure_lengths
 from rating_train.shards.manifest import read_manifest
 from rating_train.shards.mds_read import iter_texts
 

@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
     if args.items is not None:
         print(render_plan(make_plan(config, arch, args.items, args.gpus, args.gpu, args.mfu, args.rate)))
     if args.budget:
-        from rating_train.reports import cost_budget
-        from rating_train.reports.cost_sweep import measure_config
+        from rating_train.reports.cost import budget as cost_budget
+        from rating_train.reports.cost.sweep import measure_config
 
         measured, _ = measure_config(config, (50, 100, 200, 400))
         print("\n".join(cost_budget.needed_lines(arch, config.data.image_px, config.data.text_tokens)), "\n")
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from rating_train.reports.cost_sweep import parse_sweep, render_sweep, run_sweep, write_sweep
+    from rating_train.reports.cost.sweep import parse_sweep, render_sweep, run_sweep, write_sweep
 
     found = run_sweep(args.config, args.set, parse_sweep(args.sweep))
     print(render_sweep(found, args.plcc))

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write(runs: list[Path], refresh: int, show: bool) -> None:
-    from rating_train.reports.run_page import make_comparison_page, make_run_page
+    from rating_train.reports.runs.page import make_comparison_page, make_run_page
 
     for directory in runs:
         make_report(directory)

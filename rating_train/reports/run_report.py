@@ -17,7 +17,7 @@ from rating_train.errors import UserError
 from rating_train.files import atomic_write_json
 from rating_train.reports import plots
 from rating_train.reports.rows import number
-from rating_train.reports.run_data import newest_predictions, rows_by_step
+from rating_train.reports.runs.data import newest_predictions, rows_by_step
 from rating_train.run_dir import EVAL_LOG, PREDICTIONS_DIR, REPORT_DIR, TRAIN_LOG
 from rating_train.scoring.metrics import Scores, per_group, score
 from rating_train.scoring.predictions import Prediction, deduplicate, read_predictions

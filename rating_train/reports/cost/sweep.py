@@ -19,7 +19,7 @@ from rating_train.model.accounting import SHOWN, ItemCost, item_cost
 from rating_train.model.architecture import Architecture
 from rating_train.model.cost import visual_tokens
 from rating_train.reports import plots
-from rating_train.reports.prompt_lengths import COVERED, Lengths, lengths_of_data
+from rating_train.reports.cost.prompt_lengths import COVERED, Lengths, lengths_of_data
 from rating_train.scoring.ces import cost_factor, efficiency
 
 CSV_FILE = "cost_sweep.csv"

@@ -8,7 +8,7 @@ from rating_train.log import text_table
 from rating_train.model.accounting import SHOWN, image_sizes, item_cost, longest_affordable, plcc_needed
 from rating_train.model.architecture import Architecture
 from rating_train.model.cost import visual_tokens
-from rating_train.reports.prompt_lengths import COVERED, Lengths
+from rating_train.reports.cost.prompt_lengths import COVERED, Lengths
 
 CES_LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7)
 _LARGEST_PX = 768

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from rating_train.cli import main
-from rating_train.reports.run_page import make_comparison_page, make_run_page
+from rating_train.reports.runs.page import make_comparison_page, make_run_page
 from rating_train.run_dir import EVAL_LOG, PREDICTIONS_DIR, TRAIN_LOG
 from rating_train.scoring.metrics import score
 from rating_train.shards.mds_read import iter_texts

@@ -13,16 +13,16 @@ from rating_train.cli import main
 from rating_train.errors import UserError
 from rating_train.model.accounting import item_cost
 from rating_train.model.architecture import KNOWN_ARCHITECTURES
-from rating_train.reports.cost_budget import affordable_lines, needed_lines
-from rating_train.reports.cost_report import measure_cost
-from rating_train.reports.cost_sweep import (
+from rating_train.reports.cost.budget import affordable_lines, needed_lines
+from rating_train.reports.cost.prompt_lengths import Lengths, measure_lengths
+from rating_train.reports.cost.sweep import (
     equal_ces_plcc,
     parse_sweep,
     render_sweep,
     run_sweep,
     write_sweep,
 )
-from rating_train.reports.prompt_lengths import Lengths, measure_lengths
+from rating_train.reports.cost_report import measure_cost
 from rating_train.scoring.ces import ces_table
 from rating_train.shards.mds_read import iter_texts
 from tests.conftest import tiny_settings

@@ -14,12 +14,33 @@ from rating_train.reports.page.charts import Line, Place
 from rating_train.reports.page.parts import Section, card, figure, page, say_difference, section, table
 from rating_train.reports.page.render import Table
 from rating_train.reports.rows import number
-from rating_train.reports.run_data import RunData, read_run
-from rating_train.reports.run_sections import LABELS, sections_of, top_cards, warnings_of
+from rating_train.reports.runs.data import RunData, read_run
+from rating_train.reports.runs.quality import (
+    LABELS,
+    cost_section,
+    error_section,
+    quality_section,
+    slice_section,
+    top_cards,
+    warnings_of,
+)
+from rating_train.reports.runs.training import training_section, what_section
 from rating_train.run_dir import REPORT_DIR
 
 PAGE_FILE = "index.html"
 COMPARISON_FILE = "comparison.html"
+
+
+def sections_of(run: RunData) -> list[Section]:
+    """Return the sections that this run has something for."""
+    found = []
+    if run.judgement:
+        found += [quality_section(run), slice_section(run), error_section(run)]
+    if run.train or run.evaluations:
+        found.insert(1 if found else 0, training_section(run))
+    if any(key.startswith("ces_") for key in run.row):
+        found.append(cost_section(run))
+    return [*found, what_section(run)]
 
 
 def make_run_page(path: Path, refresh: int = 0) -> Path:
@@ -30,7 +51,7 @@ def make_run_page(path: Path, refresh: int = 0) -> Path:
         refresh: seconds after which a browser reads the page again; 0 never.
 
     Raises:
-        UserError: as :func:`rating_train.reports.run_data.read_run`.
+        UserError: as :func:`rating_train.reports.runs.data.read_run`.
     """
     run = read_run(path)
     device = run.provenance.get("device")

@@ -1,0 +1,1 @@
+"""What settings cost: sweeps, budgets, and the text lengths that the data need."""

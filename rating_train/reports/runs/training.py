@@ -1,0 +1,152 @@
+"""The sections of a run's page about its training: what was run, and the curves on one time axis."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rating_train.reports.page import charts
+from rating_train.reports.page.charts import Line, Mark
+from rating_train.reports.page.parts import Section, figure, section, table
+from rating_train.reports.page.render import Table
+from rating_train.reports.rows import number
+from rating_train.reports.runs.data import RunData
+
+
+def what_section(run: RunData) -> Section:
+    """What was run: settings that differ from the defaults, data, versions, every start."""
+    facts = run.provenance
+    versions = facts.get("versions") or {}
+    rows = [
+        ["started", facts.get("started")],
+        ["command", " ".join(map(str, facts.get("command") or [])) or None],
+        ["commit", facts.get("commit")],
+        ["ranks, nodes", f"{facts.get('ranks', '?')}, {facts.get('nodes', '?')}" if facts else None],
+        ["device", facts.get("device")],
+        ["dataset", str(run.config.get("data.path") or "") or None],
+        ["dataset's fingerprint", facts.get("data_fingerprint")],
+        ["Python, platform", f"{facts.get('python')}, {facts.get('platform')}" if facts else None],
+        *([name, told] for name, told in versions.items()),
+    ]
+    tables = [table(Table(("what", "value"), [r for r in rows if r[1]]), "Where and with what")]
+    if run.changed:
+        settings = [[key, _shown(value)] for key, value in run.changed.items()]
+        tables.insert(
+            0, table(Table(("setting", "value"), settings), "Settings that differ from the defaults")
+        )
+    starts = [h for h in facts.get("history") or [] if isinstance(h, dict)]
+    if len(starts) > 1:
+        lines = [[h.get("started"), h.get("step"), _changes(h.get("changed") or {})] for h in starts]
+        tables.append(table(Table(("started", "at step", "settings changed"), lines), "Every start"))
+    return section("what", "What was run", tables=tables)
+
+
+def _changes(changed: Mapping[str, Any]) -> str:
+    return "; ".join(f"{k} {v[0]} → {v[1]}" for k, v in changed.items() if isinstance(v, list)) or "none"
+
+
+def _shown(value: Any) -> str:
+    return str(value) if value != "" else '""'
+
+
+def training_section(run: RunData) -> Section:
+    """Curves on one axis: wall-clock time where rows have it, else steps; with restarts and skipped steps."""
+    times = [t for r in run.train if (t := number(r, "time")) is not None]
+    timed = len(times) == len(run.train) and len(times) > 1 and times == sorted(times)
+    start = times[0] if timed else 0.0
+    scale, unit = _time_unit(times[-1] - start) if timed else (1.0, "step")
+
+    def x(row: Mapping[str, Any]) -> float:
+        return (float(row["time"]) - start) / scale if timed else float(row["step"])
+
+    def points(rows: Sequence[Mapping[str, Any]], key: str, factor: float = 1.0) -> list[tuple[float, float]]:
+        if timed:
+            rows = [r for r in rows if start <= (number(r, "time") or -1.0) <= times[-1] + 3600]
+        return [(x(r), factor * v) for r in rows if (v := number(r, key)) is not None]
+
+    marks = _marks(run, x, start, scale, timed)
+    name = f"time since the first logged step ({unit})" if timed else "step"
+    own = run.curves
+    xs = [x(r) for r in run.train] or [p[0] for rows in own.values() for p in points(rows, "plcc")]
+    span = (min(xs), max(xs)) if xs else None
+    figures = []
+
+    def add(title: str, lines: list[Line], unit: str = "", note: str = "", **more: Any) -> None:
+        drawing = charts.line_chart(title, lines, name, unit=unit, marks=marks, x_range=span, **more)
+        figures.append(figure(title, drawing, note, lines))
+
+    add("Training loss", [Line("", points(run.train, "loss"), smooth=len(run.train) > 20)], log=True,
+        note="Faint: as logged; bold: moving mean." if len(run.train) > 20 else "")  # fmt: skip
+    for title, keys, unit in (
+        ("Correlation on validation", ("plcc", "srcc"), ""),
+        ("Error on validation", ("rmse", "mae"), "stars"),
+    ):
+        lines = [
+            Line(f"{split} {key.upper()}", points(rows, key), True, 2 * i + j, dashed=j > 0)
+            for i, (split, rows) in enumerate(own.items())
+            for j, key in enumerate(keys)
+        ]
+        add(title, lines, unit)
+    rates = [
+        Line(label, [(x(r), v) for r, v in values], colour=i) for i, (label, values) in enumerate(_rates(run))
+    ]
+    add("Learning rate", rates, zero=True)
+    add("Gradient norm", [Line("", points(run.train, "grad_norm"), smooth=len(run.train) > 20)], log=True)
+    add("Throughput", [Line("", points(run.train, "samples_per_second"))], "items/s", zero=True)
+    add(
+        "Waiting for data",
+        [Line("", points(run.train, "data_wait_fraction", 100.0))],
+        "% of a step",
+        zero=True,
+    )
+    add("Peak memory", [Line("", points(run.train, "peak_memory_gib"))], "GiB", zero=True)
+    skipped = max((int(number(r, "skipped_steps") or 0) for r in run.train), default=0)
+    starts = sum(m.kind == "mark" for m in marks)
+    intro = (
+        f"One axis for all: {name}. {starts} restart{'s' if starts != 1 else ''} (dashed lines), "
+        f"{skipped} skipped step{'s' if skipped != 1 else ''} (solid lines)."
+    )
+    return section("training", "Training", intro, columns=3, figures=figures)
+
+
+def _time_unit(seconds: float) -> tuple[float, str]:
+    return (3600.0, "hours") if seconds > 7200 else (60.0, "minutes") if seconds > 120 else (1.0, "seconds")
+
+
+def _rates(run: RunData) -> list[tuple[str, list[tuple[Mapping[str, Any], float]]]]:
+    """Return one curve for each group; equal ones share a curve, for the last would hide the others."""
+    curves: dict[str, list[tuple[Mapping[str, Any], float]]] = {}
+    for row in run.train:
+        rates = row.get("lr")
+        for name, rate in (rates if isinstance(rates, Mapping) else {"": rates}).items():
+            if (value := number({"lr": rate}, "lr")) is not None:
+                curves.setdefault(str(name), []).append((row, value))
+    shared: dict[str, tuple[list[str], list[tuple[Mapping[str, Any], float]]]] = {}
+    for name, values in curves.items():
+        key = repr([(r["step"], v) for r, v in values])
+        shared.setdefault(key, ([], values))[0].append(name)
+    return [(", ".join(names), values) for names, values in shared.values()]
+
+
+def _marks(run: RunData, x: Any, start: float, scale: float, timed: bool) -> list[Mark]:
+    """Return a line for each start after the first, and for each row in which steps were skipped."""
+    marks = []
+    for entry in (run.provenance.get("history") or [])[1:]:
+        step, told = entry.get("step"), str(entry.get("started"))
+        if not isinstance(step, int):
+            continue
+        at = float(step)
+        if timed:
+            try:
+                at = (time.mktime(time.strptime(told[:19], "%Y-%m-%dT%H:%M:%S")) - start) / scale
+            except ValueError:
+                continue
+        marks.append(Mark(at, f"resumed at step {step}, {told}"))
+    before = 0
+    for row in run.train:
+        count = int(number(row, "skipped_steps") or 0)
+        if count > before:
+            marks.append(Mark(x(row), f"{count - before} steps skipped before step {row['step']}", "skip"))
+        before = max(before, count)
+    return marks
