@@ -89,6 +89,10 @@ def test_a_mixture_resumes_on_other_ranks_and_from_a_remote_as_if_nothing_had_ch
     state = json.loads((whole / "checkpoints/step_00000012/state.json").read_text())["identity"]["order"]
     assert state["weights"] == ["7/10", "3/10"] and state["data_fingerprint"] == [s["fingerprint"] for s in facts]
 
+    ranks.run(1, "-m", "rating_train", "evaluate", whole, "--checkpoint", "latest", "--resamples", "50")
+    judged = json.loads(next((whole / "evaluations").glob("val_step_00000012*.json")).read_text())
+    assert judged["data"] == str(demo / "data") and judged["seen"]["warning"] == "", judged["seen"]
+
     other = [near[0], {**near[1], "weight": 0.4}]
     output = ranks.train(1, leg("moved", 13, other), code=1)
     assert "weights was ['7/10', '3/10'] and is now ['7/11', '4/11']" in output

@@ -13,6 +13,10 @@ PAGES = {
 }
 
 
+#: Sections of the README that are followed as they stand, by test_recipes.py and tests/slurm/test_readme_recipe.py.
+RECIPES = ("Recipe 1: my CSV on this machine", "Recipe 2: one machine with GPUs", "Recipe 3: a Slurm cluster")
+
+
 def command_lines(text: str) -> list[str]:
     """The command lines of every ```bash block, in order; a line that ends in a backslash continues in the next."""
     lines: list[str] = []

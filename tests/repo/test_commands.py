@@ -7,15 +7,12 @@ in which the quickstart has been run.
 from __future__ import annotations
 
 import argparse
-import csv
-import gzip
 import json
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -26,11 +23,19 @@ from rating_train.scoring.ces import CONVENTIONS
 from tests.helpers.forked import readable, zygote
 from tests.helpers.hub import serve
 from tests.repo.conftest import REPO, FakePython, Quickstart, script_env
-from tests.repo.pages import PAGES, command_lines
+from tests.repo.pages import PAGES, RECIPES, command_lines, section
+from tests.repo.test_recipes import write_csv
 
 pytestmark = pytest.mark.timeout(300)
 
-COMMANDS = [(page, line) for page, text in PAGES.items() for line in command_lines(text)]
+#: Those of the README's first two recipes run in test_recipes.py, in their order.
+IN_RECIPES = [line for title in RECIPES[:2] for line in command_lines(section("README.md", title))]
+COMMANDS = [
+    (page, line)
+    for page, text in PAGES.items()
+    for line in command_lines(text)
+    if page != "README.md" or line not in IN_RECIPES
+]
 Exerciser = Callable[[str, Quickstart, FakePython], None]
 
 
@@ -60,13 +65,6 @@ def parser_of(verb: str) -> argparse.ArgumentParser:
     return parser
 
 
-def link_run(name: str, quickstart: Quickstart) -> None:
-    """Give the run of the quickstart another name, where no run has that name."""
-    link = quickstart.folder / name
-    if not link.exists():
-        link.symlink_to(quickstart.run)
-
-
 # ---- exercisers: each takes the line, the checkout after the quickstart, and a stand-in for Python
 
 
@@ -74,55 +72,8 @@ def the_quickstart(line: str, quickstart: Quickstart, fake: FakePython) -> None:
     assert "% of it reached" in quickstart.output
 
 
-def activate(line: str, quickstart: Quickstart, fake: FakePython) -> None:
-    """launch/env.sh makes that environment; here, one without packages at the same place."""
-    assert '-m venv "$RATING_TRAIN_ROOT/.venv"' in (REPO / "launch" / "env.sh").read_text()
-    folder = quickstart.folder / ".venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=60)
-    found = run_for_real(f"bash -c '{line} && command -v python'", quickstart)
-    assert found.strip() == str(folder / "bin" / "python")
-
-
-def prepare(line: str, quickstart: Quickstart, fake: FakePython) -> None:
-    """With the demo's listings under the names of the page; images are found by the item's id."""
-    words = shlex.split(line)
-    source = quickstart.folder / words[words.index("--source") + 1]
-    images = quickstart.folder / words[words.index("--images") + 1]
-    listings = quickstart.folder / "demo" / "catalogue" / "catalogue.jsonl"
-    if source.suffix == ".csv":
-        write_csv(source, [json.loads(line) for line in listings.read_text("utf-8").splitlines()])
-    else:
-        source.write_bytes(gzip.compress(listings.read_bytes()))
-    if not images.exists():
-        images.symlink_to(quickstart.folder / "demo" / "catalogue" / "images")
-    out = run_for_real(line, quickstart)
-    target = words[words.index("--out") + 1]
-    assert f"prepared {target}" in out and (quickstart.folder / target / "manifest.json").is_file()
-    trained = [load_config(path).data.path for path in (REPO / "configs").glob("*_*.yaml")]
-    assert target in trained, "a configuration of configs/ trains on it"
-
-
-def write_csv(path: Path, listings: list[dict[str, object]]) -> None:
-    """The listings under the column names of the README."""
-    columns = re.findall(
-        r"`(\w+)`", PAGES["README.md"].split("The columns are ")[1].split("(a path below")[0]
-    )
-    names = {"id": "parent_asin", "rating": "average_rating", "rating_count": "rating_number"}
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [c for c in columns if c != "image"])
-        writer.writeheader()
-        for listing in listings:
-            row = {c: listing.get(names.get(c, c), "") for c in writer.fieldnames}
-            writer.writerow({c: " ".join(v) if isinstance(v, list) else v for c, v in row.items()})
-
-
-def small_model(line: str, quickstart: Quickstart, fake: FakePython) -> None:
-    run_for_real(line, quickstart)
-    assert (quickstart.folder / shlex.split(line)[-1] / "model.safetensors").is_file()
-
-
 def baselines(line: str, quickstart: Quickstart, fake: FakePython) -> None:
-    """On the dataset of the README's first recipe, or the demo's where that test was not selected."""
+    """On the demo's dataset, under the name of the page."""
     pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra `bench`)")
     data = quickstart.folder / shlex.split(line)[-1]
     if not data.exists():
@@ -166,21 +117,9 @@ def check_batch(words: list[str], ranks: int) -> None:
     plan_batch(config.batch.global_items, config.batch.micro_items, ranks)
 
 
-def evaluate(line: str, quickstart: Quickstart, fake: FakePython) -> None:
-    """For real, on 2 ranks: where the page's run takes a GPU, the demo's run under its name."""
-    link_run(shlex.split(line)[-1], quickstart)
-    assert "PLCC" in run_for_real(line, quickstart)
-
-
 def judge(line: str, quickstart: Quickstart, fake: FakePython) -> None:
     """With options; the run is the quickstart's own."""
     assert "mean error" in run_for_real(line, quickstart)
-
-
-def report(line: str, quickstart: Quickstart, fake: FakePython) -> None:
-    run = shlex.split(line)[-1]
-    link_run(run, quickstart)
-    assert f"{run}/report" in run_for_real(line, quickstart)
 
 
 def download(line: str, quickstart: Quickstart, fake: FakePython) -> None:
@@ -291,9 +230,6 @@ def example(line: str, quickstart: Quickstart, fake: FakePython) -> None:
 EXERCISERS: list[tuple[str, Exerciser]] = [
     (r"python examples/\w+\.py runs/demo_cpu( \S+)*", example),
     (r"bash launch/quickstart\.sh", the_quickstart),
-    (r"source \.venv/bin/activate", activate),
-    (r"rating-train prepare --source \S+ --images \S+ --out \S+( --[a-z-]+ [\d.]+)*", prepare),
-    (r"python benchmarks/small_model\.py \S+ \S+", small_model),
     (r"python benchmarks/baselines\.py \S+", baselines),
     (r"rating-train cost configs/\S+\.yaml( --plcc \S+)?( --budget)?", cost),
     (r"rating-train cost configs/\S+\.yaml( --sweep \S+)+ --plcc \S+ --out \S+", cost_sweep),
@@ -303,14 +239,12 @@ EXERCISERS: list[tuple[str, Exerciser]] = [
         r"(HF_HUB_OFFLINE=1 )?bash launch/local\.sh( -n \d+)? train configs/\S+\.yaml( --set \S+=\S+)*",
         start_training,
     ),
-    (r"bash launch/local\.sh( -n \d+)? evaluate runs/\S+", evaluate),
     (r"rating-train evaluate runs/demo_cpu .*", judge),
     (r"cp slurm/cluster\.env\.example slurm/cluster\.env", copy_site),
     (r"bash slurm/train\.sbatch configs/\S+\.yaml --nodes \d+", submit),
     (r"sbatch (--[a-z-]+=\d+ )+slurm/train\.sbatch configs/\S+\.yaml( --set \S+=\S+)*", sbatch),
     (r"sbatch slurm/evaluate\.sbatch runs/\S+", sbatch_evaluate),
     (r"bash launch/multi_node\.sh --nodes 2 .*", multi_node),
-    (r"rating-train report runs/\S+", report),
     (r"bash launch/test\.sh.*", test_script),
 ]
 

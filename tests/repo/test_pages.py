@@ -23,7 +23,8 @@ USAGE = PAGES["docs/usage.md"]
 
 def test_the_table_of_commands_is_that_of_the_program() -> None:
     commands = re.findall(r"^\| `rating-train (\w+)([^`]*)` \|", USAGE, flags=re.M)
-    assert [verb for verb, _ in commands] == list(VERBS), "one row for each verb, in the order of --help"
+    verbs = list(dict.fromkeys(verb for verb, _ in commands))
+    assert verbs == list(VERBS), "one row or more for each verb, in the order of --help"
     for verb, text in commands:
         options = {option for action in parser_of(verb)._actions for option in action.option_strings}
         for option in re.findall(r"--[a-z-]+", text):

@@ -13,7 +13,7 @@ import yaml
 
 from tests.conftest import tiny_settings
 from tests.repo.conftest import copy_checkout
-from tests.repo.pages import command_lines, section
+from tests.repo.pages import RECIPES, command_lines, section
 from tests.slurm.conftest import Cluster
 
 pytestmark = pytest.mark.timeout(400)
@@ -42,7 +42,7 @@ def test_the_recipe(cluster: Cluster, demo: Path) -> None:
         return done.stdout
 
     copy, submit, _, evaluate = (
-        shlex.split(line) for line in command_lines(section("README.md", "Recipe 3: a Slurm cluster"))
+        shlex.split(line) for line in command_lines(section("README.md", RECIPES[2]))
     )
     run(*copy)
     site = checkout / copy[-1]
