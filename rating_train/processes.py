@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import socket
 from pathlib import Path
@@ -18,6 +19,18 @@ def die_with_parent() -> None:
     """Have the kernel kill this process when its parent ends, for whatever reason. Linux only."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def allow_descriptors() -> tuple[int, int]:
+    """Raise this process's limit of open files to what the system allows it; return the old and the new limit.
+
+    Gloo connects each rank to every other one, once for each process group: at the usual limit of 1,024, a job of some
+    hundreds of ranks could not start.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return soft, resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def this_process() -> dict[str, Any]:

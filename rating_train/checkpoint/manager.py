@@ -21,7 +21,7 @@ from typing import Any
 
 from rating_train.checkpoint import cleanup, safe_load, store
 from rating_train.checkpoint.deepspeed_io import Shard, capture_shards, read_shards, tensor_bytes
-from rating_train.checkpoint.rank_files import rank_file, write_rank_files
+from rating_train.checkpoint.rank_files import rank_file, rank_of, unseen_files, write_rank_files
 from rating_train.checkpoint.resume import find_checkpoint
 from rating_train.checkpoint.state import STATE_FILE, Identity, TrainState, check_identity, from_json, to_json
 from rating_train.distributed import seeding
@@ -280,8 +280,8 @@ class Checkpointer:
                 host does not see all of its files.
         """
         check_identity(content, identity, path)
-        self._await_on_all_hosts(path)
         saved = content["identity"]["topology"]
+        self._await_on_all_hosts(path, same_layout=saved == identity.topology)
         if saved != identity.topology:
             log.info(
                 "loading a checkpoint of %d ranks at ZeRO stage %d into %d ranks at stage %d",
@@ -295,9 +295,14 @@ class Checkpointer:
             seeding.restore(safe_load.load(own, mmap=False))
         return state
 
-    def _await_on_all_hosts(self, path: Path) -> None:
-        """Wait until every host sees the files that others may have written a moment ago."""
-        unseen = store.problem(path, hashes=False, wait=True) if self.world.local_rank == 0 else ""
+    def _await_on_all_hosts(self, path: Path, same_layout: bool) -> None:
+        """Wait until every host sees the files that its ranks read: others may have written them a moment ago."""
+        ranks = range(self.world.rank, self.world.rank + self.world.local_size)
+
+        def wanted(name: str) -> bool:
+            return not same_layout or rank_of(name) in (None, *ranks)
+
+        unseen = unseen_files(path, wanted) if self.world.local_rank == 0 else ""
         problems = [f"rank {rank}: {text}" for rank, text in enumerate(all_gather(unseen)) if text]
         if problems:
             error = UserError(

@@ -1,8 +1,9 @@
-"""Write one rank's files of a checkpoint. Runs in a thread: no collectives."""
+"""One rank's files of a checkpoint: written in a thread, without collectives; and which files a host reads."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,16 @@ import torch
 from rating_train.checkpoint import store
 from rating_train.checkpoint.deepspeed_io import Shard
 from rating_train.checkpoint.state import STATE_FILE
-from rating_train.files import VISIBLE_SECONDS, atomic_write_json, make_folder, retry, wait_until_visible
+from rating_train.files import (
+    VISIBLE_SECONDS,
+    atomic_write_json,
+    is_recent,
+    make_folder,
+    retry,
+    wait_until_visible,
+)
+
+_OF_A_RANK = re.compile(r"(?:^|zero_pp_)rank_(\d+)")
 
 
 def write_rank_files(temporary: Path, shard: Shard, state: dict[str, Any] | None) -> store.Files:
@@ -78,3 +88,31 @@ def _save(path: Path, content: Any) -> None:
 def rank_file(rank: int) -> str:
     """Return the name of a rank's own file: the states of its random number generators."""
     return f"rank_{rank:05d}.pt"
+
+
+def rank_of(name: str) -> int | None:
+    """Return the rank that a file of a checkpoint belongs to, ``None`` for what all ranks read."""
+    found = _OF_A_RANK.search(name)
+    return int(found[1]) if found else None
+
+
+def unseen_files(directory: Path, wanted: Callable[[str], bool]) -> str:
+    """Wait until this host sees a committed checkpoint; return what it does not see, or "".
+
+    Args:
+        directory: the checkpoint.
+        wanted: whether this host is going to read a file. Looking at all files on every host would take the square of
+            the number of ranks.
+    """
+    try:
+        if is_recent(directory):
+            wait_until_visible(directory / store.COMPLETE, VISIBLE_SECONDS)
+        files = {name: entry for name, entry in store.read_marker(directory)[1].items() if wanted(name)}
+        if is_recent(directory / store.COMPLETE):
+            store.await_files(directory, files)
+        store.check_sizes(directory, files)
+    except store.InvalidCheckpoint as e:
+        return str(e)
+    except OSError as e:
+        return f"it cannot be read ({e})"
+    return ""

@@ -17,6 +17,7 @@ the commit is repeated only after a look at what it did; and files known to exis
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -136,7 +137,7 @@ def commit(temporary: Path, step: int, files: Files) -> Path:
             hosts wrote.
         OSError: it could not be renamed. Where that is not known, a later start finds out.
     """
-    _await_files(temporary, files)
+    await_files(temporary, files)
     for name, entry in files.items():
         size = file_size(temporary / name)
         if size is not None and size != entry["bytes"]:
@@ -181,15 +182,18 @@ def verify(directory: Path, hashes: bool = True, wait: bool = False) -> dict[str
     if step_name(step) != directory.name:
         raise InvalidCheckpoint(f"{COMPLETE} belongs to step {step}")
     if wait and is_recent(directory / COMPLETE):
-        _await_files(directory, files)
+        await_files(directory, files)
     verify_files(directory, files, hashes)
     return {"version": VERSION, "step": step, "files": files}
 
 
-def _await_files(directory: Path, files: Files) -> None:
+def await_files(directory: Path, files: Files) -> None:
     """Wait until this host sees all files that are known to be there, but no longer than caches live."""
     deadline = time.monotonic() + VISIBLE_SECONDS
-    for name in files:
+    listed: list[str] = []
+    with contextlib.suppress(FileNotFoundError):  # a folder that is listed, and not visible yet
+        listed = relative_files(directory)  # one listing instead of a look at each file
+    for name in sorted(set(files) - set(listed)):
         wait_until_visible(directory / name, max(0.0, deadline - time.monotonic()))
 
 
@@ -231,14 +235,19 @@ def verify_files(directory: Path, files: Files, hashes: bool = True) -> None:
     foreign = [name for name in relative_files(directory) if name.endswith(".pt") and name not in files]
     if foreign:
         raise InvalidCheckpoint(f"it contains files that were not saved with it: {', '.join(foreign[:5])}")
+    check_sizes(directory, files)
+    for name, entry in files.items() if hashes else ():  # sizes first: they are cheap and find most damage
+        if sha256_file(directory / name) != entry["sha256"]:
+            raise InvalidCheckpoint(f"{name} does not have the bytes that were saved (SHA-256 differs)")
+
+
+def check_sizes(directory: Path, files: Files) -> None:
+    """Compare the sizes of files with those recorded; see :func:`verify`."""
     for name, entry in files.items():
         size = file_size(directory / name)
         if size != entry["bytes"]:
             found = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"
             raise InvalidCheckpoint(f"{name} {found}")
-    for name, entry in files.items() if hashes else ():  # sizes first: they are cheap and find most damage
-        if sha256_file(directory / name) != entry["sha256"]:
-            raise InvalidCheckpoint(f"{name} does not have the bytes that were saved (SHA-256 differs)")
 
 
 def steps_present(root: Path) -> list[tuple[int, Path]]:

@@ -52,12 +52,13 @@ class Shards:
 
     def __init__(self, engine: Path, stage: int) -> None:
         self.stage = stage
-        self._optimizers = [load(path)["optimizer_state_dict"] for path in _by_rank(engine, _OPTIMIZER_RANK)]
+        self._optimizer_files = _by_rank(engine, _OPTIMIZER_RANK)
+        self._opened: dict[int, dict[str, Any]] = {}
         if stage == 3:
             self._models = [load(path) for path in _by_rank(engine, _MODEL_RANK)]
         else:
             self._models = [load(engine / "mp_rank_00_model_states.pt")]
-        if any(any(group) for group in self._optimizers[0].get("param_alignment_paddings", [])):
+        if any(any(group) for group in self._optimizer(0).get("param_alignment_paddings", [])):
             raise InvalidCheckpoint(
                 "its parameters are padded individually, a layout that no known stage writes"
             )
@@ -65,7 +66,13 @@ class Shards:
 
     @property
     def ranks(self) -> int:
-        return len(self._optimizers)
+        return len(self._optimizer_files)
+
+    def _optimizer(self, rank: int) -> dict[str, Any]:
+        """Open a rank's file when something of it is needed: at stages 1 and 2, most ranks need few of them."""
+        if rank not in self._opened:
+            self._opened[rank] = load(self._optimizer_files[rank])["optimizer_state_dict"]
+        return self._opened[rank]
 
     def _find_places(self) -> Iterator[tuple[str, Place]]:
         for group, shapes in enumerate(self._models[0]["param_shapes"]):
@@ -81,9 +88,14 @@ class Shards:
             KeyError: no trained parameter has this name.
         """
         place = self.places[name]
-        vectors = [self._vector(rank, place.group, key) for rank in range(self.ranks)]
-        read = read_per_parameter if self.stage == 3 else read_flat
-        return read(vectors, place.offset, place.shape.numel()).view(place.shape)
+        numel, first, last = place.shape.numel(), 0, self.ranks - 1
+        if self.stage < 3:  # the ranks that hold a part of it
+            size = len(self._vector(0, place.group, key))
+            first, last = place.offset // size, max(0, place.offset + numel - 1) // size
+        vectors = [self._vector(rank, place.group, key) for rank in range(first, last + 1)]
+        if self.stage == 3:
+            return read_per_parameter(vectors, place.offset, numel).view(place.shape)
+        return read_flat(vectors, place.offset - first * size, numel).view(place.shape)
 
     def steps(self) -> Tensor:
         """Return the number of updates that Adam has counted, () float32, the same for all parameters."""
@@ -108,13 +120,13 @@ class Shards:
 
     def _state(self, rank: int) -> dict[int, dict[str, Any]]:
         inner = "optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"
-        return self._optimizers[rank][inner]["state"]
+        return self._optimizer(rank)[inner]["state"]
 
     def _vector(self, rank: int, group: int, key: str) -> Tensor:
         if key != MASTER:
             return self._state(rank)[group][key]
         name = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
-        return self._optimizers[rank][name][group].detach()
+        return self._optimizer(rank)[name][group].detach()
 
 
 def read_flat(vectors: list[Tensor], offset: int, numel: int) -> Tensor:

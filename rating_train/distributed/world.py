@@ -20,6 +20,7 @@ import torch
 from rating_train.distributed.collectives import all_gather
 from rating_train.distributed.device import choose_device, probe, shared_devices
 from rating_train.errors import UserError
+from rating_train.processes import allow_descriptors
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +149,7 @@ def connect(world: World, timeout_minutes: float = 10.0, wanted: str = "auto") -
         UserError: there is no such device, or another rank uses it too.
     """
     export(world)
+    allow_descriptors()
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if world.is_main and restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         log.warning(

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from rating_train.checkpoint.zero_shards import read_flat, read_per_parameter, write_flat, write_per_parameter
+from rating_train.checkpoint import zero_shards
+from rating_train.checkpoint.zero_shards import (
+    MASTER,
+    Shards,
+    read_flat,
+    read_per_parameter,
+    write_flat,
+    write_per_parameter,
+)
 
 SIZES = (7, 1, 12, 3)
 
@@ -62,3 +72,22 @@ def test_the_layout_is_deepspeeds() -> None:
     for rank in (0, 1):
         write_per_parameter(vectors[rank], rank, 2, iter([(3, lambda: torch.tensor([1.0, 2, 3]))]))
     assert [v.tolist() for v in vectors] == [[1, 2], [3, 0]]
+
+
+def test_only_the_files_that_hold_a_part_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a run that moves to another number of ranks would open the square of it."""
+    vectors, _ = cut(5, "flat")
+    shapes = {f"p{i}": torch.Size([n]) for i, n in enumerate(SIZES)}
+    torch.save({"param_shapes": [shapes], "module": {}}, tmp_path / "mp_rank_00_model_states.pt")
+    for rank, vector in enumerate(vectors):
+        content = {"optimizer_state_dict": {"single_partition_of_fp32_groups": [vector]}}
+        torch.save(content, tmp_path / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    opened: list[str] = []
+    load = zero_shards.load
+    monkeypatch.setattr(zero_shards, "load", lambda path: opened.append(path.name) or load(path))
+    for i, parameter in enumerate(parameters()):
+        assert torch.equal(Shards(tmp_path, 2).read(f"p{i}", MASTER), parameter)
+    opened.clear()
+    shards = Shards(tmp_path, 2)
+    assert torch.equal(shards.read("p2", MASTER), parameters()[2])  # elements 8 to 19, in pieces of 8
+    assert [name.split("_")[4] for name in opened if "optim" in name] == ["0", "1", "2"]
