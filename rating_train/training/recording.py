@@ -17,12 +17,13 @@ from rating_train.checkpoint.state import TrainState
 from rating_train.config.lr_schedule import lr_factor
 from rating_train.data.collate import Batch
 from rating_train.distributed.collectives import on_main, sum_over_ranks
+from rating_train.errors import UserError
 from rating_train.files import file_size, read_json, read_json_lines, retry
 from rating_train.log import duration, number
 from rating_train.row_files import RowFiles
-from rating_train.scoring.metrics import METRICS
 from rating_train.training.evaluation import Evaluation
 from rating_train.training.job import Job
+from rating_train.training.lines import evaluation_lines, step_line
 from rating_train.training.meters import StepMeter, peak_memory_gib
 from rating_train.training.setup import evaluation_row
 from rating_train.training.tracking import Tracker
@@ -43,6 +44,8 @@ class Recorder:
         self._tracker = Tracker(job.run, state.step, enabled=job.world.is_main)
         self._sample_rows = RowFiles()
         self._meter = StepMeter()
+        self._evaluations = self._earlier(state.step) if job.world.is_main else []
+        self._left_seconds: float | None = None
         #: Steps of this attempt.
         self.steps = 0
         watched = job.world.is_main and logs.on_terminal()
@@ -80,12 +83,8 @@ class Recorder:
         row = training_row(job, state, self._meter)
         self._tracker.train(row)
         self._bar.set_postfix(loss=number(row["loss"]), refresh=False)
-        remaining = (job.total_steps - state.step) * row["step_seconds"]
-        log.info(
-            "step %d/%d: loss %s, grad norm %s, lr %s, %s items/s, waiting for data %.0f%%, %s left",
-            state.step, job.total_steps, number(row["loss"]), number(row["grad_norm"]), number(row["lr"]),
-            number(row["samples_per_second"]), 100 * (row["data_wait_fraction"] or 0), duration(remaining),
-        )  # fmt: skip
+        self._left_seconds = (job.total_steps - state.step) * row["step_seconds"]
+        log.info("%s", step_line(row, job.total_steps))
 
     def evaluation(self, result: Evaluation, seconds: float) -> float | None:
         """Write a row of eval.jsonl, and take its metric into the state; returns the metric."""
@@ -102,15 +101,11 @@ class Recorder:
         self._tracker.evaluation(row)
         metric = job.config.train.select_metric
         value: float | None = row[metric]
-        best = state.record_metric(value, job.larger_is_better)
-        if best:
-            comparison = f"the best {metric.upper()} so far"
-        elif state.best_value is None:
-            comparison = f"no {metric.upper()} so far"
-        else:
-            comparison = f"best {metric.upper()} so far {number(state.best_value)} at step {state.best_step}"
-        shown = ", ".join(f"{name.upper()} {number(row[name])}" for name in METRICS)
-        log.info("evaluation at step %d (%s): %s; %s", state.step, duration(seconds), shown, comparison)
+        state.record_metric(value, job.larger_is_better)
+        if job.world.is_main:
+            told = evaluation_lines(row, self._evaluations, metric, seconds, self._left_seconds)
+            log.info("%s", told)
+            self._evaluations.append(row)
         return value
 
     def replay_evaluation(self) -> dict[str, Any] | None:
@@ -123,6 +118,16 @@ class Recorder:
         if row is not None:
             self._state.record_metric(row[self._job.config.train.select_metric], self._job.larger_is_better)
         return row
+
+    def _earlier(self, step: int) -> list[dict[str, Any]]:
+        """Return the rows of this run's evaluations before a step, for the best so far; none if they cannot be read."""
+        file, split = self._job.run / run_dir.EVAL_LOG, self._job.config.data.eval_split
+        try:
+            rows = list(read_json_lines(file)) if file_size(file) is not None else []
+        except (OSError, UserError):
+            return []
+        own = [r for r in rows if r.get("source") == "train" and r.get("split") == split]
+        return [r for r in own if isinstance(r.get("step"), int) and r["step"] <= step]
 
     def _find_row(self, step: int, split: str) -> dict[str, Any] | None:
         file = self._job.run / run_dir.EVAL_LOG
@@ -142,7 +147,7 @@ class Recorder:
             lines.append(f"  results            cannot be listed now ({e}): see {job.run}")
         if outcome in ("finished", "early stop"):
             lines.append(
-                f"  next               rating-train evaluate {job.run}; rating-train report {job.run}"
+                f"  next               rating-train evaluate {job.run} && rating-train report {job.run}"
             )
         else:
             lines.append("  next               the same command resumes the run at this step")
@@ -163,7 +168,10 @@ class Recorder:
         predictions = run_dir.predictions_file(run, job.config.data.eval_split, state.step)
         if file_size(predictions) is not None:
             lines.append(f"  predictions        {predictions}")
-        return [*lines, f"  metrics            {run / run_dir.TRAIN_LOG}, {run / run_dir.EVAL_LOG}"]
+        lines.append(f"  metrics            {run / run_dir.TRAIN_LOG}, {run / run_dir.EVAL_LOG}")
+        page = run / run_dir.REPORT_DIR / "index.html"
+        made = "" if file_size(page) is not None else " (after `rating-train report`)"
+        return [*lines, f"  report             {page}{made}"]
 
 
 def training_row(job: Job, state: TrainState, meter: StepMeter) -> dict[str, Any]:
