@@ -131,7 +131,7 @@ def _measure(configs: Sequence[Config]) -> tuple[dict[int, Lengths], str]:
 
 def measure_config(config: Config, field_chars: Sequence[int]) -> tuple[dict[int, Lengths], str]:
     """Measure text lengths on the configured data: ({}, why) where data or tokenizer are not here."""
-    data = Path(config.data.path)
+    data = Path(config.data.train_sources[0].path)
     if not data.is_dir():
         return {}, f"no dataset at {data}"
     tokenizer = config.model.tokenizer or config.model.backbone

@@ -70,8 +70,25 @@ class RunData:
     @property
     def data(self) -> Path | None:
         """The dataset of the newest predictions."""
-        told = (self.judgement or {}).get("data") or self.config.get("data.path")
+        sources = self._sources
+        told = (
+            (self.judgement or {}).get("data")
+            or self.config.get("data.eval_path")
+            or self.config.get("data.path")
+            or (sources[0].get("path") if sources else None)
+        )
         return Path(told) if isinstance(told, str) and told else None
+
+    @property
+    def trained_on(self) -> str:
+        """The dataset of the training, or those of a mixture with their weights; "" where it is not known."""
+        sources = (f"{s.get('path')} (weight {s.get('weight')})" for s in self._sources)
+        return ", ".join(sources) or str(self.config.get("data.path") or "")
+
+    @property
+    def _sources(self) -> list[dict[str, Any]]:
+        found = self.config.get("data.sources")
+        return [s for s in found if isinstance(s, dict)] if isinstance(found, list) else []
 
     @property
     def changed(self) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def make_run_page(path: Path, refresh: int = 0) -> Path:
     device = run.provenance.get("device")
     facts = [
         str(run.config.get("model.backbone") or "").rpartition("/")[2],
-        f"data {run.config['data.path']}" if run.config.get("data.path") else "",
+        f"data {run.trained_on}" if run.trained_on else "",
         f"{run.provenance.get('ranks')} ranks on {device}" if device else "",
     ]
     text = page(

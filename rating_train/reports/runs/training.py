@@ -24,7 +24,7 @@ def what_section(run: RunData) -> Section:
         ["commit", facts.get("commit")],
         ["ranks, nodes", f"{facts.get('ranks', '?')}, {facts.get('nodes', '?')}" if facts else None],
         ["device", facts.get("device")],
-        ["dataset", str(run.config.get("data.path") or "") or None],
+        ["dataset", run.trained_on or None],
         ["dataset's fingerprint", facts.get("data_fingerprint")],
         ["Python, platform", f"{facts.get('python')}, {facts.get('platform')}" if facts else None],
         *([name, told] for name, told in versions.items()),
