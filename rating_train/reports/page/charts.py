@@ -229,7 +229,8 @@ def _segment(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
 
 def _places(places: Sequence[Place], x: Axis, y: Axis, named: bool = False) -> str:
     parts = []
-    for p in places:
+    heights = _apart([y.at(p.y) - 7 for p in places])
+    for p, height in zip(places, heights):
         colour, cx, cy = f"c{p.colour % COLOURS}", x.at(p.x), y.at(p.y)
         if p.interval:
             low, high = (y.at(v) for v in p.interval)
@@ -242,8 +243,16 @@ def _places(places: Sequence[Place], x: Axis, y: Axis, named: bool = False) -> s
         )
         if named:
             left = cx > (x.start + x.end) / 2
-            parts.append(text(cx + (-8 if left else 8), cy - 7, p.label, "end" if left else "start"))
+            parts.append(text(cx + (-8 if left else 8), height, p.label, "end" if left else "start"))
     return "".join(parts)
+
+
+def _apart(heights: Sequence[float], least: float = 13.0) -> list[float]:
+    """Return the heights of labels, moved down where one would cover another."""
+    found, above = dict[int, float](), -math.inf
+    for i in sorted(range(len(heights)), key=lambda i: heights[i]):
+        found[i] = above = max(heights[i], above + least)
+    return [found[i] for i in range(len(heights))]
 
 
 def box_chart(title: str, rows: Sequence[Spread], x_label: str, zero_at: float | None = 0.0) -> Markup:

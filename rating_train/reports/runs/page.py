@@ -124,7 +124,8 @@ def _value(run: RunData, name: str) -> float | None:
 
 def _metrics(runs: Sequence[RunData], names: Sequence[str], found: Comparison | None) -> Section:
     """Every run's metrics with intervals, and each difference from the first as a sentence."""
-    head = ["run", "step", "items", *LABELS.values(), "PLCC from", "to", "CES paper's", "CES strict"]
+    short = [label.split(" ")[0] for label in LABELS.values()]
+    head = ["run", "step", "items", *short, "PLCC from", "to", "CES paper's", "CES strict"]
     rows: list[list[Any]] = []
     for run, name in zip(runs, names):
         values = [_value(run, m) for m in LABELS]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from rating_train.reports.page import charts
 from rating_train.reports.page.charts import Line, Mark
@@ -52,21 +54,19 @@ def _shown(value: Any) -> str:
 
 def training_section(run: RunData) -> Section:
     """Curves on one axis: wall-clock time where rows have it, else steps; with restarts and skipped steps."""
-    times = [t for r in run.train if (t := number(r, "time")) is not None]
-    timed = len(times) == len(run.train) and len(times) > 1 and times == sorted(times)
-    start = times[0] if timed else 0.0
-    scale, unit = _time_unit(times[-1] - start) if timed else (1.0, "step")
+    clock = _clock(run)
+    scale, unit = _time_unit(clock.elapsed[-1]) if clock else (1.0, "step")
 
     def x(row: Mapping[str, Any]) -> float:
-        return (float(row["time"]) - start) / scale if timed else float(row["step"])
+        return clock.at(float(row["time"])) / scale if clock else float(row["step"])
 
     def points(rows: Sequence[Mapping[str, Any]], key: str, factor: float = 1.0) -> list[tuple[float, float]]:
-        if timed:
-            rows = [r for r in rows if start <= (number(r, "time") or -1.0) <= times[-1] + 3600]
+        if clock:
+            rows = [r for r in rows if number(r, "time") is not None]
         return [(x(r), factor * v) for r in rows if (v := number(r, key)) is not None]
 
-    marks = _marks(run, x, start, scale, timed)
-    name = f"time since the first logged step ({unit})" if timed else "step"
+    marks = _marks(run, x, clock, scale)
+    name = f"training time ({unit})" if clock else "step"
     own = run.curves
     xs = [x(r) for r in run.train] or [p[0] for rows in own.values() for p in points(rows, "plcc")]
     span = (min(xs), max(xs)) if xs else None
@@ -103,8 +103,9 @@ def training_section(run: RunData) -> Section:
     add("Peak memory", [Line("", points(run.train, "peak_memory_gib"))], "GiB", zero=True)
     skipped = max((int(number(r, "skipped_steps") or 0) for r in run.train), default=0)
     starts = sum(m.kind == "mark" for m in marks)
+    pauses = ", pauses between starts left out" if clock and starts else ""
     intro = (
-        f"One axis for all: {name}. {starts} restart{'s' if starts != 1 else ''} (dashed lines), "
+        f"One axis for all: {name}{pauses}. {starts} restart{'s' if starts != 1 else ''} (dashed lines), "
         f"{skipped} skipped step{'s' if skipped != 1 else ''} (solid lines)."
     )
     return section("training", "Training", intro, columns=3, figures=figures)
@@ -129,19 +130,47 @@ def _rates(run: RunData) -> list[tuple[str, list[tuple[Mapping[str, Any], float]
     return [(", ".join(names), values) for names, values in shared.values()]
 
 
-def _marks(run: RunData, x: Any, start: float, scale: float, timed: bool) -> list[Mark]:
+@dataclass(frozen=True)
+class _Clock:
+    """Wall-clock times of the rows, in seconds, and the training time at each."""
+
+    times: Sequence[float]
+    elapsed: Sequence[float]
+
+    def at(self, time: float) -> float:
+        return float(np.interp(time, self.times, self.elapsed))
+
+
+def _clock(run: RunData) -> _Clock | None:
+    """Return the training time: wall-clock time without what lies between two starts; ``None`` where rows have none."""
+    times = [t for r in run.train if (t := number(r, "time")) is not None]
+    if len(times) < max(2, len(run.train)) or times != sorted(times) or times[0] == times[-1]:
+        return None
+    resumed = _resumed(run)
+    elapsed = [0.0]
+    for before, row, begin, end in zip(run.train, run.train[1:], times, times[1:]):
+        gap = end - begin
+        if any(before["step"] <= step < row["step"] for step, _ in resumed):
+            gap = min(gap, (number(row, "step_seconds") or 0.0) * (row["step"] - before["step"]))
+        elapsed.append(elapsed[-1] + gap)
+    return _Clock(times, elapsed)
+
+
+def _resumed(run: RunData) -> list[tuple[int, str]]:
+    """Return (step, when) of each start after the first."""
+    entries = (run.provenance.get("history") or [])[1:]
+    return [(e["step"], str(e.get("started"))) for e in entries if isinstance(e.get("step"), int)]
+
+
+def _marks(run: RunData, x: Any, clock: _Clock | None, scale: float) -> list[Mark]:
     """Return a line for each start after the first, and for each row in which steps were skipped."""
     marks = []
-    for entry in (run.provenance.get("history") or [])[1:]:
-        step, told = entry.get("step"), str(entry.get("started"))
-        if not isinstance(step, int):
-            continue
+    for step, told in _resumed(run):
         at = float(step)
-        if timed:
-            try:
-                at = (time.mktime(time.strptime(told[:19], "%Y-%m-%dT%H:%M:%S")) - start) / scale
-            except ValueError:
-                continue
+        if clock:
+            # At the last row before it: the pause has no width.
+            place = sum(row["step"] <= step for row in run.train) - 1
+            at = clock.elapsed[max(0, place)] / scale
         marks.append(Mark(at, f"resumed at step {step}, {told}"))
     before = 0
     for row in run.train:

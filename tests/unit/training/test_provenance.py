@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 
 from rating_train import run_dir
 from rating_train.config.schema import Config
+from rating_train.training import provenance
 from rating_train.training.provenance import changed_settings, record_start
 
 
@@ -106,3 +108,23 @@ def test_a_damaged_record_is_said_and_does_not_stop_the_run(
 
 def test_a_setting_that_is_new_is_no_change() -> None:
     assert changed_settings({"train": {"seed": 1}}, {"train": {"seed": 1, "new": 2}, "newer": {}}) == {}
+
+
+def test_the_commit_is_that_of_the_package_and_of_no_repository_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    module = tmp_path / "rating_train" / "training" / "provenance.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("")
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "one"], check=True)
+    monkeypatch.setattr(provenance, "__file__", str(module))
+    commit = provenance.source_commit()
+    assert commit is not None and len(commit) == 40
+    module.write_text("changed")
+    assert provenance.source_commit() == f"{commit}+"
+    installed = tmp_path / ".venv" / "rating_train" / "training" / "provenance.py"
+    monkeypatch.setattr(provenance, "__file__", str(installed))
+    assert provenance.source_commit() is None, "installed below the repository, not run from it"
