@@ -115,3 +115,67 @@ def test_per_group_checks_its_input() -> None:
     with pytest.raises(UserError, match="index 1"):
         per_group([1, math.nan], [1, 2], ["a", "a"])
     assert per_group([], [], []) == {}
+
+
+def _by_libraries(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """The metrics as SciPy and scikit-learn define them."""
+    from scipy import stats
+    from sklearn import metrics
+
+    return {
+        "plcc": stats.pearsonr(predicted, true).statistic,
+        "srcc": stats.spearmanr(predicted, true).statistic,
+        "kendall": stats.kendalltau(predicted, true, variant="b").statistic,
+        "rmse": math.sqrt(metrics.mean_squared_error(true, predicted)),
+        "mae": metrics.mean_absolute_error(true, predicted),
+        "r2": metrics.r2_score(true, predicted),
+    }
+
+
+def _random_case(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors of 0 to 60 items: ties in one side or both, constants, equal sides, far from zero, tiny, in reverse."""
+    generator = np.random.default_rng(seed)
+    n = int(generator.choice([0, 1, 2, 3, 5, 17, 60]))
+    true = generator.normal(4, 0.4, n)
+    predicted = true + generator.normal(0, generator.choice([0.0, 0.1, 3.0]), n)
+    true, predicted = (np.round(v, int(generator.choice([0, 1, 12]))) for v in (true, predicted))
+    if generator.random() < 0.15:
+        predicted = np.full(n, 4.2)
+    if generator.random() < 0.1:
+        true = np.full(n, 4.5)
+    if generator.random() < 0.2:
+        predicted = -predicted[::-1]
+    scale, offset = generator.choice([1e-6, 1.0, 1e6]), generator.choice([0.0, 1e3])
+    return scale * predicted + offset, scale * true + offset
+
+
+def test_every_metric_equals_the_libraries_or_is_undefined_with_a_reason() -> None:
+    pytest.importorskip("sklearn")
+    undefined = 0
+    for seed in range(400):
+        predicted, true = _random_case(seed)
+        scores = score(predicted, true)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = _by_libraries(predicted, true) if len(true) > 1 else {}
+        for name in METRICS:
+            value = getattr(scores, name)
+            assert (value is None) == (name in scores.undefined), (seed, name)
+            if value is None:
+                undefined += 1
+                constant = len(set(true)) < 2 or (name != "r2" and len(set(predicted)) < 2)
+                rounding = "rounding" in scores.undefined[name]
+                assert len(true) < 2 or constant or rounding, (seed, name, scores.undefined[name])
+            elif expected:
+                assert value == pytest.approx(expected[name], rel=1e-7, abs=1e-9), (seed, name)
+    assert undefined > 100, "the cases hold what has no value"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_value_that_is_not_finite_is_refused_wherever_it_stands(bad: float, side: int) -> None:
+    for place in (0, 3, 6):
+        vectors = [np.linspace(1, 5, 7), np.linspace(5, 1, 7)]
+        vectors[side][place] = bad
+        with pytest.raises(UserError, match=rf"\[{place}\]"):
+            score(*vectors)
