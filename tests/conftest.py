@@ -132,6 +132,20 @@ def few_items(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def sharded(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small demo in shards of 64 KB, about seven of them. Read only."""
+    from tests.helpers.small_shards import reshard
+
+    return reshard(demo / "data", tmp_path_factory.mktemp("sharded") / "data", 64_000)
+
+
+@pytest.fixture
+def data(sharded: Path, tmp_path: Path) -> Path:
+    """A copy of the small demo in small shards, to edit or to damage."""
+    return Path(shutil.copytree(sharded, tmp_path / "data"))
+
+
 def _prepare_demo(demo: Path, out: Path, limit: int | None = None) -> None:
     from rating_train.prepare.run import PrepareOptions, prepare
 

@@ -18,38 +18,51 @@ T = TypeVar("T")
 
 
 def add_options(
-    parser: argparse.ArgumentParser, cls: type, metavars: Mapping[str, str] | None = None
+    parser: argparse.ArgumentParser,
+    cls: type,
+    metavars: Mapping[str, str] | None = None,
+    positional: str = "",
 ) -> None:
     """Add one option for each field that a dataclass declares with :func:`rating_train.config.fields.setting`.
 
-    A field without a default is required; a ``bool`` is a flag, a tuple takes several values.
+    A field without a default is required; a ``bool`` is a flag, a tuple takes several values. The field ``positional``
+    is an argument without a name. A field ``settings`` without documentation is that of ``--set``.
     """
     hints = typing.get_type_hints(cls)
-    declared = dataclasses.fields(cls)  # type: ignore[arg-type]
+    declared = [f for f in dataclasses.fields(cls) if "doc" in f.metadata]  # type: ignore[arg-type]
     for option in sorted(declared, key=lambda f: f.default is not dataclasses.MISSING):
         hint, default = hints[option.name], option.default
         given: dict[str, Any] = {"help": option.metadata["doc"]}
+        if option.name == positional:
+            parser.add_argument(option.name, **given)
+            continue
         if hint is bool:
             given["action"] = "store_true"
         else:
-            kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
-            if typing.get_origin(hint) is typing.Literal:
-                given["choices"] = kinds
-            else:
-                given["type"] = kinds[0]
-                given["metavar"] = (metavars or {}).get(option.name)
-            if typing.get_origin(hint) is tuple:
-                given["nargs"] = "+"
+            given |= _value(hint, (metavars or {}).get(option.name))
             required = default is dataclasses.MISSING
             given |= {"required": True} if required else {"default": default}
             if not required and default not in ("", (), None):
                 given["help"] += f" (default: {default})"
         parser.add_argument("--" + option.name.replace("_", "-"), **given)
+    if "settings" in hints:
+        add_set_option(parser)
+
+
+def _value(hint: Any, metavar: str | None) -> dict[str, Any]:
+    """Return what argparse has to know about the values of an annotation."""
+    several = typing.get_origin(hint) is tuple
+    kind = typing.get_args(hint)[0] if several else hint
+    choices = typing.get_origin(kind) is typing.Literal
+    kinds = [k for k in typing.get_args(kind) or (kind,) if k is not type(None)]
+    given: dict[str, Any] = {"choices": kinds} if choices else {"type": kinds[0], "metavar": metavar}
+    return given | ({"nargs": "+"} if several else {})
 
 
 def options_from(cls: type[T], args: argparse.Namespace) -> T:
     """Return the dataclass of options that :func:`add_options` added."""
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    names = {f.name: "set" if f.name == "settings" else f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    given = {name: getattr(args, source) for name, source in names.items()}
     return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
 
 

@@ -1,41 +1,30 @@
-"""The options of ``rating-train export``. Imports no torch."""
+"""The options of ``rating-train export``, checked once with all problems in one error. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+from rating_train.config.fields import bound_problems, setting
 from rating_train.errors import one_error
-
-ONNX_PRECISIONS = ("fp32", "fp16", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What to export, and where.
+    """What to export, and where. ``settings``: ``section.key=value`` that differ from the run's configuration."""
 
-    Attributes:
-        run: run directory.
-        out: folder to make; it must not exist.
-        checkpoint: best, latest or a step.
-        settings: ``section.key=value``, what is to differ from the run's configuration.
-        onnx: precisions to write as ONNX graphs, of :data:`ONNX_PRECISIONS`.
-        onnx_batch: items that a graph takes; 0 leaves it open.
-        data: dataset to compare on; "" takes the run's.
-        items: items to compare on.
-        device: auto (a GPU if there is one), cuda or cpu.
-        licence: licence of the weights, for the model card; "" takes the backbone's, where it is known.
-    """
-
-    run: str
-    out: str
-    checkpoint: str = "best"
+    run: str = setting(doc="run directory")
+    out: str = setting(doc="folder to make; it must not exist")
+    checkpoint: str = setting("best", "best, latest or a step")
     settings: tuple[str, ...] = ()
-    onnx: tuple[str, ...] = ()
-    onnx_batch: int = 0
-    data: str = ""
-    items: int = 256
-    device: str = "auto"
-    licence: str = ""
+    onnx: tuple[Literal["fp32", "fp16", "int8"], ...] = setting((), "precisions to write as ONNX graphs too")
+    onnx_batch: int = setting(0, "items that a graph takes; 0 leaves their number open", low=0)
+    data: str = setting("", "dataset to compare on; by default the run's")
+    items: int = setting(256, "items to compare on", low=64)
+    device: Literal["auto", "cuda", "cpu"] = setting(
+        "auto", "where both are scored; auto is a GPU if there is one"
+    )
+    licence: str = setting("", "licence for the model card; by default the backbone's, where it is known")
 
 
 def check_options(options: ExportOptions) -> None:
@@ -44,14 +33,5 @@ def check_options(options: ExportOptions) -> None:
     Raises:
         UserError: all problems in one error.
     """
-    problems = [
-        f"--onnx {name} is not one of {', '.join(ONNX_PRECISIONS)}"
-        for name in options.onnx
-        if name not in ONNX_PRECISIONS
-    ]
-    if options.items < 64:
-        problems.append(f"--items {options.items} is less than 64")
-    if options.onnx_batch < 0:
-        problems.append(f"--onnx-batch {options.onnx_batch} is negative")
-    if problems:
+    if problems := list(bound_problems(options).values()):
         raise one_error(problems, where="export options")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from rating_train.config.fields import Rule, bound_problems, broken_rules, setting
 from rating_train.errors import UserError, one_error
 from rating_train.prepare.images.fetch_options import read_fetch_options
 from rating_train.prepare.options import stamps
@@ -13,51 +14,41 @@ from rating_train.prepare.records.sources import source_kind
 from rating_train.scoring.ces import CONVENTIONS, PAPER_CONVENTION
 from rating_train.shards.schema import RATING_MAX, RATING_MIN
 
-DEVICES = ("auto", "cuda", "cpu")
-OUT_KINDS = (".csv", ".parquet")
-
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions:
-    """What to score, with which model, and where to write.
+    """What to score, with which model, where to. ``settings``: ``section.key=value`` that differ from the run's."""
 
-    Attributes:
-        model: run directory, or folder made by ``rating-train export``.
-        out: file to write; ``OUT.parts`` beside it holds the work.
-        checkpoint: of a run: best, latest or a step.
-        settings: ``section.key=value``, what is to differ from the run's configuration.
-        source: catalogue files, scored in this order.
-        images: folder or archive of the images; "" with ``fetch`` if all of them are URLs.
-        fetch: fetch images that are URLs, the next part's while one is scored.
-        fetch_set: ``NAME=VALUE``, settings of the fetching.
-        data: prepared dataset to score instead of catalogue files.
-        split: its split; "" takes the one that the run evaluates on.
-        batch_items: items of a forward pass.
-        part_rows: rows of a part, the unit of work that is either finished or done again.
-        workers: processes of each rank that read and decode images; 0 does it between the forward passes.
-        device: auto (a GPU if there is one), cuda or cpu.
-        submission: write the file of the challenge.
-        convention: how its operations are counted.
-        fill: score of rows that cannot be scored, in a submission; ``None`` refuses to write one with such rows.
-    """
-
-    model: str
-    out: str
-    checkpoint: str = "best"
+    model: str = setting(doc="run directory, or folder made by `rating-train export`")
+    out: str = setting(doc="file to write, .csv or .parquet; OUT.parts beside it holds the work")
+    checkpoint: str = setting("best", "of a run: best, latest or a step")
     settings: tuple[str, ...] = ()
-    source: tuple[str, ...] = ()
-    images: str = ""
-    fetch: bool = False
-    fetch_set: tuple[str, ...] = ()
-    data: str = ""
-    split: str = ""
-    batch_items: int = 64
-    part_rows: int = 1024
-    workers: int = 2
-    device: str = "auto"
-    submission: bool = False
-    convention: str = PAPER_CONVENTION
-    fill: float | None = None
+    source: tuple[str, ...] = setting(
+        (), "catalogues, in this order: JSON lines, CSV (also .gz, .zst), Parquet"
+    )
+    images: str = setting("", "folder or archive with the images; not needed with --fetch if all are URLs")
+    fetch: bool = setting(False, "fetch images that are URLs, the next part's while one is scored")
+    fetch_set: tuple[str, ...] = setting((), "with --fetch: per_host=16 and so on")
+    data: str = setting("", "prepared dataset to score instead of --source")
+    split: str = setting("", "its split; by default that of the run's evaluations")
+    batch_items: int = setting(64, "items of a forward pass", low=1)
+    part_rows: int = setting(
+        1024, "rows of a part: what a killed command does again, at most, for each rank", low=1
+    )
+    workers: int = setting(2, "processes of each rank that read and decode images", low=0)
+    device: Literal["auto", "cuda", "cpu"] = setting("auto", "auto is a GPU if there is one")
+    submission: bool = setting(False, "write the challenge's file: item_id, score, params, flops")
+    convention: str = setting(
+        PAPER_CONVENTION, f"how a submission counts its operations, of: {', '.join(CONVENTIONS)}"
+    )
+    fill: float | None = setting(
+        None, "in a submission, the score of rows that cannot be scored", low=RATING_MIN, high=RATING_MAX
+    )
+
+    @property
+    def endings(self) -> str:
+        """What the name of ``out`` may end in."""
+        return ".csv" if self.submission else ".csv or .parquet"
 
     def input_identity(self) -> dict[str, Any]:
         """Return what the rows and their order depend on, for comparison with that of an unfinished run."""
@@ -66,38 +57,46 @@ class PredictOptions:
         return {"source": stamps(self.source), "images": self.images, "fetch": self.fetch}
 
 
+_RULES = (
+    Rule("source data", lambda o: bool(o.source) != bool(o.data), "give --source or --data, and not both"),
+    Rule("source", lambda o: len(set(o.source)) == len(o.source), "a source is given twice"),
+    Rule(
+        "source images",
+        lambda o: not o.source or o.images or o.fetch,
+        "neither --images nor --fetch is given",
+    ),
+    Rule("images", lambda o: not o.images or Path(o.images).exists(), "--images {c.images} does not exist"),
+    Rule(
+        "data images",
+        lambda o: not o.data or not (o.images or o.fetch),
+        "a prepared dataset has its own images: leave out --images, --fetch",
+    ),
+    Rule("split data", lambda o: not o.split or o.data, "--split goes with --data"),
+    Rule("fetch_set", lambda o: not o.fetch_set or o.fetch, "--fetch-set goes with --fetch"),
+    Rule(
+        "convention",
+        lambda o: o.convention in CONVENTIONS,
+        f"--convention {{c.convention}} is not one of {', '.join(CONVENTIONS)}",
+    ),
+    Rule("fill", lambda o: o.fill is None or o.submission, "--fill goes with --submission"),
+    Rule(
+        "out",
+        lambda o: Path(o.out).suffix.lower() in o.endings.split(" or "),
+        "--out {c.out} does not end in {c.endings}",
+    ),
+)
+
+
 def check_options(options: PredictOptions) -> None:
     """Check the options before any model is loaded.
 
     Raises:
         UserError: all problems in one error.
     """
-    o = options
-    checks = [
-        (bool(o.source) != bool(o.data), "give --source or --data, and not both"),
-        (len(set(o.source)) == len(o.source), "a source is given twice"),
-        (not o.source or bool(o.images) or o.fetch, "neither --images nor --fetch is given"),
-        (not o.images or Path(o.images).exists(), f"--images {o.images} does not exist"),
-        (not o.data or not (o.images or o.fetch), "a prepared dataset has its own images: leave out --images, --fetch"),
-        (not o.split or bool(o.data), "--split goes with --data"),
-        (not o.fetch_set or o.fetch, "--fetch-set goes with --fetch"),
-        (o.batch_items >= 1, f"--batch-items {o.batch_items} is not positive"),
-        (o.part_rows >= 1, f"--part-rows {o.part_rows} is not positive"),
-        (o.workers >= 0, f"--workers {o.workers} is negative"),
-        (o.convention in CONVENTIONS, f"--convention {o.convention} is not one of {', '.join(CONVENTIONS)}"),
-        (o.fill is None or o.submission, "--fill goes with --submission"),
-        (
-            o.fill is None or RATING_MIN <= o.fill <= RATING_MAX,
-            f"--fill {o.fill} is not a rating from {RATING_MIN:g} to {RATING_MAX:g}",
-        ),
-        (
-            Path(o.out).suffix.lower() in (OUT_KINDS[:1] if o.submission else OUT_KINDS),
-            f"--out {o.out} does not end in {'.csv' if o.submission else ' or '.join(OUT_KINDS)}",
-        ),
-    ]  # fmt: skip
-    problems = [problem for good, problem in checks if not good]
-    problems += read_fetch_options(o.fetch_set)[1]
-    for path in o.source:
+    invalid = bound_problems(options)
+    problems = [*invalid.values(), *broken_rules(options, _RULES, invalid)]
+    problems += read_fetch_options(options.fetch_set)[1]
+    for path in options.source:
         try:
             source_kind(path)
         except UserError as e:

@@ -26,7 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from rating_train.errors import UserError
-from rating_train.files import atomic_write_json, atomic_write_text, fsync_path, hold_lock, read_json
+from rating_train.files import (
+    atomic_write_json,
+    atomic_write_text,
+    differences,
+    fsync_path,
+    hold_lock,
+    read_json,
+)
 
 IDENTITY_NAME = "predict.json"
 ROWS_NAME = "rows.json"
@@ -81,12 +88,7 @@ class WorkDir:
         if not file.exists():
             atomic_write_json(file, identity)
         before = read_json(file)
-        changes = [
-            f"{name} was {before.get(name)!r}, now {identity.get(name)!r}"
-            for name in sorted(before.keys() | identity.keys())
-            if before.get(name) != identity.get(name)
-        ]
-        if changes:
+        if changes := differences(before, identity):
             raise UserError(
                 "an unfinished prediction with other options is there: " + "; ".join(changes),
                 where=self.path,

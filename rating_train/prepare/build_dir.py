@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rating_train.errors import UserError
-from rating_train.files import atomic_write_json, hold_lock, read_json, sha256_json
+from rating_train.files import atomic_write_json, differences, hold_lock, read_json, sha256_json
 from rating_train.prepare.full_disk import disk_full, is_full
 
 BUILD_NAME = "build.json"
@@ -93,13 +93,7 @@ class BuildDir:
         if not file.exists():
             atomic_write_json(file, identity)
         before = read_json(file)
-        names = sorted(before.keys() | identity.keys())
-        changes = [
-            f"{name} was {before.get(name)!r}, now {identity.get(name)!r}"
-            for name in names
-            if before.get(name) != identity.get(name)
-        ]
-        if changes:
+        if changes := differences(before, identity):
             raise UserError(
                 "an unfinished build with other options or changed sources exists: " + "; ".join(changes),
                 where=self.path,

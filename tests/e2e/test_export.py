@@ -228,7 +228,7 @@ def test_what_is_refused(exported: Exported, trained_run: Path, tmp_path: Path) 
     for options, said in (
         (ExportOptions(run=run, out=str(exported.folder)), "the folder exists already"),
         (ExportOptions(run=str(exported.folder), out=out), "an exported folder already"),
-        (ExportOptions(run=run, out=out, items=10), "--items 10 is less than 64"),
+        (ExportOptions(run=run, out=out, items=10), "`items` is 10, expected at least 64"),
         (ExportOptions(run=run, out=out, checkpoint="77"), "there is no checkpoint 77"),
         (ExportOptions(run=run, out=out, data=str(tmp_path)), "not a dataset"),
     ):

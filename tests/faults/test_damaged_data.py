@@ -12,17 +12,7 @@ import pytest
 from rating_train.shards.mds_read import iter_sampled, read_index, read_shard
 from rating_train.shards.verify import verify_dataset
 from tests.conftest import Ranks
-from tests.helpers.small_shards import flip_a_byte, reshard
-
-
-@pytest.fixture(scope="module")
-def intact(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return reshard(demo / "data", tmp_path_factory.mktemp("damaged") / "data", 64_000)
-
-
-@pytest.fixture
-def data(intact: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(intact, tmp_path / "data"))
+from tests.helpers.small_shards import flip_a_byte
 
 
 def shard(data: Path) -> Path:

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,19 +14,10 @@ import psutil
 import pytest
 
 from tests.conftest import Ranks, full
-from tests.helpers.ranks import SHARED_MEMORY
+from tests.helpers.ranks import SHARED_MEMORY, wait_for_step
 
 # Constant rates, so that the losses do not depend on how long the run was meant to be.
 LONG = {"optim": {"schedule": "constant", "warmup_fraction": 0.0}, "train": {"epochs": 400}}
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    log = run / "train.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.is_file() and len(log.read_text().splitlines()) >= step):
-        assert process.poll() is None, process.communicate()[0][-4000:]
-        assert time.monotonic() < deadline, f"step {step} was not reached in 120 s"
-        time.sleep(0.05)
 
 
 def losses(run: Path) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
@@ -11,7 +10,9 @@ from xml.sax.saxutils import escape, quoteattr
 
 import pytest
 
+from rating_train.demo.model import demo_architecture
 from rating_train.files import read_json, read_json_lines
+from rating_train.model import architecture, backbones
 from tests.helpers.cli import rating_train
 from tests.helpers.ranks import Ranks
 from tests.repo.pages import PAGES
@@ -32,41 +33,21 @@ def write_xml(path: Path, listings: list[dict[str, object]]) -> None:
     path.write_text(f"<products>{''.join(items)}</products>")
 
 
-def write_tiny_llava(folder: Path, tokenizer: Path) -> None:
-    """A folder with a small LLaVA's config.json and the demo's tokenizer."""
-    from transformers import LlamaConfig, LlavaConfig, SiglipVisionConfig
-
-    from rating_train.demo.model import demo_architecture
-
-    known = read_json(tokenizer / "config.json")
-    shape = dataclasses.asdict(demo_architecture(known["text_config"]["vocab_size"]))
-    shutil.copytree(tokenizer, folder, ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
-    text, vision = shape["text"], shape["vision"]
-    config = LlavaConfig(
-        vision_config=SiglipVisionConfig(
-            hidden_size=vision["hidden"],
-            num_hidden_layers=vision["layers"],
-            num_attention_heads=vision["heads"],
-            intermediate_size=vision["mlp"],
-            patch_size=vision["patch"],
-            image_size=vision["image_size"],
-        ),
-        text_config=LlamaConfig(
-            hidden_size=text["hidden"],
-            num_hidden_layers=text["layers"],
-            num_attention_heads=text["heads"],
-            num_key_value_heads=text["kv_heads"],
-            head_dim=text["head_dim"],
-            intermediate_size=text["mlp"],
-            vocab_size=text["vocab"],
-        ),
-        image_token_index=shape["image_token_id"],
-    )
-    config.save_pretrained(folder)
+def write_tiny_llava(folder: Path, demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with the config.json of a small LLaVA, made by the page's own class, and the demo's tokenizer."""
+    monkeypatch.setattr(architecture, "READERS", dict(architecture.READERS))
+    monkeypatch.setattr(backbones, "BACKBONES", dict(backbones.BACKBONES))
+    exec(MODULES["llava.py"], {})
+    known = read_json(demo_model / "config.json")
+    shape = demo_architecture(known["text_config"]["vocab_size"])
+    shutil.copytree(demo_model, folder, ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
+    backbones.BACKBONES["llava"].config(shape).save_pretrained(folder)
 
 
 @pytest.mark.timeout(240)
-def test_the_examples_of_the_page_run_together(demo: Path, tmp_path: Path, ranks: Ranks) -> None:
+def test_the_examples_of_the_page_run_together(
+    demo: Path, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, source in MODULES.items():
         (tmp_path / name).write_text(source)
     write_xml(tmp_path / "products.xml", list(read_json_lines(demo / "catalogue" / "catalogue.jsonl"))[:80])
@@ -76,7 +57,7 @@ def test_the_examples_of_the_page_run_together(demo: Path, tmp_path: Path, ranks
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
     assert manifest["read"] == 80 and manifest["kept"] > 70
-    write_tiny_llava(tmp_path / "llava_tiny", demo / "model")
+    write_tiny_llava(tmp_path / "llava_tiny", demo / "model", monkeypatch)
     (tmp_path / "extended.yaml").write_text(CONFIG)
     ranks.train(2, tmp_path / "extended.yaml", cwd=tmp_path)
     run = tmp_path / "runs" / "extended"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.cli import rating_train
 from tests.repo.conftest import REPO, FakePython, script_env
 
 pytestmark = pytest.mark.timeout(120)
@@ -396,24 +397,12 @@ def test_the_example_of_the_sites_settings_is_read_and_complete(tmp_path: Path) 
 
 
 def test_preflight_of_this_machine_alone(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "rating_train", "preflight", str(tmp_path / "run")],
-        env=script_env(),
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    done = rating_train("preflight", tmp_path / "run", env=script_env())
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("PASS  ") == 7 and "all checks passed (1 ranks, 1 nodes)" in done.stdout
     assert list((tmp_path / "run").iterdir()) == [], "what it wrote is gone again"
     (tmp_path / "file").touch()
-    done = subprocess.run(
-        [sys.executable, "-m", "rating_train", "preflight", str(tmp_path / "file")],
-        env=script_env(),
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    done = rating_train("preflight", tmp_path / "file", env=script_env())
     assert done.returncode == 1 and "FAIL  shared folder: rank 0" in done.stdout and " | fix: " in done.stdout
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,21 +19,9 @@ from rating_train.data.streaming_dataset import SplitDataset
 from rating_train.distributed.world import World
 from rating_train.errors import UserError
 from rating_train.shards.mds_read import iter_sampled, read_index
-from tests.helpers.small_shards import flip_a_byte, reshard
+from tests.helpers.small_shards import flip_a_byte
 
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(scope="module")
-def built(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of 64 KB, about seven of them."""
-    return reshard(demo / "data", tmp_path_factory.mktemp("loader") / "data", 64_000)
-
-
-@pytest.fixture
-def data(built: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
-    return Path(shutil.copytree(built, tmp_path / "data"))
 
 
 @pytest.fixture(scope="module")
@@ -79,24 +66,24 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return paths
 
 
-def test_workers_change_nothing(built: Path, training: Open) -> None:
+def test_workers_change_nothing(sharded: Path, training: Open) -> None:
     orders = []
     for workers in (0, 2):
-        data = training(built, workers=workers)
+        data = training(sharded, workers=workers)
         orders.append([batch.ids for batch in data.batches(0, 45)])  # two epoch boundaries
         assert [batch.ids for batch in data.batches(17, 20)] == orders[0][17:20]
     assert orders[0] == orders[1]
-    stored = [s["id"] for s in iter_sampled([built / "train"])]
+    stored = [s["id"] for s in iter_sampled([sharded / "train"])]
     ids = data.order.batches(0, 45)
     assert orders[0] == [[stored[i] for i in row] for row in ids]
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_all_nodes_together_hash_each_copy_of_the_dataset_once(
-    shared: bool, built: Path, training: Open, hashed: list[Path]
+    shared: bool, sharded: Path, training: Open, hashed: list[Path]
 ) -> None:
     """Four ranks on two nodes, over more than one epoch: every byte once, or once per node that has its own files."""
-    sizes = {Path(s["raw_data"]["basename"]): s["raw_data"]["bytes"] for s in read_index(built / "train")}
+    sizes = {Path(s["raw_data"]["basename"]): s["raw_data"]["bytes"] for s in read_index(sharded / "train")}
     total = sum(sizes.values())
     bytes_of_node = [0, 0]
     read: list[list[list[str]]] = []
@@ -105,7 +92,7 @@ def test_all_nodes_together_hash_each_copy_of_the_dataset_once(
         world = World(rank=rank, size=4, local_rank=rank % 2, local_size=2)
         sharers = range(4) if shared else range(2 * node, 2 * node + 2)
         before = len(hashed)
-        data = training(built, world=world, sharers=sharers)
+        data = training(sharded, world=world, sharers=sharers)
         read.append([batch.ids for batch in data.batches(0, 30)])
         bytes_of_node[node] += sum(sizes[Path(p.name)] for p in hashed[before:])
     assert sum(bytes_of_node) == (total if shared else 2 * total)
@@ -113,30 +100,32 @@ def test_all_nodes_together_hash_each_copy_of_the_dataset_once(
         assert min(bytes_of_node) > 0
     else:
         assert bytes_of_node == [total, total]
-    order = training(built).order.batches(0, 30)
-    stored = [s["id"] for s in iter_sampled([built / "train"])]
+    order = training(sharded).order.batches(0, 30)
+    stored = [s["id"] for s in iter_sampled([sharded / "train"])]
     for rank in range(4):
         assert read[rank] == [[stored[i] for i in row] for row in rank_part(order, rank, 4)]
 
 
 def test_a_later_epoch_and_a_second_evaluation_hash_nothing(
-    built: Path, training: Open, prompt: PromptEncoder, hashed: list[Path]
+    sharded: Path, training: Open, prompt: PromptEncoder, hashed: list[Path]
 ) -> None:
-    data = training(built)
+    data = training(sharded)
     list(data.batches(0, 30))
-    shards = len(read_index(built / "train"))
+    shards = len(read_index(sharded / "train"))
     assert len(hashed) == len(set(hashed)) == shards
     list(data.batches(30, 60))
     assert len(hashed) == shards
     config = config_from_dict(
-        {"data": {"path": str(built), "image_px": 64, "text_tokens": 96, "workers": 0}}
+        {"data": {"path": str(sharded), "image_px": 64, "text_tokens": 96, "workers": 0}}
     ).data
     evaluation = open_evaluation(config, prompt, World(), "val", 7)
     for _ in range(2):
         assert sum(len(batch) for batch in evaluation.batches()) >= evaluation.samples
-    assert len(hashed) == shards + len(read_index(built / "val"))
-    list(training(built, verify="size").batches(0, 30))
-    assert len(hashed) == shards + len(read_index(built / "val")), "and nothing where only sizes are checked"
+    assert len(hashed) == shards + len(read_index(sharded / "val"))
+    list(training(sharded, verify="size").batches(0, 30))
+    assert len(hashed) == shards + len(read_index(sharded / "val")), (
+        "and nothing where only sizes are checked"
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -166,8 +155,8 @@ def test_a_shard_that_goes_while_reading_is_named(data: Path, training: Open) ->
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("ahead", [0, 1, 4])
-def test_a_worker_is_told_the_shards_of_its_own_next_batches(built: Path, workers: int, ahead: int) -> None:
-    dataset = SplitDataset(built, "train")
+def test_a_worker_is_told_the_shards_of_its_own_next_batches(sharded: Path, workers: int, ahead: int) -> None:
+    dataset = SplitDataset(sharded, "train")
     ids = np.random.default_rng(1).permutation(len(dataset))[:200].reshape(-1, 5)
     requests = list(_requests(dataset, ((row, ()) for row in ids), workers, ahead))
     assert np.array_equal(np.stack([r.ids for r in requests]), ids)

@@ -39,12 +39,12 @@ def test_good_options(source: str) -> None:
         ({"split": "val"}, "--split goes with --data"),
         ({"fetch_set": ("per_host=2",)}, "--fetch-set goes with --fetch"),
         ({"fetch": True, "fetch_set": ("speed=2",)}, "unknown key `speed`"),
-        ({"batch_items": 0}, "--batch-items 0"),
-        ({"part_rows": 0}, "--part-rows 0"),
-        ({"workers": -1}, "--workers -1"),
+        ({"batch_items": 0}, "`batch_items` is 0, expected at least 1"),
+        ({"part_rows": 0}, "`part_rows` is 0, expected at least 1"),
+        ({"workers": -1}, "`workers` is -1, expected at least 0"),
         ({"convention": "flops"}, "--convention flops is not one of mac_linear"),
         ({"fill": 3.0}, "--fill goes with --submission"),
-        ({"fill": 0.5, "submission": True}, "--fill 0.5 is not a rating"),
+        ({"fill": 0.5, "submission": True}, "`fill` is 0.5, expected between 1 and 5"),
         ({"out": "out.txt"}, "--out out.txt does not end in .csv or .parquet"),
         ({"out": "out.parquet", "submission": True}, "--out out.parquet does not end in .csv"),
         ({"source": ("nowhere.csv",)}, r"source file not found \(nowhere.csv\)"),
@@ -56,5 +56,5 @@ def test_each_problem_is_named(source: str, changes: dict[str, Any], problem: st
 
 
 def test_all_problems_are_in_one_error(source: str) -> None:
-    with pytest.raises(UserError, match=r"3 problems: .*--batch-items.*--workers.*source file not found"):
+    with pytest.raises(UserError, match=r"3 problems: .*`batch_items`.*`workers`.*source file not found"):
         check_options(options(source, batch_items=0, workers=-1, source=("nowhere.csv",)))

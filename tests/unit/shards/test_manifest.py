@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -17,20 +16,8 @@ from rating_train.files import sha256_file, sha256_json
 from rating_train.shards.manifest import check_split, read_manifest
 from rating_train.shards.mds_read import read_index, read_shard
 from rating_train.shards.verify import verify_dataset
-from tests.helpers.small_shards import reshard
 
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(scope="module")
-def intact(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return reshard(demo / "data", tmp_path_factory.mktemp("manifest") / "data", 200_000)
-
-
-@pytest.fixture
-def data(intact: Path, tmp_path: Path) -> Path:
-    """A copy to edit."""
-    return Path(shutil.copytree(intact, tmp_path / "data"))
 
 
 def edit_manifest(data: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -14,41 +14,30 @@ from streaming import LocalDataset
 from rating_train.cli import main
 from rating_train.shards import mds_read
 from rating_train.shards.verify import fastest_hash, hash_file, verify_dataset
-from tests.helpers.small_shards import flip_a_byte, reshard
+from tests.helpers.small_shards import flip_a_byte
 
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(scope="module")
-def intact(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return reshard(demo / "data", tmp_path_factory.mktemp("verify") / "data", 64_000)
-
-
-@pytest.fixture
-def data(intact: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
-    return Path(shutil.copytree(intact, tmp_path / "data"))
 
 
 def shards(data: Path, split: str = "train") -> list[Path]:
     return sorted((data / split).glob("*.mds"))
 
 
-def test_an_intact_dataset_is_valid(intact: Path) -> None:
+def test_an_intact_dataset_is_valid(sharded: Path) -> None:
     seen: list[tuple[int, int]] = []
-    report = verify_dataset(intact, decode=-1, workers=2, on_progress=lambda *done: seen.append(done))
-    manifest = json.loads((intact / "manifest.json").read_text())
+    report = verify_dataset(sharded, decode=-1, workers=2, on_progress=lambda *done: seen.append(done))
+    manifest = json.loads((sharded / "manifest.json").read_text())
     items = sum(s["items"] for s in manifest["splits"].values())
     assert report.ok and report.items == report.decoded == items
-    assert report.shards == len(shards(intact)) + len(shards(intact, "val")) == len(seen) > 5
+    assert report.shards == len(shards(sharded)) + len(shards(sharded, "val")) == len(seen) > 5
     assert seen[-1] == (report.bytes, report.bytes)
     assert report.bytes == sum(s["bytes"] for s in manifest["splits"].values())
 
 
-def test_a_sample_is_decoded_and_the_same_one_each_time(intact: Path) -> None:
-    assert verify_dataset(intact, decode=17).decoded == 17
-    assert verify_dataset(intact, decode=10**6).decoded == verify_dataset(intact).items
-    assert verify_dataset(intact).decoded == 0
+def test_a_sample_is_decoded_and_the_same_one_each_time(sharded: Path) -> None:
+    assert verify_dataset(sharded, decode=17).decoded == 17
+    assert verify_dataset(sharded, decode=10**6).decoded == verify_dataset(sharded).items
+    assert verify_dataset(sharded).decoded == 0
 
 
 def flip(data: Path) -> Path:
@@ -127,27 +116,27 @@ def test_a_manifest_that_was_edited_is_found(data: Path) -> None:
     assert "items, the manifest" in what and "fingerprint" in what
 
 
-def test_the_verb_says_what_it_checked(intact: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(intact), "--decode", "all"]) == 0
+def test_the_verb_says_what_it_checked(sharded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(sharded), "--decode", "all"]) == 0
     assert "is valid: 300 items in" in capsys.readouterr().out
-    assert main(["verify", str(intact.parent)]) == 2
+    assert main(["verify", str(sharded.parent)]) == 2
 
 
 # --- what verification is made of ------------------------------------------------------------------------
 
 
-def test_the_plain_reader_reads_what_streaming_reads(intact: Path) -> None:
-    dataset = LocalDataset(str(intact), "train")
-    plain = list(mds_read.iter_sampled([intact / "train"]))
+def test_the_plain_reader_reads_what_streaming_reads(sharded: Path) -> None:
+    dataset = LocalDataset(str(sharded), "train")
+    plain = list(mds_read.iter_sampled([sharded / "train"]))
     assert len(plain) == len(dataset)
     for i in (0, 1, len(plain) // 2, len(plain) - 1):
         theirs = dataset[i]
         assert {**plain[i], "rating": np.float32(plain[i]["rating"])} == theirs
 
 
-def test_the_fastest_recorded_hash_is_taken(intact: Path) -> None:
-    recorded = mds_read.read_index(intact / "train")[0]["raw_data"]["hashes"]
+def test_the_fastest_recorded_hash_is_taken(sharded: Path) -> None:
+    recorded = mds_read.read_index(sharded / "train")[0]["raw_data"]["hashes"]
     assert fastest_hash(recorded) == "xxh64"
     assert fastest_hash({"sha1": "", "md5": ""}) == "sha1"
     assert fastest_hash({"unheard_of": ""}) is None
-    assert hash_file(shards(intact)[0], recorded) == recorded
+    assert hash_file(shards(sharded)[0], recorded) == recorded
