@@ -17,6 +17,7 @@ from rating_train.config.schema import Config
 from rating_train.data.collate import Batch
 from rating_train.distributed.groups import connect_groups, limit_collectives
 from rating_train.engine.ds_config import build_ds_config
+from rating_train.engine.gradient_buckets import GradientBuckets
 from rating_train.engine.guard import Guarded
 from rating_train.engine.optimizer import build_optimizer
 from rating_train.errors import UserError
@@ -42,6 +43,7 @@ class Engine:
         plan: how the global batch is divided.
         device: this rank's device.
         custom_loss: the function that ``loss.kind`` names, if it is not a built-in loss.
+        buckets: the gradients at stage 0; at the other stages they are DeepSpeed's.
     """
 
     ds: Any
@@ -50,6 +52,7 @@ class Engine:
     plan: BatchPlan
     device: torch.device
     custom_loss: LossFunction | None = None
+    buckets: GradientBuckets | None = None
     _skipped: list[bool | Tensor] = field(default_factory=list)
 
     def step(
@@ -71,14 +74,19 @@ class Engine:
         self.set_lr(lr_factor(step, total_steps, self.config.optim))
         self.ds.train()
         losses = []
-        for micro in batch.split(self.plan.micro_items):
+        micros = batch.split(self.plan.micro_items)
+        for number, micro in enumerate(micros, start=1):
             if before_micro is not None:
                 before_micro()
             micro = micro.to(self.device)
             keys = dropout_keys(micro.id_hashes, self.config.train.seed, step)
             scores = self.ds(micro.images, micro.input_ids, micro.used_tokens, keys)
             loss = rating_loss(scores, micro.ratings, micro.rating_counts, self.config.loss, self.custom_loss)
+            if self.buckets is not None and number == len(micros):
+                self.buckets.start()
             self.ds.backward(loss)
+            if self.buckets is not None and number == len(micros):
+                self.buckets.finish()
             self.ds.step()  # updates the weights after the last micro-batch of the step
             losses.append(loss.detach().float())
         optimizer = self.ds.optimizer
@@ -162,7 +170,21 @@ def build_engine(
     connect_groups(device)
     _decide_by_the_norm(ds.optimizer)
     check_fp32_buffers(ds.module)
-    return Engine(ds, groups, config, plan, device, custom_loss)
+    buckets = _own_reduction(ds, config.zero.bucket_mb) if config.zero.stage == 0 else None
+    return Engine(ds, groups, config, plan, device, custom_loss, buckets)
+
+
+def _own_reduction(ds: Any, bucket_mb: int) -> GradientBuckets:
+    """Put the gradients of stage 0 into buckets that are averaged during the backward pass, in place of DeepSpeed's.
+
+    DeepSpeed averages them afterwards, through copies. What is switched off here is the reduction alone.
+    """
+    trained = [p for p in ds.module.parameters() if p.requires_grad]
+    buckets = GradientBuckets(trained, bucket_mb * 2**20)
+    ds.enable_backward_allreduce = False
+    ds.zero_grad = buckets.zero  # DeepSpeed's own drops the gradients, and with them the views
+    ds.optimizer.buckets = buckets
+    return buckets
 
 
 def _without_shared_memory_collectives(deepspeed: Any) -> None:
