@@ -5,7 +5,7 @@ Bytes per trained parameter (P; F are frozen ones, R ranks), as its optimizers a
 =====================  ==========  ===================  ======================  =========================
 stage                  weights     gradients            master and moments      optimizer class
 =====================  ==========  ===================  ======================  =========================
-0 (bf16 is autocast)   4 (P+F)     4 P                  8 P                     none: torch's fused AdamW
+0 (bf16 is autocast)   4 (P+F)     4 P, in buckets      8 P                     none: torch's fused AdamW
 1, bf16                2 (P+F)     4 P + 2 P            12 P / R                BF16_Optimizer
 1, fp32                4 (P+F)     4 P                  12 P / R                DeepSpeedZeroOptimizer
 2 (fp32: weights 4)    2 (P+F)     4 P / R              12 P / R                DeepSpeedZeroOptimizer
@@ -35,7 +35,7 @@ from rating_train.model.param_groups import param_groups
 from rating_train.model.regressor import empty_regressor
 
 _ALLREDUCE_ELEMENTS = (
-    500_000_000  # DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE: stages 0 and 1 reduce so many at once
+    500_000_000  # DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE: stage 1 reduces so many at once
 )
 _MAX_LIVE_ELEMENTS = 1_000_000_000  # its default of stage3_max_live_parameters
 _PREFETCHED_ELEMENTS = (
@@ -117,7 +117,7 @@ def predict_memory(config: Config, architecture: Architecture, ranks: int) -> Ra
 def trace(config: Config, architecture: Architecture, plan: BatchPlan) -> MicroBatchMemory:
     """Trace a micro-batch with the gradients and buckets that its stage has."""
     stage, bf16 = config.zero.stage, config.train.precision == "bf16"
-    existing = stage < 2 and (plan.accumulation > 1 or (stage == 1 and bf16))
+    existing = stage == 0 or (stage == 1 and (plan.accumulation > 1 or bf16))
     return trace_micro_batch(
         config,
         architecture,
@@ -136,9 +136,8 @@ def memory_of(config: Config, sizes: Sizes, plan: BatchPlan, micro_batch: MicroB
     bucket = bucket_elements(config)
     norm = _NORM_BYTES * min(sizes.largest, share)
     if stage == 0:
-        kept = 4 * trained if plan.accumulation > 1 else 0
-        update = 4 * trained + 4 * min(trained, _ALLREDUCE_ELEMENTS + sizes.largest)
-        return RankMemory(4 * everything, kept, 8 * trained, micro_batch.peak, update)
+        kept = 4 * trained  # the buckets, which are reduced in place
+        return RankMemory(4 * everything, kept, 8 * trained, micro_batch.peak, kept)
     width = 2 if bf16 else 4
     weights, optimizer, gathered, host = width * everything, 12 * share, 0, 0
     if stage == 1 and bf16 and not config.zero.offload_optimizer:
