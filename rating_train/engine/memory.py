@@ -34,9 +34,7 @@ from rating_train.model.architecture import Architecture
 from rating_train.model.param_groups import param_groups
 from rating_train.model.regressor import empty_regressor
 
-_ALLREDUCE_ELEMENTS = (
-    500_000_000  # DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE: stage 1 reduces so many at once
-)
+_ALLREDUCE_ELEMENTS = 500_000_000  # DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE: stage 1 reduces so many at once
 _MAX_LIVE_ELEMENTS = 1_000_000_000  # its default of stage3_max_live_parameters
 _PREFETCHED_ELEMENTS = (
     50_000_000  # and of stage3_prefetch_bucket_size: the received copy of what is gathered next

@@ -25,6 +25,10 @@ LARGER_IS_BETTER = {"plcc": True, "srcc": True, "kendall": True, "rmse": False, 
 
 Float64Array = npt.NDArray[np.float64]
 
+#: Further metrics: name -> function of (n,) float64 predictions and targets, n > 0, that returns ``None`` where it is
+#: undefined. An extension adds to it (docs/extending.md).
+EXTRA_METRICS: dict[str, Callable[[Float64Array, Float64Array], float | None]] = {}
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -40,6 +44,7 @@ class Scores:
         r2: 1 - squared error / squared deviation of the targets from their mean; at most 1, negative for predictions
             that are worse than that mean.
         undefined: for every metric that is ``None``, the reason.
+        extra: those of :data:`EXTRA_METRICS`.
     """
 
     n: int
@@ -50,10 +55,11 @@ class Scores:
     undefined: dict[str, str] = field(default_factory=dict)
     kendall: float | None = None
     r2: float | None = None
+    extra: dict[str, float | None] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; ``undefined`` is left out if every metric is defined."""
-        row: dict[str, Any] = {"n": self.n, **{name: getattr(self, name) for name in METRICS}}
+        row: dict[str, Any] = {"n": self.n, **{name: getattr(self, name) for name in METRICS}, **self.extra}
         if self.undefined:
             row["undefined"] = dict(self.undefined)
         return row
@@ -160,8 +166,8 @@ def _score_vectors(predicted: Float64Array, true: Float64Array) -> Scores:
     n = int(true.size)
     undefined: dict[str, str] = {}
     if n == 0:
-        undefined = dict.fromkeys(METRICS, "no items")
-        return Scores(0, None, None, None, None, undefined)
+        undefined = dict.fromkeys((*METRICS, *EXTRA_METRICS), "no items")
+        return Scores(0, None, None, None, None, undefined, extra=dict.fromkeys(EXTRA_METRICS))
     reason = _why_no_correlation(predicted, true)
     values: dict[str, float | None] = {}
     correlations = {"plcc": stats.pearsonr, "srcc": stats.spearmanr, "kendall": stats.kendalltau}
@@ -179,7 +185,8 @@ def _score_vectors(predicted: Float64Array, true: Float64Array) -> Scores:
             undefined["r2"] = why
         else:
             values["r2"] = _defined(lambda: 1 - (error @ error) / (spread @ spread), "r2", undefined)
-    return Scores(n=n, undefined=undefined, **{name: values.get(name) for name in METRICS})
+    extra = {name: _extra(name, predicted, true, undefined) for name in EXTRA_METRICS}
+    return Scores(n=n, undefined=undefined, extra=extra, **{name: values.get(name) for name in METRICS})
 
 
 def _statistic(correlate: Callable[..., Any], predicted: Float64Array, true: Float64Array) -> Any:
@@ -202,6 +209,14 @@ def _why_constant(name: str, values: Float64Array) -> str:
     if spread < 1e-13 * abs(values.mean()):
         return f"all {name} are {values[0]:g} up to float64 rounding"
     return ""
+
+
+def _extra(name: str, predicted: Float64Array, true: Float64Array, undefined: dict[str, str]) -> float | None:
+    value = EXTRA_METRICS[name](predicted, true)
+    if value is None:
+        undefined[name] = "its function returns None"
+        return None
+    return _defined(lambda: value, name, undefined)
 
 
 def _defined(compute: Callable[[], Any], name: str, undefined: dict[str, str]) -> float | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rating_train.log import duration, number, text_table
 from rating_train.model.accounting import ces_line
-from rating_train.scoring.metrics import LARGER_IS_BETTER, METRICS
+from rating_train.scoring.metrics import EXTRA_METRICS, LARGER_IS_BETTER, METRICS
 
 Row = Mapping[str, Any]
 
@@ -54,7 +54,7 @@ def evaluation_lines(
             f"{name.upper()}{' *' if name == metric else ''}",
             *(_metric(column.get(name)) for column in columns),
         ]
-        for name in METRICS
+        for name in (*METRICS, *EXTRA_METRICS)
     ]
     why = row.get("undefined") or {}
     reasons = dict.fromkeys(why.values())

@@ -59,9 +59,12 @@ def test_the_examples_of_the_page_run_together(
     assert manifest["read"] == 80 and manifest["kept"] > 70
     write_tiny_llava(tmp_path / "llava_tiny", demo / "model", monkeypatch)
     (tmp_path / "extended.yaml").write_text(CONFIG)
-    ranks.train(2, tmp_path / "extended.yaml", cwd=tmp_path)
+    output = ranks.train(2, tmp_path / "extended.yaml", cwd=tmp_path)
     run = tmp_path / "runs" / "extended"
     rows = list(read_json_lines(run / "eval.jsonl"))
+    assert all(0 <= row["within_half"] <= 1 for row in rows) and "WITHIN_HALF" in output
+    recorded = json.loads((run / "provenance.json").read_text())
+    assert "careful_loss.py" in json.dumps(recorded), "the file of the loss is recorded"
     best = max((row for row in rows if row["plcc"] is not None), key=lambda row: row["plcc"])
     assert (run / "best_plcc.txt").read_text() == f"{best['plcc']:.4f} at step {best['step']}\n"
     again = rating_train("evaluate", run, cwd=tmp_path)
