@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import torch.distributed as dist
 import yaml
 
@@ -177,9 +178,16 @@ def process_facts() -> dict[str, Any]:
 
 
 def shared_memory_mib() -> float:
-    """Return what is used of this machine's /dev/shm, in MiB; names may be gone already."""
-    usage = shutil.disk_usage("/dev/shm")
-    return usage.used / 2**20
+    """Return what this rank and its DataLoader workers have mapped of /dev/shm, in MiB; the names are gone already."""
+    blocks: dict[str, int] = {}
+    for pid in [os.getpid(), *(child.pid for child in psutil.Process().children())]:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                place, _, _, device, inode, *path = line.split()
+                if path and path[0].startswith("/dev/shm/"):
+                    first, _, last = place.partition("-")
+                    blocks[f"{device} {inode}"] = int(last, 16) - int(first, 16)
+    return sum(blocks.values()) / 2**20
 
 
 def join(folder: Path, until: int, launched: float) -> int:
@@ -188,7 +196,6 @@ def join(folder: Path, until: int, launched: float) -> int:
     clock.started -= time.time() - launched  # the start of the interpreter counts
     clock.mark("imported")
     clock.install()
-    before = shared_memory_mib()
     facts: dict[str, Any] = {}
 
     class Watch:
@@ -200,7 +207,7 @@ def join(folder: Path, until: int, launched: float) -> int:
         def __call__(self, batch: Any, job: Any, state: Any, *rest: Any) -> str:
             outcome = self.after(batch, job, state, *rest)
             if state.step == job.total_steps - 1:
-                facts.update(process_facts(), shared_memory_mib=shared_memory_mib() - before)
+                facts.update(process_facts(), shared_memory_mib=shared_memory_mib())
             return outcome
 
     loop.take_step = Watch(loop.take_step)  # type: ignore[assignment]
@@ -284,7 +291,7 @@ def summarize(folder: Path) -> list[dict[str, Any]]:
                 "first step s": max(r["marks"]["first step"] for r in rows),
                 "PSS MiB": mean("pss_mib"),
                 "private MiB": mean("private_mib"),
-                "/dev/shm MiB": max(r["facts"]["shared_memory_mib"] for r in rows) / ranks,
+                "/dev/shm MiB": mean("shared_memory_mib"),
                 "sockets": mean("sockets"),
                 "descriptors": mean("descriptors"),
                 "threads": mean("threads"),
