@@ -242,7 +242,7 @@ def _write_and_rename(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):  # the first error counts
-            temporary.unlink(missing_ok=True)
+            remove(temporary)  # left in a checkpoint, it would be a file that nobody described
         raise
     fsync_path(path.parent)
 

@@ -311,3 +311,12 @@ def test_a_tree_is_removed_although_files_of_another_host_are_not_visible_at_fir
 def test_what_nobody_waits_for_is_tried_for_longer(monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> None:
     monkeypatch.setattr(files, "_PATIENT_PAUSES", (0.0, 0.0))
     assert files.retry(failing([errno.EIO] * 4, lambda: "done"), "the file", patient=True) == "done"
+
+
+def test_a_failed_attempt_leaves_no_temporary_file_although_removing_it_fails_at_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pauses: None
+) -> None:
+    monkeypatch.setattr(os, "replace", failing([errno.EIO], os.replace))
+    monkeypatch.setattr(os, "unlink", failing([errno.ESTALE], os.unlink))
+    atomic_write_text(tmp_path / "x", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
