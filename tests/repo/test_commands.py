@@ -199,6 +199,18 @@ def test_script(line: str, quickstart: Quickstart, fake: FakePython) -> None:
     assert any(ran.endswith(" ".join(["-m pytest", *arguments])) for ran in fake.ran)
 
 
+def gpu_tests(line: str, quickstart: Quickstart, fake: FakePython) -> None:
+    """They are found; where there is no GPU each says why it is skipped."""
+    done = subprocess.run(
+        [sys.executable, *shlex.split(line)[1:], "--collect-only", "-q"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=REPO,
+    )
+    assert done.returncode == 0 and "test_runs.py::" in done.stdout, done.stdout + done.stderr
+
+
 test_script.__test__ = False  # type: ignore[attr-defined]
 
 
@@ -246,6 +258,7 @@ EXERCISERS: list[tuple[str, Exerciser]] = [
     (r"sbatch slurm/evaluate\.sbatch runs/\S+", sbatch_evaluate),
     (r"bash launch/multi_node\.sh --nodes 2 .*", multi_node),
     (r"bash launch/test\.sh.*", test_script),
+    (r"python -m pytest tests/gpu", gpu_tests),
 ]
 
 

@@ -422,3 +422,51 @@ def test_a_job_checks_its_nodes_with_the_settings_that_it_trains_with() -> None:
         *("python", "-m", "rating_train", "preflight", "runs/a", "--config", "a.yaml"),
         *("--set=train.device=cpu", "--set=data.workers=2"),
     ]
+
+
+def matrix(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "launch/matrix.sh", *words], capture_output=True, text=True, timeout=60, cwd=REPO
+    )
+
+
+def test_matrix_shows_what_it_would_do_and_does_nothing(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    done = matrix("--dry-run", "--cache", str(cache), "--tests", "unit", "py310-torch28-tf4")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("py310-torch28-tf4: ") and "torch ==2.8.*, transformers >=4.57,<5" in line
+    assert "install, tests/unit, demo" in line and not cache.exists()
+    everything = matrix("--dry-run", "--cache", str(cache)).stdout
+    assert len(everything.splitlines()) == 6
+    for name in re.findall(r"^(py\S+):", everything, flags=re.M):
+        assert name in matrix("--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["py27"], "unknown name 'py27'"),
+        (["--tests", "all"], "expected fast or unit"),
+        (["--quick"], "'--quick'"),
+    ],
+)
+def test_matrix_says_what_is_wrong_in_one_line(words: list[str], message: str) -> None:
+    done = matrix(*words)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_matrix_runs_no_step_again_that_passed(tmp_path: Path) -> None:
+    folder = tmp_path / "py311-torch-new-tf4"
+    folder.mkdir()
+    for step in ("install", "tests", "demo"):
+        (folder / f"{step}.result").write_text(f"passed in 7 s: {step}\n")
+    (folder / "versions").write_text("3.11.7 2.15.0 4.57.6 0.19.8 0.13.0\n")
+    (folder / "tests.log").write_text("...\n===== 12 passed, 1 skipped in 3.00s =====\n")
+    done = matrix("--cache", str(tmp_path), folder.name)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == (
+        "| py311-torch-new-tf4 | 3.11.7 2.15.0 4.57.6 0.19.8 0.13.0 | passed in 7 s: install | "
+        "12 passed, 1 skipped in 3.00s | passed in 7 s: demo |"
+    )
+    assert not (folder / "venv").exists()
