@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def load_backbone(config: ModelConfig, architecture: Architecture) -> nn.Module:
         ValueError,
         RuntimeError,
         SafetensorError,
+        pickle.UnpicklingError,  # a pickle that asks for code; transformers 4 makes it an OSError
     ) as e:  # RuntimeError: tensors of another shape
         raise _not_found(config, e) from e
     check_loading_info(info, config.backbone, BACKBONES[architecture.family].unused_tensors)

@@ -59,7 +59,7 @@ TINY_CONFIG: dict[str, Any] = {
         "head_dim": 24,
         "hidden_size": 64,
         "intermediate_size": 144,
-        "num_attention_heads": 6,
+        "num_attention_heads": 4,
         "num_hidden_layers": 3,
         "num_key_value_heads": 2,
         "pad_token_id": 1,

@@ -169,7 +169,7 @@ def test_clipping_and_the_guarded_step_read_nothing_back(clip: float) -> None:
 def test_fake_tensors_do_refuse_what_the_tests_above_rule_out() -> None:
     with FakeTensorMode():
         on_device, on_host = torch.empty(3, device="cuda"), torch.empty(3)
-        with pytest.raises(RuntimeError, match="cuda:0 and cpu"):
+        with pytest.raises(RuntimeError, match=r"cuda:0(,| and) cpu"):
             on_device + on_host
         with pytest.raises(DataDependentOutputException):
             on_device.sum().item()
