@@ -28,13 +28,15 @@ from tests.repo.test_recipes import write_csv
 
 pytestmark = pytest.mark.timeout(300)
 
+#: The tutorial's are walked in their order by test_tutorial.py.
+WALKED = "docs/tutorial.md"
 #: Those of the README's first two recipes run in test_recipes.py, in their order.
 IN_RECIPES = [line for title in RECIPES[:2] for line in command_lines(section("README.md", title))]
 COMMANDS = [
     (page, line)
     for page, text in PAGES.items()
     for line in command_lines(text)
-    if page != "README.md" or line not in IN_RECIPES
+    if page != WALKED and (page != "README.md" or line not in IN_RECIPES)
 ]
 Exerciser = Callable[[str, Quickstart, FakePython], None]
 
