@@ -19,7 +19,7 @@ Environment:
   RATING_TRAIN_PYTHON          the Python to use
   RATING_TRAIN_TEST_WORKERS    processes that share the tests of a complete run (default: the cores, at most 4)
   RATING_TRAIN_FULL=1          also run the variations that the default run skips for their time
-  RATING_TRAIN_KILLS=50        kills in tests/faults/test_kill_ledger.py (default: 4) and test_prepare_kill.py (6)
+  RATING_TRAIN_KILLS=50        kills in tests/faults/test_kill_ledger.py (default: 2) and test_prepare_kill.py (6)
 USAGE
 }
 

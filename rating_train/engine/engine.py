@@ -16,9 +16,9 @@ from rating_train.config.resolve import BatchPlan
 from rating_train.config.schema import Config
 from rating_train.data.collate import Batch
 from rating_train.distributed.groups import connect_groups, limit_collectives
+from rating_train.engine.clipping import Guarded
 from rating_train.engine.ds_config import build_ds_config
 from rating_train.engine.gradient_buckets import GradientBuckets
-from rating_train.engine.guard import Guarded
 from rating_train.engine.optimizer import build_optimizer
 from rating_train.errors import UserError
 from rating_train.model.custom_loss import LossFunction

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rating_train.config.schema import Config
-from rating_train.engine.guard import Guarded
+from rating_train.engine.clipping import Guarded
 from rating_train.model.param_groups import ParamGroup, for_optimizer
 
 

@@ -22,7 +22,11 @@ COLLECTIVES = (
     "all_reduce broadcast barrier all_gather all_gather_into_tensor reduce_scatter reduce_scatter_tensor reduce gather "
     "scatter all_to_all all_to_all_single"
 ).split()
-SIDES = {"deepspeed": "device", "rating_train.distributed.groups": "device"}
+SIDES = {
+    "deepspeed": "device",
+    "rating_train.distributed.groups": "device",
+    "rating_train.engine.gradient_buckets": "device",
+}
 
 
 class Recorder:

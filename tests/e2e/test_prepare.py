@@ -420,12 +420,12 @@ def test_a_failure_at_the_end_is_no_dataset_and_the_same_command_continues(
     assert shards_of(out) == uninterrupted(catalogue, tmp_path)
 
 
-@pytest.mark.parametrize("module", ["scan", "parts"])
+@pytest.mark.parametrize("module", ["plan", "parts"])
 def test_a_source_that_changes_is_noticed(
     catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:
     source = Path(edited_catalogue(catalogue, tmp_path, lambda lines: lines))
-    where, name = {"scan": (build.scan, "make_plan"), "parts": (build, "build_parts")}[module]
+    where, name = {"plan": (build.planner, "make_plan"), "parts": (build, "build_parts")}[module]
     real = getattr(where, name)
 
     def then_change(*args: Any) -> Any:

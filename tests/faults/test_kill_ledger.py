@@ -18,7 +18,7 @@ from tests.conftest import Ranks
 from tests.faults.ledger import STEPS_PER_KILL, Attempt, living, supervise, wait_until_none_lives
 from tests.faults.ledger_runs import EVAL_EVERY, assert_same_run, sections
 
-KILLS = int(os.environ.get("RATING_TRAIN_KILLS", "4"))
+KILLS = int(os.environ.get("RATING_TRAIN_KILLS", "2"))
 SEED = int(os.environ.get("RATING_TRAIN_KILL_SEED", "17"))
 
 

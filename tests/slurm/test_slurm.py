@@ -115,7 +115,7 @@ def test_a_term_during_an_evaluation_loses_no_step(
     path = config("interrupted", max_steps=10, stop_check_steps=1000, save_every_steps=5, eval_every_steps=5)
     run, log = cluster.folder / "runs" / "interrupted", cluster.folder / "interrupted.log"
     options = (*TWO_NODES, f"--output={log}", SLURM / "train.sbatch", path)
-    many = reshard(demo / "data", cluster.folder / "many", 1 << 20, copies=12)
+    many = reshard(demo / "data", cluster.folder / "many", 1 << 20, copies=60)
     slow = (f"data.path={many}", "data.eval_split=train", "eval.micro_items=1", "data.text_tokens=1024")
     with cluster.setting("KillWait", 4):
         job = cluster.sbatch(*options, *(word for value in slow for word in ("--set", value)))

@@ -169,7 +169,7 @@ def test_a_worker_is_told_the_shards_of_its_own_next_batches(sharded: Path, work
 
 @pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True)])
 def test_memory_is_pinned_for_the_device_that_is_used_not_for_one_that_is_there(
-    built: Path, prompt: PromptEncoder, monkeypatch: pytest.MonkeyPatch, device: str, pinned: bool
+    sharded: Path, prompt: PromptEncoder, monkeypatch: pytest.MonkeyPatch, device: str, pinned: bool
 ) -> None:
     """Pinning on a machine with GPUs initialises CUDA, also where ``train.device`` is cpu."""
     asked: list[bool] = []
@@ -182,7 +182,7 @@ def test_memory_is_pinned_for_the_device_that_is_used_not_for_one_that_is_there(
     monkeypatch.setattr(loader, "DataLoader", Loader)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     config = config_from_dict(
-        {"data": {"path": str(built), "image_px": 64, "text_tokens": 96, "workers": 0}}
+        {"data": {"path": str(sharded), "image_px": 64, "text_tokens": 96, "workers": 0}}
     ).data
     place = torch.device(device)
     training = open_training(config, prompt, World(), 12, 12, place)

@@ -8,6 +8,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing import SignalException, api
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from rating_train.distributed import launcher
 from rating_train.distributed.launcher import Forwarder, explain, first_failure
 
 pytestmark = pytest.mark.timeout(60)
@@ -49,6 +50,9 @@ def test_each_kind_of_end_says_where_to_look() -> None:
 def test_torchrun_installs_the_forwarders_handler(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun looks its handler up by that name when it starts the ranks; no other version may go unnoticed."""
     assert "_terminate_process_handler" in api.PContext.start.__code__.co_names
+    # Not this process's own children: a server that forks ranks for other tests would get the signal, and a child of a
+    # later test would count as a restarted rank, which ends this process.
+    monkeypatch.setattr(launcher, "rank_processes", list)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     monkeypatch.setattr(
         api, "_terminate_process_handler", api._terminate_process_handler
