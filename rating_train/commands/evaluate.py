@@ -54,9 +54,10 @@ def run(args: argparse.Namespace) -> int:
         args.checkpoint, args.split, args.data, args.out, args.resamples, args.seed, not args.no_ridge
     )
     judgement = evaluate_model(args.run, config, options)
-    failures = [failure for requirement in required if (failure := requirement.failure(judgement))]
+    judged = [(requirement.text, requirement.failure(judgement)) for requirement in required]
+    failures = [failure for _, failure in judged if failure]
     lines = [render(judgement, args.slices), *(f"NOT MET {failure}" for failure in failures)]
-    lines += [f"met     {r.text}" for r in required if not r.failure(judgement)]
+    lines += [f"met     {text}" for text, failure in judged if not failure]
     on_main(lambda: print("\n".join(lines)))
     return EXIT_REQUIREMENT if failures else EXIT_DONE
 

@@ -82,11 +82,12 @@ class Engine:
             keys = dropout_keys(micro.id_hashes, self.config.train.seed, step)
             scores = self.ds(micro.images, micro.input_ids, micro.used_tokens, keys)
             loss = rating_loss(scores, micro.ratings, micro.rating_counts, self.config.loss, self.custom_loss)
-            if self.buckets is not None and number == len(micros):
-                self.buckets.start()
+            reduced = self.buckets if number == len(micros) else None
+            if reduced is not None:
+                reduced.start()
             self.ds.backward(loss)
-            if self.buckets is not None and number == len(micros):
-                self.buckets.finish()
+            if reduced is not None:
+                reduced.finish()
             self.ds.step()  # updates the weights after the last micro-batch of the step
             losses.append(loss.detach().float())
         optimizer = self.ds.optimizer

@@ -85,10 +85,6 @@ class GradientBuckets:
         for flat in self.flats:
             flat.zero_()
 
-    def norm(self) -> Tensor:
-        """() float32: the global L2 norm of all gradients."""
-        return torch.nn.utils.get_total_norm(self.flats)
-
 
 def _partition(parameters: list[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
     """Consecutive parameters from the end, of one dtype and device, in buckets of at least ``bucket_bytes``."""

@@ -7,22 +7,9 @@ from typing import Any
 
 from rating_train.log import text_table
 from rating_train.model.accounting import ces_line
-from rating_train.scoring.metrics import LARGER_IS_BETTER, METRICS
+from rating_train.scoring.metrics import LABELS, LARGER_IS_BETTER, METRICS
+from rating_train.scoring.slices import SLICES
 
-LABELS = {
-    "plcc": "PLCC",
-    "srcc": "SRCC",
-    "kendall": "Kendall tau-b",
-    "rmse": "RMSE (stars)",
-    "mae": "MAE (stars)",
-    "r2": "R2",
-}
-SLICES = {
-    "category": "main category",
-    "rating_count": "number of ratings",
-    "rating": "true rating",
-    "text_chars": "characters of text",
-}
 _SHOWN_CATEGORIES = 10
 
 

@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rating_train.errors import UserError
 from rating_train.files import atomic_write_json
 from rating_train.reports import plots
 from rating_train.reports.rows import number
-from rating_train.reports.runs.data import newest_predictions, rows_by_step
+from rating_train.reports.runs.data import read_results
 from rating_train.run_dir import EVAL_LOG, PREDICTIONS_DIR, REPORT_DIR, TRAIN_LOG
 from rating_train.scoring.metrics import Scores, per_group, score
 from rating_train.scoring.predictions import Prediction, deduplicate, read_predictions
@@ -49,16 +48,7 @@ def make_report(run_dir: Path) -> Path:
     Raises:
         UserError: a missing folder, a folder that is not a run, or a log that is not JSON lines.
     """
-    train = rows_by_step(run_dir / TRAIN_LOG).get("", [])
-    evaluations = {split or "val": rows for split, rows in rows_by_step(run_dir / EVAL_LOG).items()}
-    newest = newest_predictions(run_dir / PREDICTIONS_DIR)
-    if not (train or evaluations or newest):
-        raise UserError(
-            "nothing to report: no rows of training, evaluation or predictions",
-            where=run_dir,
-            expected=f"a run directory with {TRAIN_LOG}, {EVAL_LOG} or {PREDICTIONS_DIR}/*.jsonl",
-            fix="name the directory that `rating-train train` wrote",
-        )
+    train, evaluations, newest = read_results(run_dir)
     report = run_dir / REPORT_DIR
     report.mkdir(exist_ok=True)
     skipped: dict[str, str] = {}

@@ -20,6 +20,16 @@ from rating_train.errors import UserError
 
 METRICS = ("plcc", "srcc", "kendall", "rmse", "mae", "r2")
 
+#: Name -> how tables and charts call it.
+LABELS = {
+    "plcc": "PLCC",
+    "srcc": "SRCC",
+    "kendall": "Kendall tau-b",
+    "rmse": "RMSE (stars)",
+    "mae": "MAE (stars)",
+    "r2": "R2",
+}
+
 #: Of every metric that a run selects by or a comparison reports.
 LARGER_IS_BETTER = {"plcc": True, "srcc": True, "kendall": True, "rmse": False, "mae": False, "r2": True}
 

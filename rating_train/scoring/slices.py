@@ -15,6 +15,14 @@ MOST_CATEGORIES = 30
 NO_CATEGORY = "(no category)"
 OTHERS = "(all others)"
 
+#: What is sliced by -> how tables call it.
+SLICES = {
+    "category": "main category",
+    "rating_count": "number of ratings",
+    "rating": "true rating",
+    "text_chars": "characters of text",
+}
+
 #: Lower ends of the bins; the last is open.
 RATING_COUNTS = (0, 10, 30, 100, 300, 1000, 3000, 10_000, 100_000)
 TEXT_CHARS = (0, 50, 100, 200, 400, 800, 1600, 3200)

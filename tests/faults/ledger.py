@@ -68,6 +68,17 @@ def wait_until_none_lives(token: str, seconds: float) -> list[psutil.Process]:
     return left
 
 
+@contextlib.contextmanager
+def none_left(token: str) -> Iterator[None]:
+    """Kill, at the end, whatever process of the token still lives."""
+    try:
+        yield
+    finally:
+        for process in living(token):
+            process.kill()
+        wait_until_none_lives(token, 30)
+
+
 class Attempt:
     """One observed start of the job."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Ranks
-from tests.faults.ledger import STEPS_PER_KILL, living, supervise, wait_until_none_lives
+from tests.faults.ledger import STEPS_PER_KILL, none_left, supervise
 from tests.faults.ledger_runs import EVAL_EVERY, assert_same_run, sections
 from tests.helpers.flaky_fs import FlakyFiles, Trouble
 
@@ -60,15 +60,11 @@ def test_kills_on_a_failing_file_system_change_nothing(
     ranks.train(2, tiny_config("straight", **sections(stage, steps)), timeout=1800)
     straight_seconds = time.monotonic() - started
     config = tiny_config("broken", **sections(stage, steps))
-    try:
+    with none_left(token):
         ledger = supervise(
             ranks, config, broken, KILLS, random.Random(SEED), EVAL_EVERY, token,
             env=lambda start: {**layer.env, "FLAKY_FS_HOST": f"job {start} "}, own_ends=KILLS,
         )  # fmt: skip
-    finally:
-        for process in living(token):
-            process.kill()
-        wait_until_none_lives(token, 30)
     done = len((broken / "samples/rank_00000.jsonl").read_text().splitlines())
     with capsys.disabled():
         print(

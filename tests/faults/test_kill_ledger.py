@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Ranks
-from tests.faults.ledger import STEPS_PER_KILL, Attempt, living, supervise, wait_until_none_lives
+from tests.faults.ledger import STEPS_PER_KILL, Attempt, none_left, supervise, wait_until_none_lives
 from tests.faults.ledger_runs import EVAL_EVERY, assert_same_run, sections
 
 KILLS = int(os.environ.get("RATING_TRAIN_KILLS", "2"))
@@ -32,12 +32,8 @@ def test_kills_change_nothing(
     ranks.train(2, tiny_config("straight", **sections(stage, steps)))
     straight_seconds = time.monotonic() - started
     config = tiny_config("broken", **sections(stage, steps))
-    try:
+    with none_left(token):
         ledger = supervise(ranks, config, broken, KILLS, random.Random(SEED), EVAL_EVERY, token)
-    finally:
-        for process in living(token):
-            process.kill()
-        wait_until_none_lives(token, 30)
     done = len((broken / "samples/rank_00000.jsonl").read_text().splitlines())
     with capsys.disabled():
         print(ledger.table(steps, done, straight_seconds))

@@ -53,14 +53,6 @@ def test_a_line_appended_after_a_torn_one_is_separate(tmp_path: Path) -> None:
     lines = path.read_text().splitlines()
     assert json.loads(lines[0]) == {"step": 1} and json.loads(lines[-1]) == {"step": 3}
     assert len(lines) == 2, "the torn line is removed, not extended"
-
-
-def test_complete_lines_around_a_terminated_torn_one_can_be_read(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    append_json_line(path, {"step": 1})
-    with open(path, "ab") as f:
-        f.write(b'{"step": 2, "lo')
-    append_json_line(path, {"step": 3})
     assert list(read_json_lines(path)) == [{"step": 1}, {"step": 3}]
 
 

@@ -103,19 +103,10 @@ def read_run(path: Path) -> RunData:
     Raises:
         UserError: nothing to report, or a log that is not JSON lines.
     """
-    train = rows_by_step(path / run_dir.TRAIN_LOG).get("", [])
-    evaluations = {split or "val": rows for split, rows in rows_by_step(path / run_dir.EVAL_LOG).items()}
+    train, evaluations, newest = read_results(path)
     curves = {
         split or "val": rows for split, rows in rows_by_step(path / run_dir.EVAL_LOG, ("evaluate",)).items()
     }
-    newest = newest_predictions(path / run_dir.PREDICTIONS_DIR)
-    if not (train or evaluations or newest):
-        raise UserError(
-            "nothing to report: no rows of training, evaluation or predictions",
-            where=path,
-            expected=f"a run with {run_dir.TRAIN_LOG}, {run_dir.EVAL_LOG} or {run_dir.PREDICTIONS_DIR}/*.jsonl",
-            fix="name the directory that `rating-train train` wrote",
-        )
     rows = [r for r in deduplicate(read_predictions(newest)) if r.rating is not None] if newest else []
     return RunData(
         path,
@@ -128,6 +119,29 @@ def read_run(path: Path) -> RunData:
         rows,
         _judgement(path, newest, rows),
     )
+
+
+def read_results(path: Path) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]], Path | None]:
+    """Read what a run has to report.
+
+    Returns:
+        Rows of training; split -> rows of evaluation; the newest file of predictions, or ``None``.
+
+    Raises:
+        UserError: nothing at all, or a log that is not JSON lines.
+    """
+    train = rows_by_step(path / run_dir.TRAIN_LOG).get("", [])
+    evaluations = {split or "val": rows for split, rows in rows_by_step(path / run_dir.EVAL_LOG).items()}
+    newest = newest_predictions(path / run_dir.PREDICTIONS_DIR)
+    if not (train or evaluations or newest):
+        raise UserError(
+            "nothing to report: no rows of training, evaluation or predictions",
+            where=path,
+            expected=f"a run directory with {run_dir.TRAIN_LOG}, {run_dir.EVAL_LOG} or "
+            f"{run_dir.PREDICTIONS_DIR}/*.jsonl",
+            fix="name the directory that `rating-train train` wrote",
+        )
+    return train, evaluations, newest
 
 
 def rows_by_step(path: Path, without: Sequence[str] = ()) -> dict[str, list[dict[str, Any]]]:

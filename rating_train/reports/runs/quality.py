@@ -17,23 +17,11 @@ from rating_train.reports.rows import number
 from rating_train.reports.runs.data import RunData
 from rating_train.reports.runs.items import cards as item_cards
 from rating_train.reports.runs.items import find_items
+from rating_train.scoring import metrics
 from rating_train.scoring.metrics import METRICS
-from rating_train.scoring.slices import slices
+from rating_train.scoring.slices import SLICES, slices
 
-LABELS = {
-    "plcc": "PLCC",
-    "srcc": "SRCC",
-    "kendall": "Kendall tau-b",
-    "rmse": "RMSE (stars)",
-    "mae": "MAE (stars)",
-    "r2": "R²",
-}
-SLICES = {
-    "category": "Main category",
-    "rating_count": "Number of ratings",
-    "rating": "True rating",
-    "text_chars": "Characters of text",
-}
+LABELS = {**metrics.LABELS, "r2": "R²"}
 
 _BOX = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -153,7 +141,7 @@ def slice_section(run: RunData) -> Section:
                 for p in parts.get(what, [])[:20]
             ]  # fmt: skip
             note = "Box: middle half; line: 5 to 95 %. Right: items. Above 0 the model is too generous."
-            title = f"Residuals by {SLICES[what].lower()}"
+            title = f"Residuals by {SLICES[what]}"
             figures.append(figure(title, charts.box_chart(title, boxes, "predicted − true (stars)"), note))
         if len(entries) > 1 and what != "rating":
             spreads = [
@@ -161,11 +149,11 @@ def slice_section(run: RunData) -> Section:
                 for e in entries[:20]
                 if e["plcc"] is not None and (ends := e["interval_95"]["plcc"])
             ]
-            title = f"PLCC by {SLICES[what].lower()}"
+            title = f"PLCC by {SLICES[what]}"
             drawing = charts.interval_chart(title, spreads, "PLCC with 95 % interval", overall)
             figures.append(figure(title, drawing, "Dashed: all items."))
         head = (
-            SLICES[what],
+            SLICES[what].capitalize(),
             "items",
             "PLCC",
             "95 % from",
@@ -181,7 +169,7 @@ def slice_section(run: RunData) -> Section:
              e["mean_true"], e["mean_error"]]
             for e in entries
         ]  # fmt: skip
-        tables.append(table(Table(head, rows, 3), f"By {SLICES[what].lower()}"))
+        tables.append(table(Table(head, rows, 3), f"By {SLICES[what]}"))
     return section("slices", "Where it is good and bad", figures=figures, tables=tables)
 
 
