@@ -218,8 +218,9 @@ class Cluster:
         return self.job(job)
 
     def logs(self) -> str:
-        """The last lines of everything, for a failed test."""
-        files = sorted([*self.folder.glob("*.log"), *self.folder.glob("runs/*/logs/slurm*")])
+        """The last lines of everything, for a failed test: the newest first, and the daemons' after the jobs'."""
+        files = [*self.folder.glob("*.log"), *self.folder.glob("runs/*/logs/slurm*")]
+        files.sort(key=lambda f: (f.name.startswith("daemon-"), -f.stat().st_mtime))
         return "\n".join(f"--- {f}\n{f.read_text(errors='replace')[-3000:]}" for f in files)
 
 
