@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import torch.distributed as dist
 from rating_train.checkpoint.safe_load import SafeCheckpointEngine, load
 from rating_train.checkpoint.store import InvalidCheckpoint
 from rating_train.checkpoint.zero_shards import MASTER, MOMENTS, Shards, write_flat, write_per_parameter
+from rating_train.files import retry
 
 log = logging.getLogger(__name__)
 
@@ -121,9 +124,10 @@ def read_shards(ds: Any, directory: Path, saved_stage: int, saved_ranks: int) ->
     settings = [{k: v for k, v in group.items() if k != "params"} for group in ds.optimizer.param_groups]
     stage = ds.zero_optimization_stage()
     if saved_stage == stage and (stage == 0 or saved_ranks == dist.get_world_size()):
-        with _checkpoint_engine(ds, SafeCheckpointEngine()):
+        folder = directory / ENGINE_DIR
+        with _names_of(folder) as names, _checkpoint_engine(ds, SafeCheckpointEngine(folder)):
             loaded, _ = ds.load_checkpoint(
-                str(directory), tag=ENGINE_DIR, load_module_strict=True, load_lr_scheduler_states=False
+                str(names), tag=ENGINE_DIR, load_module_strict=True, load_lr_scheduler_states=False
             )
         if loaded is None:
             raise InvalidCheckpoint(f"DeepSpeed found no shards in {directory / ENGINE_DIR}")
@@ -132,6 +136,22 @@ def read_shards(ds: Any, directory: Path, saved_stage: int, saved_ranks: int) ->
     # Betas and weight decay follow the configuration, not the checkpoint.
     for group, own in zip(ds.optimizer.param_groups, settings, strict=True):
         group.update(own)
+
+
+@contextlib.contextmanager
+def _names_of(folder: Path) -> Iterator[Path]:
+    """Give a local directory whose ``engine/`` has an empty file for each file of ``folder``.
+
+    DeepSpeed looks its files up by ``glob`` and ``os.path.exists``, once: on a shared file system that is away for a
+    moment it finds nothing, and the start fails. It looks here instead; the content is read with retries.
+    """
+    found = retry(lambda: os.listdir(folder), folder)
+    with tempfile.TemporaryDirectory(prefix="rating_train_") as local:
+        names = Path(local) / ENGINE_DIR
+        names.mkdir()
+        for name in found:
+            (names / name).touch()
+        yield Path(local)
 
 
 @torch.no_grad()

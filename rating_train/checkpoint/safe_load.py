@@ -69,8 +69,15 @@ def _class_of(name: str) -> type:
 
 
 class SafeCheckpointEngine:
-    """What DeepSpeed calls a checkpoint engine, for reading: every file goes through :func:`load`."""
+    """What DeepSpeed calls a checkpoint engine, for reading: every file goes through :func:`load`.
+
+    Args:
+        folder: where the files are; of the paths that DeepSpeed asks for, only the names are used.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Return the content of a file; tensors are on the CPU, from where DeepSpeed copies them."""
-        return load(path, mmap=False)
+        return load(self.folder / Path(path).name, mmap=False)

@@ -8,10 +8,13 @@ Usage: groups_worker.py OUT
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +68,31 @@ class Recorder:
         return frame.f_globals["__name__"] if frame is not None else ""
 
 
+@contextlib.contextmanager
+def first_looks_fail(folder: Path) -> Iterator[None]:
+    """Let each first look at a path below ``folder`` fail, as on a network file system that is away for a moment."""
+    names = ("stat", "listdir", "scandir")
+    real = {name: getattr(os, name) for name in names}
+    seen = set()
+
+    def failing(name: str) -> Callable[..., Any]:
+        def call(path: Any, *args: Any, **more: Any) -> Any:
+            if str(path).startswith(str(folder)) and (name, str(path)) not in seen:
+                seen.add((name, str(path)))
+                raise OSError(errno.ESTALE, "away for a moment", str(path))
+            return real[name](path, *args, **more)
+
+        return call
+
+    for name in names:
+        setattr(os, name, failing(name))
+    try:
+        yield
+    finally:
+        for name in names:
+            setattr(os, name, real[name])
+
+
 def main(out: Path) -> None:
     recorder = Recorder()
     from rating_train.checkpoint.deepspeed_io import ENGINE_DIR, capture_shards, read_shards
@@ -93,7 +121,8 @@ def main(out: Path) -> None:
         for name, content in capture_shards(engine.ds).items():
             torch.save(content, folder / name)
         collectives.all_gather(None)
-        read_shards(engine.ds, folder, stage, world.size)
+        with first_looks_fail(folder):
+            read_shards(engine.ds, folder, stage, world.size)
         engine.predict(batches()[0].split(4)[world.rank])
         rows[stage] = {"made": list(recorder.made), "first_used": dict(recorder.first_used)}
         engine.ds.destroy()

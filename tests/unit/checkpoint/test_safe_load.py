@@ -100,9 +100,9 @@ def test_evaluating_a_hostile_run_is_one_line(
 
 
 def test_deepspeed_itself_reads_through_the_same_door(recorded: Path) -> None:
-    engine = safe_load.SafeCheckpointEngine()
+    engine = safe_load.SafeCheckpointEngine(recorded)
     target = recorded / "made by the checkpoint"
     torch.save(Hostile(target), recorded / "f.pt")
     with pytest.raises(UserError, match="mkdir"):
-        engine.load(str(recorded / "f.pt"))
+        engine.load("elsewhere/f.pt")
     assert not target.exists()
