@@ -51,7 +51,7 @@ step "mypy" "$PYTHON" -m mypy
 if [[ $# -eq 0 ]]; then
     # Much of the suite waits: for time limits, for processes that start, for the disk.
     workers="${RATING_TRAIN_TEST_WORKERS:-$(nproc)}"
-    step "pytest" "$PYTHON" -m pytest -n "$((workers < 4 ? workers : 4))" --dist loadgroup --durations=10
+    step "pytest" "$PYTHON" -m pytest -n "$((workers < 4 ? workers : 4))" --durations=10
 else
     step "pytest" "$PYTHON" -m pytest "$@"
 fi

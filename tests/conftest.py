@@ -10,6 +10,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from tests.helpers.forked import REPO, close_zygote
 from tests.helpers.left_behind import Watch
 from tests.helpers.ranks import SHARED_MEMORY as SHARED_MEMORY
 from tests.helpers.ranks import Ranks
+from tests.helpers.scheduling import GroupScheduling, sort_longest_first
 
 # Tests download nothing. Read by the hub's library when it is imported, so it stands here: without it, an unknown
 # model id is asked for again and again for a minute.
@@ -41,27 +43,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[watch] = Watch()
 
 
-#: Tests that share a costly fixture, and so a process: the beginning of their path -> name. The others go by file.
-GROUPS = {
-    "tests/slurm/": "slurm",
-    **{f"tests/repo/test_{name}": "quickstart" for name in ("quickstart", "commands", "readme", "pages")},
-}
-#: Several processes begin with what takes longest; unit tests fill the end.
-LONGEST_FIRST = ("tests/slurm", "tests/repo", "tests/faults", "tests/e2e", "tests/dist", "tests")
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupScheduling:
+    """Divide the tests over several processes by groups of files."""
+    return GroupScheduling(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Divide the tests over the processes of pytest-xdist (`-n 2 --dist loadgroup`)."""
-    if not is_worker(config):
-        return
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        item.add_marker(
-            pytest.mark.xdist_group(next((g for start, g in GROUPS.items() if file.startswith(start)), file))
-        )
-    items.sort(
-        key=lambda item: next(i for i, start in enumerate(LONGEST_FIRST) if item.nodeid.startswith(start))
-    )
+    """Let several processes begin with what takes longest."""
+    if is_worker(config):
+        sort_longest_first(items)
 
 
 @pytest.hookimpl(trylast=True)  # after pytest-xdist has ended its processes
