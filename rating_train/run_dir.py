@@ -12,6 +12,8 @@
       checkpoints/           step_00000500/ ..., best.json, latest.json
       logs/rank_00000.log    one log per rank; stacks_00000.txt if it got stuck
       tensorboard/           the same metrics as event files
+      trackers.json          the ids under which other trackers know the run (setting `tracking`)
+      wandb/  mlflow.db      what those trackers keep here
       samples/               ids read by every step of every rank, if train.log_sample_ids is set
       report/                plots made by `rating-train report`
       STOP                   created by a person: save a checkpoint and stop at the next step boundary
@@ -34,6 +36,8 @@ EVALUATIONS_DIR = "evaluations"
 CHECKPOINTS_DIR = "checkpoints"
 LOGS_DIR = "logs"
 TENSORBOARD_DIR = "tensorboard"
+TRACKERS_FILE = "trackers.json"
+MLFLOW_FILE = "mlflow.db"
 REPORT_DIR = "report"
 SAMPLES_DIR = "samples"
 STOP_FILE = "STOP"

@@ -330,6 +330,11 @@ class Config:
     extensions: list[str] = setting(
         [], "Python modules to import first: they add backbones, metrics or listeners (docs/extending.md)."
     )
+    tracking: list[Literal["jsonl", "tensorboard", "wandb", "mlflow"]] = setting(
+        ["jsonl", "tensorboard"],
+        "Where the numbers of a run go, of: jsonl (train.jsonl and eval.jsonl, which are always written: status, "
+        "report and a resumed run read them), tensorboard, wandb, mlflow (extra `tracking`; docs/usage.md).",
+    )
     data: DataConfig = section(DataConfig, "What is read, and in which order.")
     model: ModelConfig = section(ModelConfig, "The regressor.")
     loss: LossConfig = section(LossConfig, "The training loss.")

@@ -28,6 +28,7 @@ from rating_train.model.cost import activation_bytes, visual_tokens
 from rating_train.model.custom_loss import CustomLoss, load_custom_loss
 from rating_train.model.load import read_architecture
 from rating_train.shards.manifest import read_manifest, refuse_unlike
+from rating_train.training.trackers import PACKAGES
 from rating_train.weights.warm_start import check_source
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ def check_job(config: Config, run: Path, resume: str, world: World, device: torc
     attempt(lambda: check_data(config))
     attempt(lambda: load_custom_loss(config.loss))
     attempt(lambda: check_optimizer(config))
+    attempt(lambda: check_trackers(config))
     plan = attempt(lambda: plan_batch(config.batch.global_items, config.batch.micro_items, world.size))
     architecture = attempt(lambda: local_architecture(config))
     visual = attempt(lambda: visual_tokens(architecture, config.data.image_px)) if architecture else None
@@ -84,6 +86,22 @@ def check_optimizer(config: Config) -> None:
             "bitsandbytes is not installed",
             where="optim.kind=adamw_8bit",
             fix="pip install 'rating_train[eightbit]', or set optim.kind=adamw",
+        )
+
+
+def check_trackers(config: Config) -> None:
+    """Refuse a tracker whose packages are not installed.
+
+    Raises:
+        UserError: see above; all that is missing in one error.
+    """
+    wanted = {package: name for name in config.tracking for package in PACKAGES.get(name, ())}
+    missing = [package for package in wanted if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed",
+            where=f"tracking: [{', '.join(config.tracking)}]",
+            fix=f"pip install 'rating_train[tracking]', or leave out {wanted[missing[0]]}",
         )
 
 

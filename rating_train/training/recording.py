@@ -1,4 +1,4 @@
-"""What a run says about itself: rows of train.jsonl and eval.jsonl, TensorBoard, and the lines that people read."""
+"""What a run says about itself: rows of train.jsonl and eval.jsonl, for trackers too, and lines for people."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Recorder:
 
     def __init__(self, job: Job, state: TrainState) -> None:
         self._job, self._state = job, state
-        self._tracker = Tracker(job.run, state.step, enabled=job.world.is_main)
+        self._tracker = Tracker(job.run, state.step, job.world.is_main, job.config)
         self._sample_rows = RowFiles()
         self._meter = StepMeter()
         self._evaluations = self._earlier(state.step) if job.world.is_main else []

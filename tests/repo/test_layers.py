@@ -60,6 +60,8 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("export.onnx_graph",),
     "onnxscript": ("export.onnx_graph",),
     "aiohttp": ("prepare.images.http_client",),
+    "wandb": ("training.trackers.wandb_run",),
+    "mlflow": ("training.trackers.mlflow_run",),
     "jinja2": ("reports.page.render",),
     "sklearn": ("evaluation.baselines",),
     "yarl": ("prepare.images.http_client",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -214,3 +215,14 @@ def test_too_few_cores_are_one_warning(settings: Settings, caplog: pytest.LogCap
 def test_an_absent_dataset_is_found_before_the_hub_is_asked(settings: Settings, tmp_path: Path) -> None:
     config = settings(data={"path": str(tmp_path / "nowhere")}, model={"backbone": "no/such-model"})
     assert "nowhere" in problem(config, tmp_path / "run")
+
+
+def test_a_tracker_whose_packages_are_missing(
+    tiny_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(tiny_config(), ["tracking=[jsonl, wandb, mlflow]"])
+    missing, find = ("mlflow", "sqlalchemy"), importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else find(name))
+    error = problem(config, tmp_path / "run")
+    assert "mlflow and sqlalchemy are not installed | where: tracking: [jsonl, wandb, mlflow]" in error
+    assert "pip install 'rating_train[tracking]', or leave out mlflow" in error
