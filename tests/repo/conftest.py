@@ -61,7 +61,7 @@ def run_quickstart(checkout: Path, **env: str) -> subprocess.CompletedProcess[st
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=600,
     )
 
 

@@ -26,7 +26,7 @@ from tests.repo.conftest import REPO, FakePython, Quickstart, script_env
 from tests.repo.pages import PAGES, RECIPES, command_lines, section
 from tests.repo.test_recipes import write_csv
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(800)
 
 #: The tutorial's are walked in their order by test_tutorial.py.
 WALKED = "docs/tutorial.md"

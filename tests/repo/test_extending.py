@@ -44,7 +44,7 @@ def write_tiny_llava(folder: Path, demo_model: Path, monkeypatch: pytest.MonkeyP
     backbones.BACKBONES["llava"].config(shape).save_pretrained(folder)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(500)
 def test_the_examples_of_the_page_run_together(
     demo: Path, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:

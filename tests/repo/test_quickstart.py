@@ -10,7 +10,7 @@ import pytest
 
 from tests.repo.conftest import REPO, Quickstart, run_quickstart
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(800)
 
 
 @pytest.fixture(scope="module")

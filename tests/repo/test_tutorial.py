@@ -13,7 +13,7 @@ from tests.helpers.forked import zygote
 from tests.repo.conftest import Quickstart, script_env
 from tests.repo.pages import PAGES, command_lines
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 STEPS = re.findall(r"^```bash\n.*?^```\n\n```text\n.*?^```", PAGES["docs/tutorial.md"], flags=re.M | re.S)
 

@@ -54,25 +54,36 @@ JobAcctGatherType=jobacct_gather/none
 JobCompType=jobcomp/none
 ReturnToService=2
 JobRequeue=1
+SlurmdParameters=config_overrides
+FirstJobId={first_job}
 KillWait=15
 OverTimeLimit=0
-NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 RealMemory=2000
-NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 RealMemory=2000
+NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} RealMemory=2000
+NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cpus} RealMemory=2000
 PartitionName=both Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP
 """
 
 
 class Cluster:
-    """The cluster, and what a user types on its login node."""
+    """The cluster, and what a user types on its login node.
 
-    def __init__(self) -> None:
+    Args:
+        cpus: of each node, whatever this machine has.
+    """
+
+    def __init__(self, cpus: int = 1) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="rt-slurm-"))  # short: sockets are made in it
         self.folder.chmod(0o755)
         self.daemons: list[subprocess.Popen[bytes]] = []
         conf = self.folder / "slurm.conf"
         conf.write_text(
             SLURM_CONF.format(
-                folder=self.folder, host=socket.gethostname().split(".")[0], ports=free_ports(3)
+                folder=self.folder,
+                host=socket.gethostname().split(".")[0],
+                ports=free_ports(3),
+                cpus=cpus,
+                # The rendezvous port follows from it: two clusters at once on this machine must not meet on one.
+                first_job=1 + secrets.randbelow(15_000),
             )
         )
         site = self.folder / "cluster.env"
@@ -198,7 +209,7 @@ class Cluster:
             conf.write_text(before)
             self.user("scontrol", "reconfigure")
 
-    def wait_for_requeue(self, job: str, seconds: float = 100) -> None:
+    def wait_for_requeue(self, job: str, seconds: float = 250) -> None:
         """Wait until a job is back in the queue, and end the two minutes for which Slurm makes it wait there.
 
         Not at once: the nodes refuse a job whose new credential is not younger (in seconds) than its end.
@@ -212,7 +223,7 @@ class Cluster:
         time.sleep(2.5)
         self.user("scontrol", "update", f"JobId={job}", "StartTime=now")
 
-    def wait_for_end(self, job: str, seconds: float = 100) -> dict[str, str]:
+    def wait_for_end(self, job: str, seconds: float = 250) -> dict[str, str]:
         """Wait until a job has ended, however; what the controller knows about it then."""
         wait_until(lambda: self.job(job)["JobState"] in ENDED, seconds, f"the end of job {job}", self.logs)
         return self.job(job)
@@ -246,11 +257,18 @@ def wait_until(
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """A running cluster of two nodes with one CPU each."""
+    with running_cluster() as cluster:
+        yield cluster
+
+
+@contextlib.contextmanager
+def running_cluster(cpus: int = 1) -> Iterator[Cluster]:
+    """A running cluster of two nodes. Skips the test where there can be none."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
         pytest.skip(f"no Slurm here: {', '.join(missing)} not found (on Debian: slurm-wlm, munge)")
     if os.geteuid() != 0:
         pytest.skip("a Slurm for tests is started by root only")
-    with contextlib.closing(Cluster()) as cluster:
+    with contextlib.closing(Cluster(cpus)) as cluster:
         cluster.start()
         yield cluster

@@ -41,8 +41,8 @@ def machine(ranks: Ranks, tmp_path: Path) -> Iterator[Callable[..., subprocess.P
     yield start
 
 
-@pytest.mark.timeout(240)
-def test_two_machines_go_on_after_a_process_was_killed(
+@pytest.mark.timeout(600)
+def test_two_machines_resume_after_a_process_was_killed(
     machine: Callable[..., subprocess.Popen[str]], tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = tiny_config(train={"epochs": 400, "max_steps": 100, "save_every_steps": 5})
@@ -51,11 +51,11 @@ def test_two_machines_go_on_after_a_process_was_killed(
     second = machine(1, "--max-restarts", "3", "train", config)
     time.sleep(1)  # machine 1 waits for machine 0
     first = machine(0, "--max-restarts", "3", "train", config)
-    wait_until(lambda: (run / "checkpoints" / "latest.json").is_file(), 100, "a checkpoint", explain)
+    wait_until(lambda: (run / "checkpoints" / "latest.json").is_file(), 250, "a checkpoint", explain)
     (rank,) = psutil.Process(second.pid).children()
     os.kill(rank.pid, signal.SIGKILL)
     for process in (first, second):
-        assert process.wait(timeout=120) == 0, explain()
+        assert process.wait(timeout=250) == 0, explain()
     text = explain() + "".join(log.read_text() for log in logs)
     assert "2 ranks, 2 nodes on cpu" in text and "resuming from step" in text
     assert json.loads((run / "checkpoints" / "latest.json").read_text())["step"] == 100

@@ -16,7 +16,7 @@ from tests.repo.conftest import copy_checkout
 from tests.repo.pages import RECIPES, command_lines, section
 from tests.slurm.conftest import Cluster
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 SITE = """
 CLUSTER_GPUS_PER_NODE=0

@@ -18,7 +18,7 @@ from tests.helpers.runs import read_ids, read_log
 from tests.helpers.small_shards import reshard
 from tests.slurm.conftest import Cluster, wait_until
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
 SLURM = REPO / "slurm"
@@ -38,7 +38,7 @@ def config(cluster: Cluster, tiny_config: Callable[..., Path]) -> Callable[..., 
 def wait_for_step(cluster: Cluster, run: Path, step: int) -> None:
     log = run / "train.jsonl"
     wait_until(
-        lambda: log.is_file() and len(log.read_text().splitlines()) >= step, 100, f"step {step}", cluster.logs
+        lambda: log.is_file() and len(log.read_text().splitlines()) >= step, 250, f"step {step}", cluster.logs
     )
 
 
@@ -122,7 +122,7 @@ def test_a_term_during_an_evaluation_loses_no_step(
         job = cluster.sbatch(*options, *(word for value in slow for word in ("--set", value)))
         rank_log = run / "logs" / "rank_00000.log"
         saved = lambda: rank_log.is_file() and "saved " in rank_log.read_text()  # noqa: E731
-        wait_until(saved, 100, "a save", cluster.logs)
+        wait_until(saved, 250, "a save", cluster.logs)
         cluster.user("scancel", job)
         assert cluster.wait_for_end(job)["JobState"] == "CANCELLED", cluster.logs()
     # Slurm's own SIGTERM, or SIGUSR1 of the job script, which gets a SIGTERM too: whichever comes first.
@@ -154,7 +154,7 @@ def test_mistakes_and_crashes(cluster: Cluster, config: Callable[..., Path]) -> 
     assert "requeued 1 of at most 20: crashed with exit code 137, after it had saved" in log.read_text()
     saved = saved_step(run)
     wait_until(
-        lambda: f"resuming from step {saved} of" in log.read_text(), 100, "a resumed run", cluster.logs
+        lambda: f"resuming from step {saved} of" in log.read_text(), 250, "a resumed run", cluster.logs
     )
     kill_ranks(cluster, job)
     assert cluster.wait_for_end(job)["JobState"] == "FAILED"

@@ -49,7 +49,7 @@ def test_rows_after_the_resumed_step_are_dropped_and_each_step_stands_once(tmp_p
     assert steps(tmp_path, run_dir.EVAL_LOG) == [7], "the evaluation at step 8 went with the steps"
 
 
-def test_a_run_that_goes_on_where_it_stopped_keeps_the_file_as_it_is(tmp_path: Path) -> None:
+def test_a_run_that_resumes_where_it_stopped_keeps_the_file_as_it_is(tmp_path: Path) -> None:
     track(tmp_path, 0, 4)
     before = (tmp_path / run_dir.TRAIN_LOG).read_bytes()
     Tracker(tmp_path, 4, enabled=True).close()
