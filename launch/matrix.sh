@@ -106,7 +106,7 @@ import configparser, re, sys
 path, torch, transformers = sys.argv[1:]
 listed = configparser.ConfigParser()
 listed.read(path)
-lines = listed["options"]["install_requires"].split("\n") + ["pytest>=8", "pytest-timeout", "psutil", "pyarrow"]
+lines = listed["options"]["install_requires"].split("\n") + ["pytest>=8", "pytest-timeout", "pytest-xdist", "psutil", "pyarrow"]
 for line in filter(None, map(str.strip, lines)):
     if re.match(r"torch\b", line) and torch != "new":
         line = f"torch{torch}"

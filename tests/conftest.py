@@ -18,7 +18,6 @@ from tests.helpers.forked import REPO, close_zygote
 from tests.helpers.left_behind import Watch
 from tests.helpers.ranks import SHARED_MEMORY as SHARED_MEMORY
 from tests.helpers.ranks import Ranks
-from tests.helpers.scheduling import GroupScheduling, sort_longest_first
 
 # Tests download nothing. Read by the hub's library when it is imported, so it stands here: without it, an unknown
 # model id is asked for again and again for a minute.
@@ -44,14 +43,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupScheduling:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Divide the tests over several processes by groups of files."""
+    from tests.helpers.scheduling import GroupScheduling
+
     return GroupScheduling(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Let several processes begin with what takes longest."""
     if is_worker(config):
+        from tests.helpers.scheduling import sort_longest_first
+
         sort_longest_first(items)
 
 
