@@ -17,10 +17,12 @@ from rating_train.config.schema import Config
 from rating_train.export import check_scores
 from rating_train.export.check_scores import Compared, Items
 from rating_train.model.cost import count_forward, count_parameters
+from rating_train.scoring.analysis import item_groups
 from rating_train.scoring.bootstrap import CONFIDENCE, Interval, intervals
 from rating_train.scoring.ces import CONVENTIONS, ces_table
 from rating_train.scoring.metrics import score
 from rating_train.scoring.predictions import read_predictions
+from rating_train.shards.titles import product_group
 from rating_train.training.setup import ModelInputs
 from rating_train.weights.exported import CARD_NAME
 
@@ -92,15 +94,20 @@ def write_card(folder: Path, facts: CardFacts) -> None:
 
 
 def read_metrics(facts: CardFacts) -> Metrics:
-    """Compute the metrics from the predictions of an evaluation of this step, else from the compared items."""
+    """Compute the metrics from the predictions of an evaluation of this step, else from the compared items.
+
+    Product groups are resampled, as `rating-train evaluate` does.
+    """
     file = run_dir.predictions_file(facts.run, facts.split, facts.step)
     if file.is_file():
         rows = [row for row in read_predictions(file) if row.rating is not None]
         scores, ratings = [row.score for row in rows], [float(row.rating or 0) for row in rows]
+        groups = item_groups(rows)
     else:
         scores, ratings = facts.items.scores, facts.items.ratings
+        groups = [product_group(sample) for sample in facts.items.samples]
     values = score(scores, ratings)
-    found = intervals(np.asarray(scores, np.float64), np.asarray(ratings, np.float64))
+    found = intervals(np.asarray(scores, np.float64), np.asarray(ratings, np.float64), groups)
     return Metrics(
         {name: getattr(values, name) for name in _METRICS}, found, len(scores), complete=file.is_file()
     )

@@ -24,6 +24,7 @@ from rating_train.files import read_json, read_json_lines
 from rating_train.prediction.options import PredictOptions
 from rating_train.prediction.output import read_output
 from rating_train.prediction.run import predict
+from rating_train.scoring.analysis import analyse
 from rating_train.scoring.predictions import read_predictions
 from tests.conftest import REPO
 from tests.helpers.cli import rating_train
@@ -168,6 +169,13 @@ def test_the_model_card(exported: Exported, trained_run: Path) -> None:
     for kind, name in (("pearsonr", "plcc"), ("spearmanr", "srcc"), ("rmse", "rmse"), ("mae", "mae")):
         assert found[kind]["value"] == pytest.approx(row[name], abs=1e-5)
         assert found[kind]["args"]["low"] <= found[kind]["value"] <= found[kind]["args"]["high"]
+    rows = read_predictions(next((trained_run / "predictions").glob("val_step_*.jsonl")))
+    expected = analyse(rows)["metrics"]
+    for kind, name in (("pearsonr", "plcc"), ("rmse", "rmse")):
+        ends = [found[kind]["args"][end] for end in ("low", "high")]
+        assert ends == pytest.approx(expected[name]["interval_95"], abs=1e-5), (
+            "groups resampled, as evaluate does"
+        )
     fingerprint = read_json(trained_run / "provenance.json")["data_fingerprint"]
     assert result["dataset"]["revision"] == fingerprint and fingerprint in body
     for part in ("mac_linear", "flop_attention", "CES", "## Limits", "## Licence", "peak learning rates"):
