@@ -84,7 +84,7 @@ class Browser:
                 break
             time.sleep(0.1)
 
-    def open(self, page: Path, width: int, dark: bool = False) -> None:
+    def open(self, page: Path, width: int, dark: bool = False, media: str = "screen") -> None:
         """Open a page at a width in CSS pixels, as a phone or a desktop does, and wait until it has loaded."""
         self._call(
             "Emulation.setDeviceMetricsOverride",
@@ -94,7 +94,7 @@ class Browser:
             mobile=width < 600,
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self._call("Emulation.setEmulatedMedia", features=[scheme])
+        self._call("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self._call("Page.navigate", url=page.resolve().as_uri())
         end = time.monotonic() + SECONDS
         while self.value("location.href") != page.resolve().as_uri():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +17,7 @@ import yaml
 
 from rating_train.cli import main
 from rating_train.reports.runs.page import make_comparison_page, make_run_page
+from rating_train.resilience.run_lock import RunLock
 from rating_train.run_dir import EVAL_LOG, PREDICTIONS_DIR, TRAIN_LOG
 from rating_train.scoring.metrics import score
 from rating_train.shards.mds_read import iter_texts
@@ -127,6 +130,35 @@ def test_a_run_that_has_just_begun_or_lost_its_rest_has_a_page(tmp_path: Path, d
     assert "all predictions are 4.2" in make_run_page(constant).read_text("utf-8")
 
 
+def test_a_living_run_is_followed_until_it_ends(demo: Path, tmp_path: Path) -> None:
+    """Its job appends rows meanwhile, the last one not yet complete; a second report may be asked for as well."""
+    run = make_run(tmp_path / "living", demo)
+    page = run / "report" / "index.html"
+    rows = (run / TRAIN_LOG).read_text("utf-8").splitlines(keepends=True)
+    (run / TRAIN_LOG).write_text("".join(rows[:20]) + rows[20][:30])
+
+    def shows(steps: int) -> bool:
+        return page.is_file() and f"<b>{steps}</b>" in page.read_text("utf-8")
+
+    def wait_for(steps: int) -> str:
+        end = time.monotonic() + 120
+        while not shows(steps) and time.monotonic() < end:
+            time.sleep(0.1)
+        return page.read_text("utf-8") if shows(steps) else f"never at step {steps}"
+
+    codes: list[int] = []
+    with RunLock(run, beat_seconds=0.1, stale_seconds=1):
+        follower = threading.Thread(target=lambda: codes.append(main(["report", str(run), "--follow", "1"])))
+        follower.start()
+        assert 'http-equiv="refresh" content="1"' in wait_for(20)
+        (run / TRAIN_LOG).write_text("".join(rows[:40]) + rows[40][:30])
+        assert 'http-equiv="refresh"' in wait_for(40)
+        assert main(["report", str(run)]) == 0 and shows(40), "one page of the run so far, once"
+    (run / TRAIN_LOG).write_text("".join(rows))
+    follower.join(120)
+    assert codes == [0] and shows(STEPS) and "refresh" not in page.read_text("utf-8")
+
+
 def test_several_runs_get_a_page_that_compares_them(runs: list[Path], capsys: pytest.CaptureFixture) -> None:
     assert main(["report", *map(str, runs), "--follow", "1"]) == 0, "nothing trains: it ends by itself"
     told = capsys.readouterr().out.split()
@@ -186,3 +218,15 @@ def test_a_click_sorts_a_table_and_a_second_one_turns_it_round(runs: list[Path],
     assert browser.value(column) == sorted(before)
     state = "document.querySelector('#slices th[aria-sort]').getAttribute('aria-sort')"
     assert browser.value(state) == "ascending" and browser.errors == []
+
+
+def test_printed_it_is_light_and_laid_out_for_paper(runs: list[Path], browser: Browser) -> None:
+    """Also where the screen is dark: 718 CSS pixels are a sheet of A4 without its margins."""
+    browser.open(make_run_page(runs[0]), 718, dark=True, media="print")
+    assert browser.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert browser.value("getComputedStyle(document.querySelector('nav')).display") == "none"
+    assert browser.value("document.documentElement.scrollWidth") <= 718, "nothing is cut at the right"
+    columns = "getComputedStyle(document.querySelector('%s')).gridTemplateColumns.split(' ').length"
+    assert [browser.value(columns % name) for name in (".charts", ".items", ".cards")] == [2, 6, 4]
+    whole = "[...document.querySelectorAll('figure, .item, .scroll, tr')].map(e => getComputedStyle(e).breakInside)"
+    assert set(browser.value(whole)) == {"avoid"}, "no chart, item or table is cut by the end of a page"
