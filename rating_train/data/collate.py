@@ -17,12 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rating_train.data.lengths import cut_length, longest_first
 from rating_train.data.prompt import PromptEncoder
 from rating_train.shards.schema import TEXT_FIELDS
 from rating_train.shards.titles import product_group
 
 _TENSORS = ("images", "input_ids", "used_tokens", "ratings", "rating_counts", "id_hashes")
-_LISTS = ("ids", "categories", "groups", "text_chars")
+_LISTS = ("ids", "categories", "groups", "text_chars", "lengths")
 
 #: All that ``prepare`` stores.
 STORED_FORMATS = ("JPEG",)
@@ -49,6 +50,11 @@ class Batch:
     #: What an evaluation is sliced by: each item's product group, and its characters in all fields together.
     groups: list[str] = dataclasses.field(default_factory=list)
     text_chars: list[int] = dataclasses.field(default_factory=list)
+    #: ``used_tokens`` on the host, where lengths are decided without waiting for the device; empty where a batch was
+    #: put together by hand, which is then never cut.
+    lengths: list[int] = dataclasses.field(default_factory=list)
+    #: Of each item, its place among the samples that were read; empty where they stand in that order.
+    places: list[int] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.id_hashes is None:
@@ -65,6 +71,24 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """Return the same batch with its tensors on ``device``."""
         return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def cut(self, multiple: int) -> Batch:
+        """Return the same batch as a view without the padding that none of its items needs.
+
+        On the device, after the copy: a part of a pinned tensor is no longer contiguous, and would be copied through
+        memory that is not pinned.
+
+        Args:
+            multiple: see :func:`~rating_train.data.lengths.cut_length`.
+        """
+        length = cut_length(self.lengths, self.input_ids.shape[1], multiple)
+        return dataclasses.replace(self, input_ids=self.input_ids[:, :length])
+
+    def ids_as_read(self) -> list[str]:
+        """Return the ids in the order in which the samples were asked for."""
+        if not self.places:
+            return self.ids
+        return [self.ids[i] for i in sorted(range(len(self)), key=self.places.__getitem__)]
 
     def split(self, items: int) -> list[Batch]:
         """Return micro-batches of ``items`` each, in order, as views; their ``truncated_tokens`` are 0."""
@@ -86,29 +110,42 @@ class Collator:
         prompt: makes token ids of the text.
         image_px: side of the images, in pixels.
         formats: of the samples' images.
+        by_length: whether the longest items come first, so that micro-batches have items of about one length.
     """
 
     def __init__(
-        self, prompt: PromptEncoder, image_px: int, formats: tuple[str, ...] = STORED_FORMATS
+        self,
+        prompt: PromptEncoder,
+        image_px: int,
+        formats: tuple[str, ...] = STORED_FORMATS,
+        by_length: bool = False,
     ) -> None:
         self.prompt = prompt
         self.image_px = image_px
         self.formats = formats
+        self.by_length = by_length
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> Batch:
-        prompts = [self.prompt.encode(s) for s in samples]
+        prompts = self.prompt.encode_all(samples)
+        places: list[int] = []
+        if self.by_length:
+            places = longest_first([p.used for p in prompts])
+            samples, prompts = [samples[i] for i in places], [prompts[i] for i in places]
+        lengths = [p.used for p in prompts]
         images = np.stack([decode_square(s["image"], self.image_px, s["id"], self.formats) for s in samples])
         return Batch(
             ids=[s["id"] for s in samples],
             categories=[s["main_category"] for s in samples],
             images=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
             input_ids=torch.from_numpy(np.stack([p.ids for p in prompts])),
-            used_tokens=torch.tensor([p.used for p in prompts], dtype=torch.int64),
+            used_tokens=torch.tensor(lengths, dtype=torch.int64),
             ratings=torch.tensor([float(s["rating"]) for s in samples], dtype=torch.float32),
             rating_counts=torch.tensor([float(s["rating_count"]) for s in samples], dtype=torch.float32),
             truncated_tokens=sum(p.cut for p in prompts),
             groups=[product_group(s) for s in samples],
             text_chars=[sum(len(s[name]) for name in TEXT_FIELDS) for s in samples],
+            lengths=lengths,
+            places=places,
         )
 
 

@@ -132,8 +132,18 @@ def open_training(
     global_items: int,
     rank_items: int,
     device: torch.device = CPU,
+    by_length: bool = False,
 ) -> TrainingData:
     """Check and open the training split of each source, for batches that go to ``device``. A collective.
+
+    Args:
+        config: the section `data`.
+        prompt: encodes the texts.
+        world: this rank's place.
+        global_items: items of a global batch.
+        rank_items: items of it that one rank reads.
+        device: this rank's device.
+        by_length: whether the items of a rank's batch are ordered by length, for micro-batches.
 
     Raises:
         UserError: a source is missing or damaged, or the sources do not go together.
@@ -151,7 +161,7 @@ def open_training(
         _alike(lambda: refuse_unlike(paths, manifests))
         _alike(lambda: mixture.refuse_tiny_shares(paths))
         epoch_ids = functools.partial(mixed_epoch, mixture, passes)
-    split = _readable(dataset, config, prompt, world, device)
+    split = _readable(dataset, config, Collator(prompt, config.image_px, by_length=by_length), world, device)
     return TrainingData(split, SampleOrder(len(dataset), global_items, epoch_ids), rank_items, manifests)
 
 
@@ -178,7 +188,7 @@ def open_evaluation(
 ) -> EvaluationData:
     """Check and open a split for evaluation on ``device``. A collective. ``max_items`` 0 takes the complete split."""
     _, dataset = _open(config, config.eval_source, split, world)
-    opened = _readable(dataset, config, prompt, world, device)
+    opened = _readable(dataset, config, Collator(prompt, config.image_px), world, device)
     samples = len(dataset)
     if max_items and max_items < samples:
         log.info("evaluating the first %d of %d items of %s", max_items, samples, split)
@@ -202,14 +212,14 @@ def _open(
 def _readable(
     dataset: SplitDataset | MixedDataset,
     config: DataConfig,
-    prompt: PromptEncoder,
+    collator: Collator,
     world: World,
     device: torch.device,
 ) -> OpenSplit:
     """Put together what reading the samples takes. A collective."""
     sharers = _sharers(dataset, world) if config.verify == "first_read" else None
     pinned = device.type == "cuda"
-    return OpenSplit(dataset, Collator(prompt, config.image_px), config, world, sharers, pinned)
+    return OpenSplit(dataset, collator, config, world, sharers, pinned)
 
 
 def _sharers(dataset: SplitDataset | MixedDataset, world: World) -> list[int]:

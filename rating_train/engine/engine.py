@@ -78,7 +78,7 @@ class Engine:
         for number, micro in enumerate(micros, start=1):
             if before_micro is not None:
                 before_micro()
-            micro = micro.to(self.device)
+            micro = micro.to(self.device).cut(self.config.batch.length_multiple_tokens)
             keys = dropout_keys(micro.id_hashes, self.config.train.seed, step)
             scores = self.ds(micro.images, micro.input_ids, micro.used_tokens, keys)
             loss = rating_loss(scores, micro.ratings, micro.rating_counts, self.config.loss, self.custom_loss)
@@ -127,7 +127,7 @@ class Engine:
     def predict(self, batch: Batch) -> Tensor:
         """Rate a batch: (B,) float32 on the CPU. Under ZeRO-3 a collective."""
         self.ds.eval()
-        batch = batch.to(self.device)
+        batch = batch.to(self.device).cut(self.config.batch.length_multiple_tokens)
         return self.ds(batch.images, batch.input_ids, batch.used_tokens).float().cpu()
 
     @property

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from rating_train.config.resolve import plan_batch, total_steps
 from rating_train.config.schema import Config
+from rating_train.distributed.gpus import GPUS
 from rating_train.errors import UserError
 from rating_train.log import duration, text_table
 from rating_train.model.architecture import Architecture
@@ -33,25 +34,6 @@ STORED_BYTES, STORED_PX = 26_200, 384
 LOAD_CPU_SECONDS = 0.00134
 PREPARED_PER_CORE_SECOND = 159
 ASSUMED_MFU = (0.2, 0.3, 0.4)
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU by its data sheet: memory in GB, dense bf16 TFLOP/s with fp32 accumulation."""
-
-    memory_gb: int
-    bf16_tflops: float
-
-
-GPUS = {
-    "l4": Gpu(24, 121),
-    "a10": Gpu(24, 125),
-    "l40s": Gpu(48, 362),
-    "a100": Gpu(80, 312),
-    "h100": Gpu(80, 989),
-    "h200": Gpu(141, 989),
-    "b200": Gpu(180, 2250),
-}
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,10 @@ def _progress(
         "loss": number(row, "loss"),
         "samples_per_second": number(row, "samples_per_second"),
         "step_seconds": seconds,
+        "tokens_per_second": number(row, "tokens_per_second"),
+        "padding_share": number(row, "padding_share"),
+        "tflops_per_rank": number(row, "tflops_per_rank"),
+        "mfu": number(row, "mfu"),
         "idle_seconds": idle,
         "stalled": owner["state"] == "alive" and _is_stalled(beat, idle, seconds),
         "eta_seconds": None,
@@ -117,6 +121,8 @@ def _progress(
     why = f"{run_dir.TRAIN_LOG} has no rows" if not row else "the last row has none (not finite)"
     reasons = {
         **dict.fromkeys(("epoch", "loss", "samples_per_second", "step_seconds", "logged_step"), why),
+        **dict.fromkeys(("tokens_per_second", "padding_share", "tflops_per_rank"), f"{why}, or an older one"),
+        "mfu": "the device's speed is not known",
         "step": "no row, no heartbeat with a step, no valid checkpoint",
         "total_steps": "neither a heartbeat nor a valid checkpoint names it",
         "idle_seconds": "no heartbeat says when the last step was",
@@ -304,10 +310,18 @@ def _progress_lines(status: dict[str, Any]) -> list[str]:
         f"{p['samples_per_second']:.1f} samples/s" if p["samples_per_second"] is not None else "",
         f"{duration(p['eta_seconds'])} left" if p["eta_seconds"] is not None else "",
     ]
+    work = [
+        f"{p['tokens_per_second']:,.0f} tokens/s" if p["tokens_per_second"] is not None else "",
+        f"{100 * p['padding_share']:.0f}% padding" if p["padding_share"] is not None else "",
+        f"{p['tflops_per_rank']:.3g} TFLOP/s per rank" if p["tflops_per_rank"] is not None else "",
+        f"{100 * p['mfu']:.0f}% of the device's bf16 speed" if p["mfu"] is not None else "",
+    ]
     if p["loss"] is None and p["logged_step"] is not None:
         facts[0] = f"the loss of step {p['logged_step']} is not finite"
     if any(facts):
         lines.append(f"             {', '.join(filter(None, facts))}")
+    if any(work):
+        lines.append(f"             {', '.join(filter(None, work))}")
     if p["stalled"]:
         lines.append(
             f"STALLED      no step for {duration(p['idle_seconds'])} (usually {duration(p['step_seconds'])}): a rank "

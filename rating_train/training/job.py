@@ -116,7 +116,10 @@ def assemble_job(
     seed_everything(config.train.seed, world.rank)
     model_inputs = setup.read_model_inputs(config)
     prompt = model_inputs.prompt
-    data = open_training(config.data, prompt, world, plan.global_items, plan.rank_items, device)
+    # Not where the loss depends on an item's neighbours: those should be drawn at random.
+    by_length = config.batch.length_multiple_tokens > 0 and plan.accumulation > 1
+    by_length = by_length and not config.loss.couples_items
+    data = open_training(config.data, prompt, world, plan.global_items, plan.rank_items, device, by_length)
     check_batch_fits(
         plan.global_items, data.samples, config.data.train_split
     )  # of a remote dataset, only now

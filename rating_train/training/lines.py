@@ -15,9 +15,10 @@ Row = Mapping[str, Any]
 def step_line(row: Row, total_steps: int) -> str:
     """Return the line of a row of train.jsonl: every number in four digits, and the time left."""
     left = (total_steps - row["step"]) * row["step_seconds"]
+    speed = f", {100 * row['mfu']:.0f}% of the device" if row.get("mfu") is not None else ""
     return (
         f"step {row['step']}/{total_steps}: loss {number(row['loss'])}, grad norm {number(row['grad_norm'])}, "
-        f"lr {number(row['lr'])}, {number(row['samples_per_second'])} items/s, "
+        f"lr {number(row['lr'])}, {number(row['samples_per_second'])} items/s{speed}, "
         f"waiting for data {100 * (row['data_wait_fraction'] or 0):.0f}%, {duration(left)} left"
     )
 

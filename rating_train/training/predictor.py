@@ -21,11 +21,12 @@ class Predictor:
     model: RatingRegressor
     device: torch.device
     autocast: bool
+    length_multiple: int = 0  # batches are cut as in training; 0 leaves them as they are
 
     @torch.no_grad()
     def launch(self, batch: Batch) -> Tensor:
         """Start the forward pass of B items; return (B,) float32 ratings on the device, without waiting."""
-        batch = batch.to(self.device)
+        batch = batch.to(self.device).cut(self.length_multiple)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             return self.model(batch.images, batch.input_ids, batch.used_tokens).float()
 
@@ -54,4 +55,5 @@ def load_predictor(
     if bf16 and config.zero.stage > 0:
         for parameter in model.parameters():  # buffers (rotary frequencies) stay in fp32
             parameter.data = parameter.data.bfloat16()
-    return Predictor(model.to(device).eval(), device, autocast=bf16 and config.zero.stage == 0)
+    autocast, multiple = bf16 and config.zero.stage == 0, config.batch.length_multiple_tokens
+    return Predictor(model.to(device).eval(), device, autocast, multiple)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Iterator
 from types import TracebackType
@@ -24,7 +25,14 @@ from rating_train.row_files import RowFiles
 from rating_train.training.evaluation import Evaluation
 from rating_train.training.job import Job
 from rating_train.training.lines import evaluation_lines, step_line
-from rating_train.training.meters import StepMeter, peak_memory_gib
+from rating_train.training.meters import (
+    StepMeter,
+    Work,
+    WorkCounter,
+    peak_flops,
+    peak_memory_gib,
+    work_fields,
+)
 from rating_train.training.setup import evaluation_row
 from rating_train.training.tracking import Tracker
 
@@ -44,6 +52,7 @@ class Recorder:
         self._tracker = Tracker(job.run, state.step, job.world.is_main, job.config)
         self._sample_rows = RowFiles()
         self._meter = StepMeter()
+        self._counter = WorkCounter(job.model_inputs.architecture, job.config, job.plan.micro_items)
         self._evaluations = self._earlier(state.step) if job.world.is_main else []
         self._left_seconds: float | None = None
         #: Steps of this attempt.
@@ -71,11 +80,12 @@ class Recorder:
         """Count one step. Does not wait for the device."""
         job = self._job
         self.steps += 1
-        self._meter.add(loss, job.plan.global_items, batch.truncated_tokens)
+        work = self._counter.of(batch)
+        self._meter.add(loss, job.plan.global_items, batch.truncated_tokens, work)
         self._bar.update()
         if job.config.train.log_sample_ids:
             file = run_dir.samples_file(job.run, job.world.rank)
-            self._sample_rows.append(file, {"step": self._state.step, "ids": batch.ids})
+            self._sample_rows.append(file, {"step": self._state.step, "ids": batch.ids_as_read()})
 
     def log_training(self) -> None:
         """Write a row of train.jsonl: means over all ranks and over the steps since the last row. A collective."""
@@ -177,11 +187,12 @@ class Recorder:
 def training_row(job: Job, state: TrainState, meter: StepMeter) -> dict[str, Any]:
     """Return one row of train.jsonl. A collective; waits for the device, and starts a new interval of the meter."""
     own = meter.read()
-    loss_sum, wait, seconds, truncated = sum_over_ranks(
-        [own["loss_sum"], own["data_wait_seconds"], own["seconds"], own["truncated_tokens"]]
-    )
+    summed = ("loss_sum", "data_wait_seconds", "seconds", "truncated_tokens")
+    counted = tuple(field.name for field in dataclasses.fields(Work))
+    loss_sum, wait, seconds, truncated, *work = sum_over_ranks([own[name] for name in (*summed, *counted)])
     count, ranks = own["steps"] * job.world.size, job.world.size
     loss = loss_sum / count
+    peak = peak_flops(job.engine.device, job.config.train.precision)
     finite = abs(loss) < float("inf")  # False for NaN too
     factor = lr_factor(state.step - 1, job.total_steps, job.config.optim)
     return {
@@ -196,6 +207,7 @@ def training_row(job: Job, state: TrainState, meter: StepMeter) -> dict[str, Any
         "step_seconds": round(seconds / count, 6),
         "data_wait_seconds": round(wait / ranks, 6),
         "data_wait_fraction": round(wait / seconds, 4) if seconds else None,
+        **work_fields(Work(int(work[0]), int(work[1]), *work[2:]), seconds / ranks, ranks, peak),
         "peak_memory_gib": round(peak_memory_gib(job.engine.device), 3),
         "truncated_tokens": int(truncated),
         "cut_tokens": int(truncated),  # the field's former name, for what reads the logs of older runs

@@ -43,7 +43,7 @@ def configuration(stage: int, accumulation: int, clip: float, freeze: list[str],
             "model": {"weights": "random", "head_hidden": 16, "head_dropout": 0.0, "freeze": freeze},
             "zero": {"stage": stage},
             "train": {"precision": precision},
-            "batch": {"global_items": ITEMS, "micro_items": ITEMS // 2 // accumulation},
+            "batch": {"global_items": ITEMS, "micro_items": ITEMS // 2 // accumulation, "length_multiple_tokens": 3},
             "optim": {
                 "lr": {"vision": 1e-3, "connector": 2e-3, "decoder": 1e-3, "head": 4e-3},
                 "clip_norm": clip,
@@ -60,13 +60,15 @@ def batches() -> list[Batch]:
     g = torch.Generator().manual_seed(3)
     result = []
     for _ in range(STEPS):
+        used = torch.randint(12, TOKENS - 3, (ITEMS,), generator=g)
         result.append(
             Batch(
                 ids=[str(i) for i in range(ITEMS)],
                 categories=["c"] * ITEMS,
                 images=torch.randint(0, 256, (ITEMS, 3, PX, PX), generator=g, dtype=torch.uint8),
                 input_ids=torch.randint(6, 250, (ITEMS, TOKENS), generator=g),
-                used_tokens=torch.randint(12, TOKENS + 1, (ITEMS,), generator=g),
+                used_tokens=used,
+                lengths=used.tolist(),  # the engine cuts micro-batches, the reference does not
                 ratings=torch.rand(ITEMS, generator=g) * 4 + 1,
                 rating_counts=torch.ones(ITEMS),
                 truncated_tokens=0,

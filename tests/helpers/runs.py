@@ -18,6 +18,11 @@ TIMING = {
     "data_wait_seconds",
     "data_wait_fraction",
     "peak_memory_gib",
+    "tokens_per_second",
+    "tflops_per_rank",
+    "tflops_per_rank_padded",
+    "mfu",
+    "mfu_padded",
 }
 
 

@@ -15,6 +15,20 @@ from rating_train.reports.page.render import Table
 from rating_train.reports.rows import number
 from rating_train.reports.runs.data import RunData
 
+#: Figures of a run's speed: title, name of a curve -> field of train.jsonl, factor, unit.
+SPEED: tuple[tuple[str, tuple[tuple[str, str], ...], float, str], ...] = (
+    ("Throughput", (("", "samples_per_second"),), 1.0, "items/s"),
+    ("Waiting for data", (("", "data_wait_fraction"),), 100.0, "% of a step"),
+    ("Padding", (("", "padding_share"),), 100.0, "% of computed tokens"),
+    (
+        "Operations of a rank",
+        (("of the items", "tflops_per_rank"), ("with padding", "tflops_per_rank_padded")),
+        1.0,
+        "TFLOP/s",
+    ),
+    ("Peak memory", (("", "peak_memory_gib"),), 1.0, "GiB"),
+)
+
 
 def what_section(run: RunData) -> Section:
     """What was run: settings that differ from the defaults, data, versions, every start."""
@@ -93,14 +107,9 @@ def training_section(run: RunData) -> Section:
     ]
     add("Learning rate", rates, zero=True)
     add("Gradient norm", [Line("", points(run.train, "grad_norm"), smooth=len(run.train) > 20)], log=True)
-    add("Throughput", [Line("", points(run.train, "samples_per_second"))], "items/s", zero=True)
-    add(
-        "Waiting for data",
-        [Line("", points(run.train, "data_wait_fraction", 100.0))],
-        "% of a step",
-        zero=True,
-    )
-    add("Peak memory", [Line("", points(run.train, "peak_memory_gib"))], "GiB", zero=True)
+    for title, curves, factor, unit in SPEED:
+        lines = [Line(name, points(run.train, key, factor)) for name, key in curves]
+        add(title, lines, unit, zero=True)
     skipped = max((int(number(r, "skipped_steps") or 0) for r in run.train), default=0)
     starts = sum(m.kind == "mark" for m in marks)
     pauses = ", pauses between starts left out" if clock and starts else ""

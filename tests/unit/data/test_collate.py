@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from typing import Any
 
@@ -182,3 +183,32 @@ def test_one_corrupt_image_among_good_ones_names_the_right_item(prompt: PromptEn
     samples[2]["image"] = samples[2]["image"][:100]
     with pytest.raises(ValueError, match="item-2"):
         Collator(prompt, S)(samples)
+
+
+def test_items_ordered_by_length_are_the_same_items(prompt: PromptEncoder, batch: Batch) -> None:
+    ordered = Collator(prompt, S, by_length=True)([sample(i) for i in range(8)])
+    assert ordered.lengths == sorted(batch.lengths, reverse=True) == ordered.used_tokens.tolist()
+    assert len(set(ordered.lengths)) > 1 and ordered.ids != batch.ids
+    assert ordered.ids_as_read() == batch.ids == batch.ids_as_read()
+    for i, place in enumerate(ordered.places):
+        for name in (*TENSORS, "id_hashes"):
+            assert torch.equal(getattr(ordered, name)[i], getattr(batch, name)[place])
+        for name in ("ids", "categories", "groups", "text_chars", "lengths"):
+            assert getattr(ordered, name)[i] == getattr(batch, name)[place]
+
+
+def test_a_micro_batch_is_cut_to_its_own_longest_item_without_a_copy(prompt: PromptEncoder) -> None:
+    ordered = Collator(prompt, S, by_length=True)([sample(i) for i in range(8)])
+    lengths = []
+    for micro in ordered.split(2):
+        cut = micro.cut(4)
+        lengths.append(cut.input_ids.shape[1])
+        assert max(micro.lengths) <= lengths[-1] < max(micro.lengths) + 4 and lengths[-1] % 4 == 0
+        assert cut.input_ids.data_ptr() == micro.input_ids.data_ptr()
+        assert (micro.input_ids[:, lengths[-1] :] == prompt.pad_token_id).all()
+        assert micro.cut(0).input_ids.shape[1] == 209
+    assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[-1]
+
+
+def test_a_batch_without_lengths_is_never_cut(batch: Batch) -> None:
+    assert dataclasses.replace(batch, lengths=[]).cut(16).input_ids.shape == batch.input_ids.shape

@@ -142,6 +142,22 @@ def test_what_the_padding_holds_does_not_matter() -> None:
     assert torch.allclose(model(images, longer, used), model(images, ids, used), atol=1e-6)
 
 
+def test_cutting_the_padding_off_changes_neither_ratings_nor_gradients() -> None:
+    model = regressor(architecture(), 64)
+    images, ids, used = inputs(model.visual_tokens, 64, model.backbone.config.image_token_id)
+    ids = torch.cat([ids, torch.full((B, 29), 2)], dim=1)
+    found = []
+    for length in (ids.shape[1], int(used.max())):
+        model.zero_grad()
+        ratings = model(images, ids[:, :length], used)
+        (ratings - 3).square().mean().backward()
+        found.append((ratings.detach(), [p.grad for p in model.parameters()]))
+    (full, full_grads), (cut, cut_grads) = found
+    assert torch.allclose(full, cut, atol=1e-6, rtol=0)
+    for a, b in zip(full_grads, cut_grads, strict=True):
+        assert torch.allclose(a, b, atol=1e-6, rtol=1e-4)  # type: ignore[arg-type]
+
+
 @torch.no_grad()
 def test_an_item_is_rated_the_same_alone_and_in_a_batch() -> None:
     model = regressor(architecture(), 64)

@@ -11,7 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from rating_train.training.meters import StepMeter, peak_memory_gib
+from rating_train.config.schema import Config
+from rating_train.data.collate import Batch
+from rating_train.distributed.gpus import find_gpu
+from rating_train.model.architecture import KNOWN_ARCHITECTURES
+from rating_train.model.cost import count_forward, training_flops
+from rating_train.training.meters import (
+    StepMeter,
+    Work,
+    WorkCounter,
+    flops_by_length,
+    peak_flops,
+    peak_memory_gib,
+    work_fields,
+)
 
 
 def test_losses_items_and_cut_tokens_are_summed_over_steps() -> None:
@@ -86,3 +99,41 @@ def test_peak_memory_of_the_cpu_is_that_of_this_process() -> None:
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
     assert 0.01 < before <= after < 1000
     assert after >= resident - 0.05 and block.numel() == 2**26
+
+
+def test_the_work_of_a_batch_is_that_of_its_micro_batches() -> None:
+    arch = KNOWN_ARCHITECTURES["HuggingFaceTB/SmolVLM2-256M-Video-Instruct"]
+    counter = WorkCounter(arch, Config(), micro_items=2)
+    batch = Batch(
+        ids=list("abcd"),
+        categories=["c"] * 4,
+        images=torch.empty(4, 3, 1, 1, dtype=torch.uint8),
+        input_ids=torch.zeros(4, 212, dtype=torch.int64),
+        used_tokens=torch.tensor([200, 120, 100, 90]),
+        ratings=torch.zeros(4),
+        rating_counts=torch.zeros(4),
+        truncated_tokens=0,
+        lengths=[200, 120, 100, 90],
+    )
+    work = counter.of(batch)
+    assert (work.tokens, work.computed_tokens) == (510, 2 * 208 + 2 * 112)
+    one = training_flops(count_forward(arch, 384, 112), [])
+    two = training_flops(count_forward(arch, 384, 208), [])
+    assert work.computed_flops == pytest.approx(2 * one + 2 * two) and work.flops < work.computed_flops
+    fields = work_fields(work + work, seconds=2.0, ranks=2, peak=1e12)
+    assert fields["padding_share"] == pytest.approx(1 - 510 / 640, abs=1e-4)
+    assert fields["tokens_per_second"] == 510
+    assert fields["mfu"] == pytest.approx(work.flops / 2 / 1e12, abs=1e-4)
+    assert work_fields(Work(), 0.0, 2, None)["mfu"] is None
+
+
+def test_a_full_step_at_the_reference_length_is_478_gflop() -> None:
+    arch = KNOWN_ARCHITECTURES["HuggingFaceTB/SmolVLM2-256M-Video-Instruct"]
+    assert flops_by_length(arch, Config())(212) / 1e9 == pytest.approx(478, abs=1)
+
+
+def test_a_gpu_is_known_by_its_driver_name() -> None:
+    found = find_gpu("NVIDIA H200")
+    assert found is not None and found.bf16_tflops == 989
+    assert find_gpu("NVIDIA A100-SXM4-80GB") is not None and find_gpu("NVIDIA GeForce RTX 4090") is None
+    assert peak_flops(torch.device("cpu"), "bf16") is None
