@@ -46,7 +46,16 @@ def test_gradients_add_up_over_micro_batches_and_stay_views(bucket_bytes: int) -
         assert torch.allclose(torch.nn.utils.get_total_norm(buckets.flats), expected)
         buckets.zero()
         plain.zero_grad()
-    assert sum(f.numel() for f in buckets.flats) == sum(p.numel() for p in net.parameters())
+    assert sum(f.numel() for f in buckets.flats) == sum(-(-p.numel() // 4) * 4 for p in net.parameters())
+
+
+def test_every_gradient_begins_where_a_fused_kernel_can_load_16_bytes() -> None:
+    net = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1), nn.Linear(1, 7))
+    buckets = GradientBuckets(net.parameters(), 10**6)
+    assert [p.grad.storage_offset() * 4 % 16 for p in net.parameters()] == [0] * 6  # type: ignore[union-attr]
+    net(torch.randn(2, 3)).sum().backward()
+    own = sum(int(p.grad.count_nonzero()) for p in net.parameters())  # type: ignore[union-attr]
+    assert sum(int(f.count_nonzero()) for f in buckets.flats) == own, "nothing lies between the gradients"
 
 
 class Collectives:
