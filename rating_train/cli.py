@@ -45,6 +45,7 @@ VERBS = {
     "predict": "score a catalogue into a CSV or Parquet file",
     "export": "write a checkpoint as a folder that transformers loads",
     "cost": "parameters, MACs, FLOPs, C, E and CES of a configuration",
+    "bench": "how fast the parts of training are, against limits",
     "report": "plot a run, or describe a dataset",
     "status": "show the progress of a run and which checkpoints are valid",
     "submit": "submit training, and an evaluation after it, to Slurm",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from rating_train.engine.clipping import Guarded
 from rating_train.engine.ds_config import build_ds_config
 from rating_train.engine.gradient_buckets import GradientBuckets
 from rating_train.engine.optimizer import build_optimizer
+from rating_train.engine.phases import Phases
 from rating_train.errors import UserError
 from rating_train.model.custom_loss import LossFunction
 from rating_train.model.head import dropout_keys
@@ -44,6 +46,8 @@ class Engine:
         device: this rank's device.
         custom_loss: the function that ``loss.kind`` names, if it is not a built-in loss.
         buckets: the gradients at stage 0; at the other stages they are DeepSpeed's.
+        phases: measures the parts of a step, in a benchmark. At stage 0 "reduction" is what of it is left after the
+            backward pass; at the other stages DeepSpeed reduces within its backward pass and its optimizer step.
     """
 
     ds: Any
@@ -53,6 +57,7 @@ class Engine:
     device: torch.device
     custom_loss: LossFunction | None = None
     buckets: GradientBuckets | None = None
+    phases: Phases | None = None
     _skipped: list[bool | Tensor] = field(default_factory=list)
 
     def step(
@@ -78,21 +83,32 @@ class Engine:
         for number, micro in enumerate(micros, start=1):
             if before_micro is not None:
                 before_micro()
-            micro = micro.to(self.device).cut(self.config.batch.length_multiple_tokens)
-            keys = dropout_keys(micro.id_hashes, self.config.train.seed, step)
-            scores = self.ds(micro.images, micro.input_ids, micro.used_tokens, keys)
-            loss = rating_loss(scores, micro.ratings, micro.rating_counts, self.config.loss, self.custom_loss)
+            with self._phase("host to device"):
+                micro = micro.to(self.device).cut(self.config.batch.length_multiple_tokens)
+            with self._phase("forward"):
+                loss = self._loss(micro, step)
             reduced = self.buckets if number == len(micros) else None
             if reduced is not None:
                 reduced.start()
-            self.ds.backward(loss)
+            with self._phase("backward"):
+                self.ds.backward(loss)
             if reduced is not None:
-                reduced.finish()
-            self.ds.step()  # updates the weights after the last micro-batch of the step
+                with self._phase("reduction"):
+                    reduced.finish()
+            with self._phase("optimizer"):
+                self.ds.step()  # updates the weights after the last micro-batch of the step
             losses.append(loss.detach().float())
         optimizer = self.ds.optimizer
         self._skipped.append(optimizer.found_inf if isinstance(optimizer, Guarded) else optimizer.overflow)
         return torch.stack(losses).mean()
+
+    def _loss(self, micro: Batch, step: int) -> Tensor:
+        keys = dropout_keys(micro.id_hashes, self.config.train.seed, step)
+        scores = self.ds(micro.images, micro.input_ids, micro.used_tokens, keys)
+        return rating_loss(scores, micro.ratings, micro.rating_counts, self.config.loss, self.custom_loss)
+
+    def _phase(self, name: str) -> AbstractContextManager[None]:
+        return self.phases(name) if self.phases is not None else nullcontext()
 
     def read_skipped(self, wait: bool) -> list[bool]:
         """Tell which steps since the last answer were skipped, on every rank alike, for a non-finite gradient.

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-
 _ALIGNMENT_BYTES = 16
 
 
@@ -91,7 +90,7 @@ class GradientBuckets:
 
 
 def _aligned(elements: int, element_bytes: int) -> int:
-    """Round up, so that the next gradient begins at a multiple of 16 bytes, too: fused CUDA kernels load so many at once.
+    """Round up, so that the next gradient begins at a multiple of 16 bytes: fused CUDA kernels load so many at once.
 
     What lies between two gradients stays zero, and counts neither in the norm nor in an average.
     """

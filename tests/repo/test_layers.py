@@ -28,7 +28,7 @@ LAYERS: dict[int, str] = {
     3: "prepare data model demo",
     4: "engine weights",
     5: "training",
-    6: "reports cluster prediction evaluation export",
+    6: "reports cluster prediction evaluation export bench",
     7: "commands",
     8: "cli __main__",
 }
@@ -75,7 +75,7 @@ TORCH_FREE = (
     "scoring. shards. cluster.site cluster.submission checkpoint.store data.remote data.shard_cache "
     "data.lengths data.shared_memory_need model.architecture model.cost distributed.gpus "
     "training.provenance export.options prediction.options prediction.output prediction.rows prediction.work_dir "
-    "evaluation.baselines evaluation.gate evaluation.stored evaluation.text model.accounting "
+    "bench.result evaluation.baselines evaluation.gate evaluation.stored evaluation.text model.accounting "
 ).split()
 
 READS_ENVIRONMENT = {

@@ -119,6 +119,15 @@ def test_an_image_of_the_right_size_is_decoded_and_not_resampled() -> None:
     assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(data))))
 
 
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_the_faster_decoder_gives_the_pixels_of_pillow(subsampling: int, progressive: bool) -> None:
+    out = io.BytesIO()
+    noise = np.random.default_rng(subsampling).integers(0, 256, size=(S, S, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(out, "JPEG", quality=90, subsampling=subsampling, progressive=progressive)
+    assert np.array_equal(decode_square(out.getvalue(), S, "a"), np.asarray(Image.open(out)))
+
+
 @pytest.mark.parametrize("stored", [12, 48, 33])
 def test_an_image_of_another_size_is_resized_bilinearly(stored: int) -> None:
     data = jpeg(stored)

@@ -85,7 +85,13 @@ def test_a_run_that_ended(run: Path, capsys: pytest.CaptureFixture[str], options
     ]
     assert value["markers"] == value["temporary"] == value["abandoned"] == []
     assert value["owner"]["state"] == "none" and value["free_bytes"] > 0
-    assert sorted(value["undefined"]) == ["owner.heartbeat_age_seconds", "progress.idle_seconds"]
+    assert sorted(value["undefined"]) == [
+        "owner.heartbeat_age_seconds",
+        "progress.idle_seconds",
+        "progress.mfu",  # of a CPU
+    ]
+    assert progress["tokens_per_second"] > 0 and 0 <= progress["padding_share"] < 1
+    assert "tokens/s" in text and "padding" in text
     assert "step 2 of 2" in text and "step_00000002" in text and "INVALID" not in text
     assert ("sizes and SHA-256" in text) == (not options)
 

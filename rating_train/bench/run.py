@@ -1,0 +1,73 @@
+"""Put a job together for a benchmark, and run its parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rating_train.bench.parts import Bench
+from rating_train.bench.result import Row
+from rating_train.bench.setting import bench_config
+from rating_train.config.schema import Config
+from rating_train.distributed.collectives import on_main
+from rating_train.training import setup
+from rating_train.training.checks import make_run_folder
+from rating_train.training.job import assemble_job, open_checkpoints
+
+#: Synthetic listings for each item of a global batch, and at least.
+_LISTINGS_PER_ITEM, _LEAST_LISTINGS = 4, 64
+
+
+def run_bench(
+    config: Config, parts: Sequence[str], rounds: int, steps: int
+) -> tuple[dict[str, Any], list[Row]]:
+    """Measure a configuration on all ranks. A collective.
+
+    Args:
+        config: the configuration; what it lacks here is made up (:mod:`.setting`).
+        parts: of :data:`~.parts.PARTS`.
+        rounds: measurements of each figure.
+        steps: optimizer steps of a round.
+
+    Returns:
+        What it was measured on, and this rank's rows.
+    """
+    world, device = setup.join_job(config.train.collective_timeout_minutes, config.train.device)
+    with tempfile.TemporaryDirectory(prefix="rating_train-bench-") as own:
+        folder = Path(on_main(lambda: own))
+        items = max(_LEAST_LISTINGS, _LISTINGS_PER_ITEM * config.batch.global_items)
+        config = on_main(lambda: bench_config(config, folder, items))
+        run = Path(config.runs_dir) / config.name
+        on_main(lambda: make_run_folder(run))
+        checkpointer = open_checkpoints(config, run, world)
+        job = assemble_job(config, run, world, device, checkpointer, None)
+        bench = Bench(job, rounds, steps + 1 if "train" in parts else steps)
+        rows = [row for part in parts for row in getattr(bench, part)()]
+        on_main(lambda: None)  # all ranks are done with the folder
+        checkpointer.close()
+    return describe(job.config, device, world.size), rows
+
+
+def describe(config: Config, device: torch.device, ranks: int) -> dict[str, Any]:
+    """Return what a result was measured on."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "ranks": ranks,
+        "torch": torch.__version__,
+        "backbone": config.model.backbone,
+        "image_px": config.data.image_px,
+        "batch": dataclasses.asdict(config.batch),
+        "zero_stage": config.zero.stage,
+        "precision": config.train.precision,
+        "workers": config.data.workers,
+    }

@@ -1,0 +1,57 @@
+"""``rating-train bench``: how fast a configuration runs here, each part against a limit of the same run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rating_train.bench.result import as_json, compare, is_slower, read_result, render, render_comparison
+from rating_train.commands.shared import add_set_option, load_config_once
+from rating_train.errors import EXIT_DONE, EXIT_REQUIREMENT
+from rating_train.files import atomic_write_json
+from rating_train.log import process_rank
+
+_PARTS = ("loader", "forward", "step", "train")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``rating-train bench``."""
+    parser.add_argument("config", help="YAML file; without its data or backbone, synthetic ones are measured")
+    add_set_option(parser)
+    parser.add_argument(
+        "--part", action="append", choices=_PARTS, help="measure this part; may be repeated (default: all)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each figure (default: 5)")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of a round (default: 10)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to a file")
+    parser.add_argument(
+        "--compare", type=Path, metavar="FILE", help="compare with a result of --json; exit code 3 if slower"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="of --compare: share by which a figure may be slower (default: 0.1)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, and compare; 3 where a figure is slower than before by more than the tolerance."""
+    config = load_config_once(args.config, args.set)
+    before = read_result(args.compare) if args.compare else {}
+    from rating_train.bench.run import run_bench
+
+    parts = [part for part in _PARTS if part in (args.part or _PARTS)]
+    machine, rows = run_bench(config, parts, max(1, args.rounds), max(1, args.steps))
+    if process_rank() != 0:
+        return EXIT_DONE
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(render(rows))
+    if args.json:
+        atomic_write_json(args.json, as_json(machine, rows))
+    if not args.compare:
+        return EXIT_DONE
+    differences = compare(before, rows)
+    print("\n" + render_comparison(differences, args.tolerance))
+    return EXIT_REQUIREMENT if any(is_slower(d, args.tolerance) for d in differences) else EXIT_DONE
