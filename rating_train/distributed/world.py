@@ -161,6 +161,9 @@ def connect(world: World, timeout_minutes: float = 10.0, wanted: str = "auto") -
         torch.cuda.set_device(device)
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed must not guess
+    if torch.__version__ < (2, 9):
+        # There, DeepSpeed's import of torch's compiler starts up to 32 processes for every rank.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
             backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",

@@ -72,6 +72,9 @@ class Job:
 
 def import_everything() -> dict[str, str]:
     """Import what jobs need; returns the variables that importing has set."""
+    os.environ.setdefault(
+        "TORCHINDUCTOR_COMPILE_THREADS", "1"
+    )  # torch 2.8 would start a thread and processes
     before = dict(os.environ)
     # As distributed/world.py sets it before DeepSpeed is imported. With a GPU here, each rank imports it itself.
     gc.disable()

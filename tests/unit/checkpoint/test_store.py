@@ -575,13 +575,13 @@ def test_the_checkpoint_that_latest_names_is_waited_for(
 def test_a_save_begins_although_the_reply_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pauses: None
 ) -> None:
-    mkdir, replies = os.mkdir, [errno.EIO]
+    mkdir, replies = Path.mkdir, [errno.EIO]
 
     def lost_reply(*args: Any, **more: Any) -> None:
         mkdir(*args, **more)
         if replies:
             raise OSError(replies.pop(), "the server's reply was lost")
 
-    monkeypatch.setattr(os, "mkdir", lost_reply)
+    monkeypatch.setattr(Path, "mkdir", lost_reply)
     temporary = store.begin(tmp_path, 5)
     assert [p.name for p in tmp_path.iterdir()] == [temporary.name] and not replies
