@@ -161,7 +161,7 @@ def connect(world: World, timeout_minutes: float = 10.0, wanted: str = "auto") -
         torch.cuda.set_device(device)
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed must not guess
-    if torch.__version__ < (2, 9):
+    if torch.__version__ < "2.9":  # compared as versions
         # There, DeepSpeed's import of torch's compiler starts up to 32 processes for every rank.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if not torch.distributed.is_initialized():
