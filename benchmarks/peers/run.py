@@ -117,7 +117,7 @@ def main() -> None:
     args = parser.parse_args()
     stages = [int(s) for s in args.stages.split(",") if s]
     runs: dict[str, Callable[[], float]] = {}
-    for padded, name in ((False, ""), (True, ", padded")):
+    for padded, name in ((False, ""), (True, " padded")):
         for stage in stages:
             runs[f"rating_train stage {stage}{name}"] = functools.partial(ours, args, stage, padded)
     runs["DDP"] = functools.partial(peer, args, "ddp.py")

@@ -216,6 +216,12 @@ _RULES = (
         "moments over the ranks, and cannot hold moments in 8 bits with their scales",
     ),
     Rule(
+        "train.compile zero.stage",
+        lambda c: c.train.compile == "none" or c.zero.stage < 3,
+        "`train.compile` is {c.train.compile}, which needs `zero.stage` 0, 1 or 2: stage 3 gathers weights between "
+        "layers",
+    ),
+    Rule(
         "zero.stage zero.offload_optimizer",
         lambda c: c.zero.stage > 0 or not c.zero.offload_optimizer,
         "`zero.offload_optimizer` needs `zero.stage` 1, 2 or 3",

@@ -158,6 +158,12 @@ class TrainConfig:
     precision: Literal["bf16", "fp32"] = setting(
         "bf16", "bf16 compute with fp32 master weights and fp32 accumulation, or fp32 throughout."
     )
+    compile: Literal["none", "blocks", "model"] = setting(
+        "none",
+        "torch.compile: each layer of both towers, or the whole model (whose gradients can then be reduced only when "
+        "its backward pass has ended). One graph for each length of a micro-batch, made before the first step. ZeRO "
+        "stages 0 to 2.",
+    )
     device: Literal["auto", "cuda", "cpu"] = setting(
         "auto",
         "`auto` takes a GPU if there is one, else the CPU, and refuses the CPU where a GPU is evidently expected "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from rating_train.config.schema import Config
 from rating_train.data.collate import Batch
 from rating_train.distributed.groups import connect_groups, limit_collectives
 from rating_train.engine.clipping import Guarded
+from rating_train.engine.compiled import compile_model, warm_up
 from rating_train.engine.ds_config import build_ds_config
 from rating_train.engine.gradient_buckets import GradientBuckets
 from rating_train.engine.optimizer import build_optimizer
@@ -48,6 +49,7 @@ class Engine:
         buckets: the gradients at stage 0; at the other stages they are DeepSpeed's.
         phases: measures the parts of a step, in a benchmark. At stage 0 "reduction" is what of it is left after the
             backward pass; at the other stages DeepSpeed reduces within its backward pass and its optimizer step.
+        lengths: all that micro-batches can have, in tokens.
     """
 
     ds: Any
@@ -58,6 +60,7 @@ class Engine:
     custom_loss: LossFunction | None = None
     buckets: GradientBuckets | None = None
     phases: Phases | None = None
+    lengths: tuple[int, ...] = ()
     _skipped: list[bool | Tensor] = field(default_factory=list)
 
     def step(
@@ -110,6 +113,15 @@ class Engine:
     def _phase(self, name: str) -> AbstractContextManager[None]:
         return self.phases(name) if self.phases is not None else nullcontext()
 
+    def warm_up(self, before: Callable[[int], None]) -> None:
+        """Compile what ``train.compile`` asks for, before the first step; ``before`` is told each length."""
+        config = self.config
+        if config.train.compile == "none" or not self.lengths:
+            return
+        autocast = config.train.precision == "bf16" and config.zero.stage == 0
+        items = self.plan.micro_items
+        warm_up(self.model, self.lengths, items, config.data.image_px, autocast, before)
+
     def read_skipped(self, wait: bool) -> list[bool]:
         """Tell which steps since the last answer were skipped, on every rank alike, for a non-finite gradient.
 
@@ -158,8 +170,17 @@ def build_engine(
     plan: BatchPlan,
     device: torch.device,
     custom_loss: LossFunction | None = None,
+    lengths: Sequence[int] = (),
 ) -> Engine:
     """Hand the model to DeepSpeed. A collective; the process group must exist.
+
+    Args:
+        model: the regressor, on the CPU.
+        config: the run's configuration.
+        plan: how the global batch is divided.
+        device: this rank's device.
+        custom_loss: the function that ``loss.kind`` names, if it is not a built-in loss.
+        lengths: all that micro-batches can have, in tokens; for ``train.compile``.
 
     Raises:
         UserError: DeepSpeed is older than 0.19.5, which has silent gradient bugs at stages 0 and 1.
@@ -173,6 +194,7 @@ def build_engine(
             expected="0.19.5 or newer",
             fix="pip install -U deepspeed",
         )
+    compile_model(model, config.train.compile, lengths)
     groups = param_groups(model, config.optim)
     log.info("optimizer groups\n%s", group_table(model, groups))
     optimizer = build_optimizer(groups, config)
@@ -188,7 +210,7 @@ def build_engine(
     _decide_by_the_norm(ds.optimizer)
     check_fp32_buffers(ds.module)
     buckets = _own_reduction(ds, config.zero.bucket_mb) if config.zero.stage == 0 else None
-    return Engine(ds, groups, config, plan, device, custom_loss, buckets)
+    return Engine(ds, groups, config, plan, device, custom_loss, buckets, lengths=tuple(lengths))
 
 
 def _own_reduction(ds: Any, bucket_mb: int) -> GradientBuckets:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Idefics3Config, PretrainedConfig, SmolVLMConfig
 
 from rating_train.model.architecture import Architecture
@@ -60,6 +60,10 @@ class Backbone:
         # Attention is causal and the padding is on the right, so no real token sees it; the pooling leaves out
         # what the padding computes.
         return model.text_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+
+    def blocks(self, model: Any) -> list[nn.Module]:
+        """Return the layers of both towers, in the order of the forward pass: what is compiled one by one."""
+        return [*model.vision_model.encoder.layers, *model.text_model.layers]
 
 
 class SmolVLM(Backbone):

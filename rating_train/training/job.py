@@ -21,6 +21,7 @@ from rating_train.config.resolve import (
     total_steps,
 )
 from rating_train.config.schema import PARTS, Config
+from rating_train.data.lengths import possible_lengths
 from rating_train.data.loader import EvaluationData, TrainingData, open_evaluation, open_training
 from rating_train.distributed.collectives import on_main
 from rating_train.distributed.seeding import seed_everything
@@ -128,7 +129,10 @@ def assemble_job(
         config.data, prompt, world, config.data.eval_split, eval_items, config.eval.max_items, device
     )
     model, warm = _build_model(config, model_inputs, fresh=resumed_from is None)
-    engine = build_engine(model, config, plan, device, custom_loss.function if custom_loss else None)
+    layout = prompt.layout
+    shortest = layout.length - prompt.field_budget  # the template alone
+    lengths = possible_lengths(shortest, layout.length, config.batch.length_multiple_tokens)
+    engine = build_engine(model, config, plan, device, custom_loss.function if custom_loss else None, lengths)
     steps = total_steps(config, data.samples)
     log.info(
         "%d items, %d steps of %d = %d ranks x %d x %d accumulation; evaluating %d items",

@@ -67,12 +67,24 @@ def train(config: Config, resume: str) -> str:
         job = assemble_job(config, run, world, device, checkpointer, path, custom_loss)
         state = restore(job, path)
         on_main(lambda: record(job, state, path))
+        warm_up(job, state, supervisor)
         with Recorder(job, state) as recorder:
             outcome = loop(job, state, recorder, supervisor)
         supervisor.lock.update(outcome=outcome)
         on_main(lambda: leave_markers(run, outcome, state.step))
         on_main(lambda: recorder.summary(outcome, time.monotonic() - started))
     return outcome
+
+
+def warm_up(job: Job, state: TrainState, supervisor: Supervisor) -> None:
+    """Compile before anything is measured, and tell the watchdog of each graph."""
+    started = time.monotonic()
+
+    job.engine.warm_up(
+        lambda length: supervisor.beat(f"compiling for {length} tokens", state.step, job.total_steps)
+    )
+    if job.config.train.compile != "none":
+        log.info("compiled for %d lengths in %.0f s", len(job.engine.lengths), time.monotonic() - started)
 
 
 def record(job: Job, state: TrainState, resumed_from: Path | None) -> None:

@@ -1,0 +1,26 @@
+"""``train.compile``: no graph break, one graph for each length, all of them made before the first step, equal losses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Ranks
+
+WORKER = Path(__file__).with_name("compile_worker.py")
+
+
+@pytest.mark.timeout(240)
+def test_compiled_layers_train_as_eager_ones_at_stages_0_1_2(tmp_path: Path, ranks: Ranks) -> None:
+    ranks.run(1, WORKER, tmp_path / "rows.json")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    for eager, compiled in zip(rows[::2], rows[1::2], strict=True):
+        assert (eager["how"], compiled["how"], eager["stage"]) == ("none", "blocks", compiled["stage"])
+        assert eager["graphs"] == 0 and eager["beats"] == []
+        assert compiled["breaks"] == 0
+        assert compiled["beats"] == [24, 18]
+        assert compiled["graphs"] == compiled["graphs_of_warm_up"] == 1 + 2, "the vision tower, and the lengths"
+        for a, b in zip(eager["losses"], compiled["losses"], strict=True):
+            assert a == pytest.approx(b, rel=2e-3), (eager, compiled)
