@@ -11,6 +11,9 @@ from rating_train.config.load import load_config
 from rating_train.reports.cost_report import cost_report
 from rating_train.reports.planning import ASSUMED_MFU, GPUS, make_plan, render_plan
 
+#: Training items of the paper, for an epoch where --items is not given.
+PAPER_ITEMS = 16_455_671
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``rating-train cost``."""
@@ -52,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="in place of --mfu: items/s of one GPU, from samples_per_second in train.jsonl of a short run",
     )
+    plan.add_argument(
+        "--network-gbit",
+        type=float,
+        metavar="G",
+        help="network of a node of 8 GPUs, in Gbit/s: prints how training scales up to --gpus",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,6 +80,12 @@ def run(args: argparse.Namespace) -> int:
     print(cost_report(arch, config.data.image_px, config.data.text_tokens, args.plcc))
     if args.items is not None:
         print(render_plan(make_plan(config, arch, args.items, args.gpus, args.gpu, args.mfu, args.rate)))
+    if args.network_gbit is not None:
+        from rating_train.reports.cost.scale import render_scale, scale
+
+        mfu = args.mfu or ASSUMED_MFU[-1]
+        found = scale(config, arch, args.gpu, args.gpus, args.network_gbit, mfu)
+        print(render_scale(found, args.gpu, args.network_gbit, mfu, args.items or PAPER_ITEMS))
     if args.budget:
         from rating_train.reports.cost import budget as cost_budget
         from rating_train.reports.cost.sweep import measure_config

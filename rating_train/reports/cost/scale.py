@@ -1,0 +1,176 @@
+"""How training scales over GPUs and nodes, on paper: compute, gradients, data, checkpoints, evaluations. No torch.
+
+Counted: operations, gradient bytes, batches. From data sheets: speed of GPUs and their links. Assumed: the share of
+the GPU's speed (MFU), and the share of a link that a collective reaches. Measured (docs/scaling.md, docs/planning.md):
+bytes of an item, the pause of a save. An upper bound: no straggler, no other traffic, and an MFU that does not fall
+where a GPU has few items.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rating_train.config.schema import Config
+from rating_train.distributed.gpus import GPUS
+from rating_train.errors import UserError
+from rating_train.log import duration, text_table
+from rating_train.model.architecture import Architecture
+from rating_train.model.cost import count_forward, count_parameters, training_flops, visual_tokens
+from rating_train.reports.planning import STORED_BYTES, STORED_PX
+
+#: GPUs of a node, and the share of a link's data sheet speed that an all-reduce is assumed to reach.
+GPUS_PER_NODE, LINK_SHARE = 8, 0.7
+#: Measured for the full state of 228M parameters on a local disk (docs/decisions.md): seconds that training pauses.
+SAVE_PAUSE_SECONDS = 1.15
+#: Share of a step's compute during which gradients can be reduced: the backward pass, as far as it overlaps.
+_BACKWARD_SHARE = 2 / 3
+#: Items of the evaluation, as in the paper.
+_EVALUATION_ITEMS = 10_000
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """One step, and one epoch, on some GPUs. Seconds.
+
+    Attributes:
+        gpus: number of GPUs.
+        rank_items: items of one GPU in a step.
+        compute: forward and backward pass.
+        inside: all-reduce of the gradients inside a node.
+        between: all-reduce of the gradients between nodes.
+        exposed: of the all-reduce, what the backward pass does not hide.
+        saves: of each step, its share of the pauses of checkpoints.
+        evaluations: of each step, its share of the evaluations.
+        rate: items/s of all GPUs.
+        data_bytes: of shards, read by a node in a second.
+    """
+
+    gpus: int
+    rank_items: int
+    compute: float
+    inside: float
+    between: float
+    exposed: float
+    saves: float
+    evaluations: float
+    rate: float
+    data_bytes: float
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the time that is compute."""
+        return self.compute / (self.compute + self.exposed + self.saves + self.evaluations)
+
+
+def scale(
+    config: Config, arch: Architecture, gpu: str, gpus: int, network_gbit: float, mfu: float
+) -> list[Scaled]:
+    """Compute a step on 1, 2, 4, ... GPUs, up to ``gpus``, as far as the global batch divides.
+
+    Args:
+        config: the configuration.
+        arch: the backbone and its head.
+        gpu: a name in :data:`GPUS`.
+        gpus: largest number of GPUs.
+        network_gbit: network of one node in one direction, in Gbit/s.
+        mfu: share of the GPU's speed that the compute reaches.
+
+    Raises:
+        UserError: an unknown GPU, or numbers out of bounds.
+    """
+    if gpu not in GPUS:
+        raise UserError(f"unknown GPU {gpu!r}", where="--gpu", expected=f"one of {', '.join(GPUS)}")
+    if not 0 < network_gbit < math.inf or not 0 < mfu <= 1 or gpus < 1:
+        raise UserError(
+            f"a network of {network_gbit} Gbit/s, an MFU of {mfu} and {gpus} GPUs cannot be computed",
+            where="--network-gbit, --mfu, --gpus",
+            expected="above 0, above 0 and at most 1, 1 or more",
+        )
+    counts = [n for n in _doubled(gpus) if config.batch.global_items % n == 0]
+    return [_scaled(config, arch, gpu, n, network_gbit, mfu) for n in counts]
+
+
+def _doubled(most: int) -> list[int]:
+    powers = [2**i for i in range(most.bit_length()) if 2**i <= most]
+    return sorted({*powers, most})
+
+
+def _scaled(
+    config: Config, arch: Architecture, gpu: str, gpus: int, network_gbit: float, mfu: float
+) -> Scaled:
+    sheet, px = GPUS[gpu], config.data.image_px
+    forward = count_forward(arch, px, visual_tokens(arch, px) + config.data.text_tokens)
+    speed = mfu * sheet.bf16_tflops * 1e12
+    rank_items = config.batch.global_items // gpus
+    compute = rank_items * training_flops(forward, config.model.freeze) / speed
+    inside, between = reduction_seconds(config, arch, gpu, gpus, network_gbit)
+    hidden = _BACKWARD_SHARE * compute if config.zero.stage in (0, 2) else 0.0
+    exposed = max(0.0, inside + between - hidden)
+    saves = SAVE_PAUSE_SECONDS / config.train.save_every_steps if config.train.save_every_steps else 0.0
+    evaluation = _EVALUATION_ITEMS * forward.total("flop_attention") / speed / gpus
+    evaluations = evaluation / config.train.eval_every_steps if config.train.eval_every_steps else 0.0
+    rate = config.batch.global_items / (compute + exposed + saves + evaluations)
+    stored = STORED_BYTES * (px / STORED_PX) ** 2
+    nodes = -(-gpus // GPUS_PER_NODE)
+    return Scaled(
+        gpus, rank_items, compute, inside, between, exposed, saves, evaluations, rate, rate * stored / nodes
+    )
+
+
+def reduction_seconds(
+    config: Config, arch: Architecture, gpu: str, gpus: int, network_gbit: float
+) -> tuple[float, float]:
+    """Return the seconds of averaging the gradients of a step: (inside nodes, between nodes).
+
+    A hierarchical all-reduce: each GPU sends 2 (g - 1) / g of the gradients to the g GPUs of its node, and each node
+    2 (n - 1) / n of them to the n nodes. Stages 0 and 1 reduce in fp32 once in a step.
+    """
+    counts = count_parameters(arch)
+    sent = 4 * (counts["total"] - sum(counts[part] for part in config.model.freeze))
+    local, nodes = min(gpus, GPUS_PER_NODE), -(-gpus // GPUS_PER_NODE)
+    inside = 2 * (local - 1) / local * sent / (GPUS[gpu].link_gb * 1e9 * LINK_SHARE)
+    between = 2 * (nodes - 1) / nodes * sent / (network_gbit * 1e9 / 8 * LINK_SHARE)
+    return inside, between
+
+
+def items_for_efficiency(found: Scaled, wanted: float = 0.9) -> int:
+    """Return the items of one GPU in a step at which communication leaves ``wanted`` of the time to compute."""
+    one, sent = found.compute / found.rank_items, found.inside + found.between
+    hidden = found.exposed < sent and found.exposed >= 0
+    need = (sent / one) * (1 / (_BACKWARD_SHARE + 1 / wanted - 1) if hidden else wanted / (1 - wanted))
+    return max(1, math.ceil(need))
+
+
+def render_scale(found: Sequence[Scaled], gpu: str, network_gbit: float, mfu: float, items: int) -> str:
+    """Return the table, where scaling stops, and what all of it rests on."""
+    body = [
+        [
+            str(s.gpus),
+            str(s.rank_items),
+            *(f"{1000 * v:.2f}" for v in (s.compute, s.inside, s.between, s.exposed, s.saves, s.evaluations)),
+            f"{s.rate:,.0f}",
+            f"{100 * s.efficiency:.0f}%",
+            duration(items / s.rate),
+            f"{s.data_bytes / 1e6:,.0f}",
+        ]
+        for s in found
+    ]
+    header = ["GPUs", "items", "compute", "inside", "between", "exposed", "saves", "evals", "items/s", "compute share",
+              "epoch", "MB/s per node"]  # fmt: skip
+    last = found[-1]
+    needed = items_for_efficiency(last)
+    return "\n".join(
+        [
+            f"Scaling on {gpu}, {GPUS_PER_NODE} to a node, {network_gbit:g} Gbit/s for each node, MFU {mfu:g} "
+            f"(assumed), links at {100 * LINK_SHARE:.0f}% of",
+            "their data sheets (assumed); an upper bound, not measured. Times in ms per step; inside and between: the",
+            f"gradients' all-reduce; exposed: what the backward pass does not hide; an epoch of {items:,} items.",
+            "",
+            *text_table(header, body),
+            "",
+            f"With {last.gpus} GPUs gradients leave 90% of the time to compute from {needed} items per GPU on:",
+            f"a global batch of {needed * last.gpus:,} (another batch needs other learning rates).",
+        ]
+    )
