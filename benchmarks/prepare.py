@@ -33,7 +33,7 @@ from rating_train.prepare.parts.pool import Event, build_parts
 from rating_train.prepare.plan.plan_dir import PLAN_NAME
 from rating_train.prepare.plan.planner import make_plan
 from rating_train.prepare.plan.rules import PlanRules
-from rating_train.shards.schema import MDS_COLUMNS, Listing
+from rating_train.shards.schema import MDS_COLUMNS, TEXT_FIELDS, Listing
 from rating_train.shards.writer import SplitWriter
 
 SIZE_PX, QUALITY, SHARD_BYTES = 384, 90, 64 << 20
@@ -122,7 +122,7 @@ def write_rates(folder: Path, samples: list[tuple[Listing, bytes]], turn: int) -
         size_limit=SHARD_BYTES,
     ) as theirs:
         for listing, image in samples:
-            row = {name: getattr(listing, name, None) for name in MDS_COLUMNS}
+            row = {"id": listing.id, **listing.texts}
             row |= {"image": image, "rating": np.float32(listing.rating)}
             theirs.write({**row, "rating_count": np.int64(listing.rating_count)})
     raw = time.monotonic()
@@ -164,7 +164,18 @@ def main() -> None:
         image = square_jpeg((folder / "0.jpg").read_bytes(), SIZE_PX, QUALITY)
         text = "some text " * 40
         samples = [
-            (Listing(f"B{i:07d}", f"thing {i}", text, text, "Things", "", 1 + i % 41 / 10, i, ""), image)
+            (
+                Listing(
+                    f"B{i:07d}",
+                    dict(zip(TEXT_FIELDS, (f"thing {i}", text, text, "Things"))),
+                    "Things",
+                    "",
+                    1 + i % 41 / 10,
+                    i,
+                    "",
+                ),
+                image,
+            )
             for i in range(8000)
         ]
         rates = [write_rates(folder, samples, turn) for turn in range(args.rounds)]

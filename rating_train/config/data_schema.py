@@ -66,7 +66,7 @@ class DataConfig:
     )
     field_chars: int = setting(
         100,
-        "L: characters kept of each text field (title, description, features, main category).",
+        "L: characters kept of each text field (of stars: title, description, features, main category).",
         low=1,
         high=100_000,
     )

@@ -55,7 +55,9 @@ def _choices(hint: Any) -> str:
 
 def _scalar(value: Any) -> str:
     """Write a value as one line of YAML that reads back as the same value of the same type."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
+    if isinstance(value, list):
+        value = [dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for v in value]  # type: ignore[arg-type]
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000, sort_keys=False)
     return text.removesuffix("...\n").strip()
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import re
+import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
@@ -102,6 +103,11 @@ def _typed(kind: Any, value: Any, key: str, problems: dict[str, str]) -> Any:
         return read(typing.cast(type, kind), value, problems, f"{key}.")
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     expected = ""
+    if origin is types.UnionType:  # of one type and None
+        (kind,) = (k for k in arguments if k is not type(None))
+        if value is None:
+            return None
+        return _typed(kind, value, key, problems)
     if origin is typing.Literal:
         if isinstance(value, bool) or not isinstance(value, (str, int)) or value not in arguments:
             expected = f"one of {', '.join(map(str, arguments))}"

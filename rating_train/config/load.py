@@ -14,6 +14,7 @@ import yaml
 
 from rating_train.config.fields import Rule, broken_rules, read
 from rating_train.config.schema import LOSSES, PARTS, Config, to_dict
+from rating_train.config.task import task_problems
 from rating_train.config.yaml_reader import parse_setting, parse_yaml
 from rating_train.errors import UserError, one_error
 from rating_train.extensions import load_extensions
@@ -62,6 +63,8 @@ def config_from_dict(
     if not problems:
         load_extensions(config.extensions)
     found = [*problems.values(), *broken_rules(config, _RULES, problems)]
+    if not any(key.startswith("task") for key in problems):
+        found += [f"task: {problem}" for problem in task_problems(config.task)]
     if found:
         fix = "see configs/base.yaml: every key, its unit and its default"
         raise one_error(found, where=where, fix=fix)
@@ -193,6 +196,11 @@ _RULES = (
         "model.init_parts",
         lambda c: c.model.init_parts and set(c.model.init_parts) <= set(PARTS),
         f"`model.init_parts` is {{c.model.init_parts}}, expected at least one of {', '.join(PARTS)}",
+    ),
+    Rule(
+        "model.inputs",
+        lambda c: c.model.inputs and set(c.model.inputs) <= {"image", "text"},
+        "`model.inputs` is {c.model.inputs}, expected image, text or both",
     ),
     Rule(
         "model.freeze",

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from rating_train.config.data_schema import DataConfig
 from rating_train.config.data_schema import SourceConfig as SourceConfig
 from rating_train.config.fields import section, setting
+from rating_train.config.task import Task
 
 #: Parts of the model: each is trained or frozen, and has a learning rate of its own.
 PARTS = ("vision", "connector", "decoder", "head")
@@ -44,11 +45,17 @@ class ModelConfig:
     freeze: list[str] = setting(
         [], "Parts that are not trained, of: vision, connector, decoder, head. [] is full fine-tuning."
     )
+    inputs: list[str] = setting(
+        ["image", "text"],
+        "What the model reads, of: image, text. Without `image` there is no vision tower and no visual token; without "
+        "`text` the prompt has no fields. A task without one of them leaves it out by itself.",
+    )
     head_hidden: int = setting(288, "Hidden units of the regression head.", low=1)
     head_dropout: float = setting(0.1, "Dropout probability in the regression head.", low=0, high=0.99)
     rating_bias: float = setting(
         0.0,
-        "Initial bias of the last layer of the head, in logits: y = 1 + 4 sigmoid(x). 1.15 starts training at 4.04.",
+        "Initial bias x of the last layer of the head: y = lower + (upper - lower) sigmoid(x). For stars, 1.15 starts "
+        "training at 4.04. 0 takes, for every task but stars, the bias that starts at the mean of the training split.",
     )
     gradient_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass: less memory, about a third more compute."
@@ -63,13 +70,19 @@ class LossConfig:
         "an installed package: def FUNCTION(scores, ratings, rating_counts), each of shape (items,) in float32, which "
         "returns the loss of each item, (items,), or one scalar.",
     )
-    huber_delta: float = setting(0.5, "Huber: error in stars beyond which the loss grows linearly.", low=1e-6)
-    count_weight: Literal["none", "log", "sqrt"] = setting(
-        "none",
-        "Weight of an item by its number of ratings n: 1, log(1 + n) or sqrt(n), divided by the same function of "
-        "`count_reference`. Weights are not normalised within a batch.",
+    huber_delta: float = setting(
+        0.5,
+        "Huber: error beyond which the loss grows linearly, in the unit of the (transformed) target.",
+        low=1e-6,
     )
-    count_reference: float = setting(100.0, "Number of ratings at which an item has weight 1.", low=1)
+    count_weight: Literal["none", "log", "sqrt", "linear"] = setting(
+        "none",
+        "Weight of an item by its number of ratings n (or the `weight` column of its task): 1, log(1 + n), sqrt(n) or "
+        "n, divided by the same function of `count_reference`. Weights are not normalised within a batch.",
+    )
+    count_reference: float = setting(
+        100.0, "Number of ratings (or weight) at which an item has weight 1.", low=1e-6
+    )
     plcc_weight: float = setting(0.0, "Weight of an added (1 - PLCC) term over each micro-batch.", low=0)
 
     @property
@@ -254,6 +267,15 @@ class Config:
     zero: ZeroConfig = section(ZeroConfig, "DeepSpeed ZeRO.")
     train: TrainConfig = section(TrainConfig, "The training loop.")
     eval: EvalConfig = section(EvalConfig, "Evaluation.")
+    task: Task = section(
+        Task,
+        "What is predicted from what. A run takes it from its dataset; it is given here for `data.remote` only.",
+    )
+
+    @property
+    def model_px(self) -> int:
+        """Side of the square image that the model reads, in pixels; 0 if it reads none."""
+        return self.data.image_px if "image" in self.model.inputs else 0
 
 
 def to_dict(config: Any) -> dict[str, Any]:

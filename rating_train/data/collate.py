@@ -22,7 +22,6 @@ from torch.utils.data import get_worker_info
 
 from rating_train.data.lengths import cut_length, longest_first
 from rating_train.data.prompt import PromptEncoder
-from rating_train.shards.schema import TEXT_FIELDS
 from rating_train.shards.titles import product_group
 
 _TENSORS = ("images", "input_ids", "used_tokens", "ratings", "rating_counts", "id_hashes")
@@ -41,7 +40,7 @@ class Batch:
 
     ids: list[str]
     categories: list[str]
-    images: Tensor  # (B, 3, S, S) uint8
+    images: Tensor  # (B, 3, S, S) uint8; S is 0 where the model reads no images
     input_ids: Tensor  # (B, T) int64
     used_tokens: Tensor  # (B,) int64: tokens before the padding
     ratings: Tensor  # (B,) float32
@@ -111,7 +110,7 @@ class Collator:
 
     Args:
         prompt: makes token ids of the text.
-        image_px: side of the images, in pixels.
+        image_px: side of the images, in pixels; 0 where the model reads none.
         formats: of the samples' images.
         by_length: whether the longest items come first, so that micro-batches have items of about one length.
     """
@@ -136,20 +135,22 @@ class Collator:
             samples, prompts = [samples[i] for i in places], [prompts[i] for i in places]
         lengths = [p.used for p in prompts]
         images = _new_images(len(samples), self.image_px)
-        for image, s in zip(images, samples):
+        for image, s in zip(images, samples if self.image_px else ()):
             pixels = decode_square(s["image"], self.image_px, s["id"], self.formats)
             image.copy_(torch.from_numpy(pixels).permute(2, 0, 1))
         return Batch(
             ids=[s["id"] for s in samples],
-            categories=[s["main_category"] for s in samples],
+            categories=[s.get("main_category", "") for s in samples],
             images=images,
             input_ids=torch.from_numpy(np.stack([p.ids for p in prompts])),
             used_tokens=torch.tensor(lengths, dtype=torch.int64),
             ratings=torch.tensor([float(s["rating"]) for s in samples], dtype=torch.float32),
-            rating_counts=torch.tensor([float(s["rating_count"]) for s in samples], dtype=torch.float32),
+            rating_counts=torch.tensor(
+                [float(s.get("rating_count", math.nan)) for s in samples], dtype=torch.float32
+            ),
             truncated_tokens=sum(p.cut for p in prompts),
             groups=[product_group(s) for s in samples],
-            text_chars=[sum(len(s[name]) for name in TEXT_FIELDS) for s in samples],
+            text_chars=[sum(len(s[name]) for name in self.prompt.words.names) for s in samples],
             lengths=lengths,
             places=places,
         )
@@ -158,7 +159,7 @@ class Collator:
 def _new_images(items: int, size_px: int) -> Tensor:
     """Return room for (B, 3, S, S) uint8: in a DataLoader worker in shared memory, which spares a copy on the way."""
     shape = (items, 3, size_px, size_px)
-    if get_worker_info() is None:
+    if get_worker_info() is None or not size_px:
         return torch.empty(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]

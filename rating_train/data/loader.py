@@ -161,8 +161,14 @@ def open_training(
         _alike(lambda: refuse_unlike(paths, manifests))
         _alike(lambda: mixture.refuse_tiny_shares(paths))
         epoch_ids = functools.partial(mixed_epoch, mixture, passes)
-    split = _readable(dataset, config, Collator(prompt, config.image_px, by_length=by_length), world, device)
+    split = _readable(
+        dataset, config, Collator(prompt, _model_px(config, prompt), by_length=by_length), world, device
+    )
     return TrainingData(split, SampleOrder(len(dataset), global_items, epoch_ids), rank_items, manifests)
+
+
+def _model_px(config: DataConfig, prompt: PromptEncoder) -> int:
+    return config.image_px if prompt.words.image else 0
 
 
 def _passes(part: SplitDataset, config: DataConfig, number: int) -> Callable[[int], Ids]:
@@ -188,7 +194,7 @@ def open_evaluation(
 ) -> EvaluationData:
     """Check and open a split for evaluation on ``device``. A collective. ``max_items`` 0 takes the complete split."""
     _, dataset = _open(config, config.eval_source, split, world)
-    opened = _readable(dataset, config, Collator(prompt, config.image_px), world, device)
+    opened = _readable(dataset, config, Collator(prompt, _model_px(config, prompt)), world, device)
     samples = len(dataset)
     if max_items and max_items < samples:
         log.info("evaluating the first %d of %d items of %s", max_items, samples, split)

@@ -1,13 +1,14 @@
 """Encoding of a listing's text as token ids of a fixed length.
 
-Layout of the T = visual + text tokens of an item, padded on the right::
+Layout of the T = visual + text tokens of an item, padded on the right; of the paper's task::
 
     <|im_start|>User:<fake_token_around_image><global-img> | <image> x V | <fake_token_around_image>The average
     user rating ... Title: {title}, Description: {description}, Features: {features}, Category: {main_category}
     <end_of_utterance> | padding
 
-Each field is first cut to L characters. Pieces are tokenized separately, so that the image's positions are
-constant and a field can be cut without touching the template.
+The question and the words that introduce a field are the task's. A model that reads text alone has neither the visual
+tokens nor the marks around them. Each field is first cut to L characters. Pieces are tokenized separately, so that the
+image's positions are constant and a field can be cut without touching the template.
 """
 
 from __future__ import annotations
@@ -22,20 +23,47 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from rating_train.errors import UserError
-from rating_train.shards.schema import TEXT_FIELDS
 
-BEFORE_IMAGE = "<|im_start|>User:<fake_token_around_image><global-img>"
-AFTER_IMAGE = (
-    "<fake_token_around_image>The average user rating of this product, from 1 to 5 stars, "
-    "given its image and its metadata. Title:",
-    ", Description:",
-    ", Features:",
-    ", Category:",
-)
+BEFORE_TEXT = "<|im_start|>User:"
+BEFORE_IMAGE = f"{BEFORE_TEXT}<fake_token_around_image><global-img>"
+AFTER_IMAGE = "<fake_token_around_image>"
 END = "<end_of_utterance>"
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<|im_end|>"
 SPECIAL_TOKENS = ("<|im_start|>", PAD_TOKEN, "<fake_token_around_image>", "<global-img>", IMAGE_TOKEN, END)
+
+
+@dataclass(frozen=True)
+class PromptWords:
+    """What a prompt says. The default is the paper's.
+
+    Attributes:
+        question: the sentence before the fields.
+        fields: name of each field and the words that introduce it, in order; none for a model that reads images alone.
+        image: whether the prompt holds an image.
+    """
+
+    question: str = (
+        "The average user rating of this product, from 1 to 5 stars, given its image and its metadata."
+    )
+    fields: tuple[tuple[str, str], ...] = (
+        ("title", "Title:"),
+        ("description", "Description:"),
+        ("features", "Features:"),
+        ("main_category", "Category:"),
+    )
+    image: bool = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the fields."""
+        return tuple(name for name, _ in self.fields)
+
+    def pieces(self) -> list[str]:
+        """Return the template's text after the image: a piece before each field, or one where there is none."""
+        words = [f", {words}" for _, words in self.fields]
+        first = f" {words[0][2:]}" if words else ""
+        return [(AFTER_IMAGE if self.image else "") + self.question + first, *words[1:]]
 
 
 @dataclass(frozen=True)
@@ -94,27 +122,38 @@ class PromptEncoder:
         visual_tokens: V, image tokens per item.
         text_tokens: all other tokens per item, template and padding included.
         field_chars: L, characters kept of each field.
+        words: what the prompt says. Without fields, ``text_tokens`` is not looked at: every item is as long as the
+            template.
     """
 
-    def __init__(self, tokenizer: Tokenizer, visual_tokens: int, text_tokens: int, field_chars: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        visual_tokens: int,
+        text_tokens: int,
+        field_chars: int,
+        words: PromptWords = PromptWords(),  # immutable
+    ) -> None:
         def piece(text: str) -> list[int]:
             return tokenizer.encode(text, add_special_tokens=False).ids
 
         self.field_chars = field_chars
-        before = piece(BEFORE_IMAGE)
-        self._after = [piece(text) for text in AFTER_IMAGE]
+        self.words = words
+        before = piece(BEFORE_IMAGE if words.image else BEFORE_TEXT)
+        self._after = [piece(text) for text in words.pieces()]
         self._end = piece(END)
         self.image_token_id: int = tokenizer.token_to_id(IMAGE_TOKEN)
         self.pad_token_id: int = tokenizer.token_to_id(PAD_TOKEN)
         self._start = [*before, *[self.image_token_id] * visual_tokens]
-        self.layout = PromptLayout(len(before), visual_tokens, text_tokens)
         template = len(before) + sum(map(len, self._after)) + len(self._end)
+        text_tokens = text_tokens if words.fields else template
+        self.layout = PromptLayout(len(before), visual_tokens, text_tokens)
         self.field_budget = text_tokens - template
-        if self.field_budget < len(TEXT_FIELDS):
+        if self.field_budget < len(words.fields):
             raise UserError(
                 f"{text_tokens} text tokens leave no room for the fields: the template alone takes {template}",
                 where="data.text_tokens",
-                fix=f"set data.text_tokens to at least {template + 4 * len(TEXT_FIELDS)}",
+                fix=f"set data.text_tokens to at least {template + 4 * len(words.fields)}",
             )
         # A copy that encodes the text of a special token in a listing ("<image>") as plain text.
         self._field_tokenizer = Tokenizer.from_str(tokenizer.to_str())
@@ -127,28 +166,28 @@ class PromptEncoder:
         self._field_tokenizer.encode_special_tokens = True  # not preserved by pickling
 
     def encode(self, fields: Mapping[str, str]) -> EncodedPrompt:
-        """Encode a listing; ``fields`` holds the :data:`~rating_train.shards.schema.TEXT_FIELDS`."""
+        """Encode a listing; ``fields`` holds the texts of ``words``."""
         return self.encode_all([fields])[0]
 
     def encode_all(self, listings: Sequence[Mapping[str, str]]) -> list[EncodedPrompt]:
         """Encode listings, with one call of the tokenizer for all of their fields."""
-        texts = [
-            fields[name].strip()[: self.field_chars].strip() for fields in listings for name in TEXT_FIELDS
-        ]
+        names = self.words.names
+        texts = [fields[name].strip()[: self.field_chars].strip() for fields in listings for name in names]
         encoded = self._field_tokenizer.encode_batch_fast(  # without offsets, which nothing here needs
             [f" {t}" if t else "" for t in texts], add_special_tokens=False
         )
         tokens = [e.ids for e in encoded]
-        each = len(TEXT_FIELDS)
-        return [self._assemble(tokens[i : i + each]) for i in range(0, len(tokens), each)]
+        each = len(names)
+        return [self._assemble(tokens[i * each : (i + 1) * each]) for i in range(len(listings))]
 
     def _assemble(self, tokens: Sequence[list[int]]) -> EncodedPrompt:
         """Put the tokens of a listing's fields into the template, cut to fit and padded."""
         kept = fit_lengths([len(t) for t in tokens], self.field_budget)
         sequence = self._start.copy()
-        for template, field, keep in zip(self._after, tokens, kept):
+        for place, template in enumerate(self._after):
             sequence += template
-            sequence += field[:keep]
+            if place < len(tokens):
+                sequence += tokens[place][: kept[place]]
         sequence += self._end
         ids = np.full(self.layout.length, self.pad_token_id, np.int64)
         ids[: len(sequence)] = sequence

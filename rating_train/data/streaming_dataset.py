@@ -166,13 +166,21 @@ def _refuse_other_columns(entries: Sequence[dict[str, Any]], folder: Path) -> No
     """Raise :class:`UserError` where a shard has other columns: streaming would unpickle them if they say so."""
     for entry in entries:
         columns = dict(zip(entry["column_names"], entry["column_encodings"]))
-        if columns != MDS_COLUMNS:
+        if columns != MDS_COLUMNS and not _is_of_a_task(columns):
             raise UserError(
                 f"shard {folder.name}/{entry['raw_data']['basename']} has other columns: {columns}",
                 where=folder,
                 expected=str(MDS_COLUMNS),
                 fix="make the dataset with `rating-train prepare`",
             )
+
+
+def _is_of_a_task(columns: dict[str, str]) -> bool:
+    """Whether these are columns that ``prepare`` writes: texts, an image and numbers."""
+    fixed = {"id": "str", "rating": "float32", "image": "bytes", "rating_count": "float64"}
+    return columns.keys() >= {"id", "rating"} and all(
+        kind == fixed.get(name, "str") for name, kind in columns.items()
+    )
 
 
 class Downloader:

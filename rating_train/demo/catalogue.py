@@ -27,12 +27,12 @@ from PIL import Image, ImageDraw
 
 from rating_train.errors import UserError
 from rating_train.files import atomic_write_json, atomic_write_text
-from rating_train.shards.schema import RATING_MAX, RATING_MIN
 
 CATALOGUE_NAME = "catalogue.jsonl"
 UPPER_BOUNDS_NAME = "upper_bounds.json"
 IMAGES_NAME = "images"
 
+LOWEST, HIGHEST = 1.0, 5.0  # stars
 BASE = 3.5  # stars; 2.7 standard deviations below 5, so that few ratings are clipped
 STD = 0.55  # stars
 IMAGE_SHARE = 0.45
@@ -133,7 +133,7 @@ def _upper_bounds(rating: np.ndarray, image: np.ndarray, text: np.ndarray) -> di
         "rating_std": float(rating.std()),
     }
     for name, predicted in predictors.items():
-        clipped = np.clip(predicted, RATING_MIN, RATING_MAX)
+        clipped = np.clip(predicted, LOWEST, HIGHEST)
         defined = clipped.std() > 0 and rating.std() > 0
         result[name] = float(np.corrcoef(clipped, rating)[0, 1]) if defined else None
     return result
@@ -164,7 +164,7 @@ def _make_item(number: int, seed: int) -> _Item:
         "parent_asin": item_id,
         "main_category": category,
         "title": title,
-        "average_rating": round(min(max(rating, RATING_MIN), RATING_MAX), 2),
+        "average_rating": round(min(max(rating, LOWEST), HIGHEST), 2),
         "rating_number": max(10, round(float(rng.lognormal(5.0, 1.3)))),
         "features": features,
         "description": [f"The {brand} {noun.lower()} from our {category.lower()} range."],

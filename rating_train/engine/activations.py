@@ -110,7 +110,7 @@ def trace_micro_batch(
     """
     bf16 = config.train.precision == "bf16"
     autocast = bf16 and config.zero.stage == 0
-    model = empty_regressor(config.model, architecture, config.data.image_px, image_start=1).train()
+    model = empty_regressor(config.model, architecture, config.model_px, image_start=1).train()
     with FakeTensorMode():
         fill_with_fakes(model, torch.bfloat16 if bf16 and not autocast else torch.float32, existing_gradients)
         parameters = list(model.parameters())
@@ -149,10 +149,10 @@ def fill_with_fakes(model: nn.Module, dtype: torch.dtype, gradients: bool, devic
 
 def _loss(model: RatingRegressor, config: Config, items: int) -> Tensor:
     """Compute the loss of a fake micro-batch: the batch on the device, keys, forward pass and loss, as the engine."""
-    px, tokens = config.data.image_px, model.visual_tokens + config.data.text_tokens
+    px, tokens = config.model_px, model.visual_tokens + config.data.text_tokens
     images = torch.empty(items, 3, px, px, dtype=torch.uint8)
     ids = torch.empty(items, tokens, dtype=torch.int64)
     used, hashes = torch.empty(items, dtype=torch.int64), torch.empty(items, dtype=torch.int64)
     ratings, counts = torch.empty(items), torch.empty(items)
     scores = model(images, ids, used, dropout_keys(hashes, config.train.seed, 0))
-    return rating_loss(scores, ratings, counts, config.loss)
+    return rating_loss(scores, ratings, counts, config.loss, transform=config.task.target.transform)

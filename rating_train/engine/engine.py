@@ -108,7 +108,14 @@ class Engine:
     def _loss(self, micro: Batch, step: int) -> Tensor:
         keys = dropout_keys(micro.id_hashes, self.config.train.seed, step)
         scores = self.ds(micro.images, micro.input_ids, micro.used_tokens, keys)
-        return rating_loss(scores, micro.ratings, micro.rating_counts, self.config.loss, self.custom_loss)
+        return rating_loss(
+            scores,
+            micro.ratings,
+            micro.rating_counts,
+            self.config.loss,
+            self.custom_loss,
+            self.config.task.target.transform,
+        )
 
     def _phase(self, name: str) -> AbstractContextManager[None]:
         return self.phases(name) if self.phases is not None else nullcontext()

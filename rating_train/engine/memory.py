@@ -95,7 +95,7 @@ class RankMemory:
 
 def model_sizes(config: Config, architecture: Architecture) -> Sizes:
     """Count the elements of a model's optimizer groups without making it."""
-    model = empty_regressor(config.model, architecture, config.data.image_px, image_start=1)
+    model = empty_regressor(config.model, architecture, config.model_px, image_start=1)
     groups = param_groups(model, config.optim)
     largest = max(p.numel() for g in groups for p in g.parameters)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)

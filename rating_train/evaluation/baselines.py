@@ -7,6 +7,7 @@ the training split.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rating_train.config.task import PAPER, Target
 from rating_train.evaluation.stored import Texts
 from rating_train.scoring import bootstrap
 from rating_train.scoring.metrics import score
-from rating_train.shards.schema import RATING_MAX, RATING_MIN
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -33,7 +34,7 @@ class Baseline:
 
     Attributes:
         name: for people.
-        predicted: (N,) float64 stars, within the rating scale; ``None`` where it could not be computed.
+        predicted: (N,) float64, in the unit and the bounds of the target; ``None`` where it could not be computed.
         unavailable: why it could not.
     """
 
@@ -42,7 +43,9 @@ class Baseline:
     unavailable: str = ""
 
 
-def predict_baselines(train: Texts, items: Texts, ridge: bool = True) -> list[Baseline]:
+def predict_baselines(
+    train: Texts, items: Texts, ridge: bool = True, target: Target = PAPER.target
+) -> list[Baseline]:
     """Fit every baseline on ``train`` and predict ``items``; ``ridge=False`` leaves out the slow one."""
     mean = float(train.ratings.mean())
     found = [
@@ -50,7 +53,7 @@ def predict_baselines(train: Texts, items: Texts, ridge: bool = True) -> list[Ba
         Baseline("category mean", category_means(train, items)),
     ]
     if ridge:
-        found.append(_ridge(train, items))
+        found.append(_ridge(train, items, target))
     return found
 
 
@@ -64,17 +67,17 @@ def category_means(train: Texts, items: Texts) -> Float64Array:
     return np.array([means.get(category, overall) for category in items.categories], np.float64)
 
 
-def _ridge(train: Texts, items: Texts) -> Baseline:
+def _ridge(train: Texts, items: Texts, target: Target) -> Baseline:
     name = "ridge on TF-IDF"
     try:
-        search = fit_ridge(train)
+        search = fit_ridge(dataclasses.replace(train, ratings=target.transformed(train.ratings)))
     except ImportError:
         return Baseline(name, None, "needs scikit-learn: pip install 'rating_train[baselines]'")
     except ValueError as e:  # no words, or fewer items than folds
         return Baseline(name, None, f"cannot be fitted: {e}")
     alpha = search.best_params_["ridge__alpha"]
     terms = len(search.best_estimator_.named_steps["tfidfvectorizer"].vocabulary_)
-    predicted = np.clip(search.predict(items.texts), RATING_MIN, RATING_MAX)
+    predicted = np.clip(target.restored(search.predict(items.texts)), target.lower, target.upper)
     return Baseline(f"{name} (alpha {alpha:g}, {terms:,} terms)", np.asarray(predicted, np.float64))
 
 
@@ -107,6 +110,7 @@ def score_baselines(
     groups: list[str] | None,
     *,
     ridge: bool = True,
+    target: Target = PAPER.target,
     resamples: int = bootstrap.RESAMPLES,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
@@ -118,12 +122,13 @@ def score_baselines(
         predicted: (N,) float64, the model's predictions.
         true: (N,) float64.
         groups: product groups for the bootstrap, or ``None``.
+        target: ridge regression learns its transform, and its predictions keep to its bounds.
 
     Returns:
         For each, its scores and ``model_minus_baseline``: metric -> value and 95 % interval, or ``None``.
     """
     found = []
-    for baseline in predict_baselines(train, items, ridge):
+    for baseline in predict_baselines(train, items, ridge, target):
         entry: dict[str, Any] = {"name": baseline.name, "fitted_on": len(train.ids), "of": train.of}
         if baseline.predicted is None:
             found.append({**entry, "unavailable": baseline.unavailable})

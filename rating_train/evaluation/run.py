@@ -16,6 +16,7 @@ from rating_train.checkpoint.deepspeed_io import consolidated_weights
 from rating_train.checkpoint.resume import choose_checkpoint
 from rating_train.checkpoint.state import STATE_FILE, from_json
 from rating_train.config.schema import Config
+from rating_train.config.task import task_of
 from rating_train.data.loader import open_evaluation
 from rating_train.distributed.collectives import on_main
 from rating_train.errors import UserError
@@ -27,9 +28,11 @@ from rating_train.scoring import bootstrap
 from rating_train.scoring.analysis import analyse, item_groups
 from rating_train.scoring.predictions import Prediction, deduplicate, read_predictions
 from rating_train.shards.manifest import read_manifest
+from rating_train.shards.schema import PREDICT_SPLIT
 from rating_train.training import setup
 from rating_train.training.evaluation import Evaluation, evaluate
 from rating_train.training.predictor import load_predictor
+from rating_train.training.task import refuse_other_task
 from rating_train.weights.exported import (
     CONFIG_NAME,
     exported_architecture,
@@ -98,6 +101,7 @@ def evaluate_model(path: Path, config: Config, options: EvaluateOptions) -> dict
     else:
         inputs = setup.read_model_inputs(config)
     items = _batch_items(config, world.size)
+    on_main(lambda: _check_task(config, split))
     data = open_evaluation(config.data, inputs.prompt, world, split, items, device=device)
     if trained.zero_stage is None:
         weights = exported_weights(path)
@@ -118,6 +122,19 @@ def evaluate_model(path: Path, config: Config, options: EvaluateOptions) -> dict
         lengths=result.lengths,
     )
     return on_main(lambda: _judge(trained, config, split, row, result, options))
+
+
+def _check_task(config: Config, split: str) -> None:
+    """Refuse items of another task, and items without a target. Rank 0."""
+    source = config.data.eval_source
+    if split == PREDICT_SPLIT:
+        raise UserError(
+            f"the split {split!r} holds items without {config.task.target.name}, which cannot be evaluated",
+            where="--split",
+            fix=f"score them: rating-train predict RUN --data {source.path} --split {split}",
+        )
+    if not source.remote:
+        refuse_other_task(config.task, task_of(read_manifest(source.path)), source.path, "the model")
 
 
 def _find(path: Path, config: Config, options: EvaluateOptions) -> _Trained:
@@ -215,6 +232,7 @@ def _baselines(
         items.ratings,
         item_groups(rows),
         ridge=options.ridge,
+        target=task_of(read_manifest(data)).target,
         resamples=options.resamples,
         seed=options.seed,
     )

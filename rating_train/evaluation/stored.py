@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rating_train.config.task import task_of
 from rating_train.errors import UserError
 from rating_train.log import Progress
 from rating_train.shards.manifest import check_split, read_manifest
 from rating_train.shards.mds_read import iter_texts, read_index
-from rating_train.shards.schema import TEXT_FIELDS
 from rating_train.shards.titles import product_group
 
 
@@ -25,8 +25,8 @@ class Texts:
     Attributes:
         ids: of the items.
         texts: all text fields of an item, joined by spaces.
-        categories: main category, or "".
-        ratings: (N,) float64 stars.
+        categories: of the items, or "".
+        ratings: (N,) float64, in the unit of the target.
         of: items of the split, of which these may be a sample.
     """
 
@@ -43,13 +43,13 @@ def read_texts(data: Path, split: str, most: int | None = None) -> Texts:
     Raises:
         UserError: no such dataset or split, or its shards are not here or damaged.
     """
-    check_split(data, split)
+    names = task_of(check_split(data, split)).field_names
     total = sum(shard["samples"] for shard in read_index(data / split))
     found, ratings = Texts(), []
     for item in _items(data, split, most):
         found.ids.append(item["id"])
-        found.texts.append(" ".join(item[name] for name in TEXT_FIELDS))
-        found.categories.append(item["main_category"])
+        found.texts.append(" ".join(item[name] for name in names))
+        found.categories.append(item.get("main_category", ""))
         ratings.append(float(item["rating"]))
     return replace(found, ratings=np.array(ratings, np.float64), of=total)
 

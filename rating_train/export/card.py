@@ -230,7 +230,7 @@ def _metric_table(metrics: Metrics) -> str:
 
 def _cost_table(inputs: ModelInputs, plcc: float | None) -> str:
     parameters = count_parameters(inputs.architecture)["total"]
-    forward = count_forward(inputs.architecture, inputs.config.data.image_px, inputs.prompt.layout.length)
+    forward = count_forward(inputs.architecture, inputs.config.model_px, inputs.prompt.layout.length)
     rows = [
         (
             f"`{row.convention}`: {CONVENTIONS[row.convention]}", f"{row.count / 1e9:.3f} G", f"{row.c:.3f}",

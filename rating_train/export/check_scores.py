@@ -15,17 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from rating_train.config.task import PAPER, Target
 from rating_train.errors import UserError
 from rating_train.export import onnx_graph, reload
 from rating_train.files import read_json
 from rating_train.log import text_table
 from rating_train.prediction.model import Scorer
 from rating_train.prediction.rows import DatasetRows
+from rating_train.prepare.images.square import grey_square
 from rating_train.scoring.metrics import score
 from rating_train.shards.manifest import read_manifest
-from rating_train.shards.schema import TEXT_FIELDS
+from rating_train.shards.schema import PREDICT_SPLIT
 
 LEAST_ITEMS = 64
+_BLANK = grey_square(16)  # of an item without an image: not looked at
 #: In the checkpoint's own precision the export runs the same operations, so the scores are equal (seen: 0). This bound
 #: allows for kernels that are chosen otherwise in another process; a wrong pixel or token moves scores by far more.
 SAME_PRECISION_STARS = 1e-4
@@ -43,8 +46,8 @@ class Compared:
         what: what ran, for example ``AutoModel``.
         precision: fp32, bf16, int8 and so on.
         against: the reference.
-        largest: largest difference of two scores, in stars.
-        mean: mean difference, in stars.
+        largest: largest difference of two scores, in the unit of the target.
+        mean: mean difference, in the same unit.
         plcc: of these scores and the true ratings; ``None`` where it is undefined.
         plcc_change: PLCC minus the checkpoint's; ``None`` where either is undefined.
         bound: largest difference that is allowed; ``inf`` if it is only reported.
@@ -67,11 +70,26 @@ class Compared:
 
 @dataclass(frozen=True)
 class Items:
-    """Items to compare on: stored samples, the checkpoint's scores, the true ratings."""
+    """Items to compare on: stored samples, the checkpoint's scores, the true ratings.
+
+    Attributes:
+        fields: the text fields of a sample.
+        target: what is predicted.
+    """
 
     samples: list[dict[str, Any]]
     scores: list[float]
     ratings: list[float]
+    fields: tuple[str, ...] = PAPER.field_names
+    target: Target = PAPER.target
+
+    @property
+    def size(self) -> float:
+        """The size of a difference that counts as much as one star does: a quarter of the scale, else of the scores."""
+        low, high = self.target.lower, self.target.upper
+        if low is None or high is None or self.target.transform != "none":
+            return max(map(abs, self.scores), default=1.0) or 1.0
+        return (high - low) / 4
 
     @property
     def plcc(self) -> float | None:
@@ -102,7 +120,7 @@ def score_items(scorer: Scorer, data: str, split: str, count: int) -> Items:
     Raises:
         UserError: no dataset is there, or it has fewer than :data:`LEAST_ITEMS` items.
     """
-    splits = list(read_manifest(data)["splits"])
+    splits = [name for name in read_manifest(data)["splits"] if name != PREDICT_SPLIT]
     samples: list[dict[str, Any]] = []
     for name in sorted(splits, key=lambda name: name != split):
         rows = DatasetRows(data, name)
@@ -117,7 +135,13 @@ def score_items(scorer: Scorer, data: str, split: str, count: int) -> Items:
     scores: list[float] = []
     for part in batches(samples):
         scores += scorer.predictor(scorer.collator(part)).tolist()
-    return Items(samples, scores, [float(sample["rating"]) for sample in samples])
+    return Items(
+        samples,
+        scores,
+        [float(sample["rating"]) for sample in samples],
+        scorer.inputs.prompt.words.names,
+        scorer.found.config.task.target,
+    )
 
 
 def batches(samples: list[dict[str, Any]], count: int = reload.BATCH_ITEMS) -> Iterable[list[dict[str, Any]]]:
@@ -143,11 +167,12 @@ def compare_reloaded(
         UserError: the folder cannot be loaded; the process's last lines are in the message.
     """
     precisions = [own] if own == "fp32" else [own, "fp32"]
+    names = items.fields
     with tempfile.TemporaryDirectory(prefix="rating_train-export-") as temporary:
         work = Path(temporary)
         for number, sample in enumerate(items.samples):
-            (work / f"{number}.jpg").write_bytes(sample["image"])
-        lines = (json.dumps({name: sample[name] for name in TEXT_FIELDS}) for sample in items.samples)
+            (work / f"{number}.jpg").write_bytes(sample.get("image") or _BLANK)
+        lines = (json.dumps({name: sample[name] for name in names}) for sample in items.samples)
         (work / "items.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
         # The loader of remote code keeps a copy of it: here among what is removed.
         command = ["env", f"HF_MODULES_CACHE={work / 'modules'}", "HF_HUB_OFFLINE=1", sys.executable]
@@ -162,10 +187,13 @@ def compare_reloaded(
                 f"the export cannot be loaded again ({said[0]}); nothing was written", where=folder
             )
         scores: Mapping[str, list[float]] = read_json(work / "scores.json")
-    bounds = {own: SAME_PRECISION_STARS}
+    bounds = {own: SAME_PRECISION_STARS * items.size}
     compared = [
         items.compared(
-            "AutoModel", precision, scores[precision], bounds.get(precision, OTHER_PRECISION_STARS)
+            "AutoModel",
+            precision,
+            scores[precision],
+            bounds.get(precision, OTHER_PRECISION_STARS * items.size),
         )
         for precision in precisions
     ]
@@ -193,7 +221,7 @@ def compare_graphs(
             # A graph for a fixed number of items gets them: the last ones come again.
             filled = part + part[-1:] * (batch - len(part))
             scores += predict(scorer.collator(filled)).tolist()[: len(part)]
-        bound = GRAPH_STARS[precision]
+        bound = GRAPH_STARS[precision] * items.size
         compared.append(items.compared("ONNX", precision, scores, bound, ("AutoModel fp32", fp32)))
     return compared
 
@@ -204,7 +232,7 @@ def render(items: Items, own: str, compared: Sequence[Compared]) -> str:
     rows = [("checkpoint", own, "", "", "", _number(items.plcc), "")]
     for c in compared:
         change = "undefined" if c.plcc_change is None else f"{c.plcc_change:+.5f}"
-        largest, mean = f"{c.largest:.2e} stars", f"{c.mean:.2e} stars"
+        largest, mean = (f"{value:.2e}{items.target.suffix}" for value in (c.largest, c.mean))
         rows.append((c.what, c.precision, c.against, largest, mean, _number(c.plcc), change))
     return "\n".join(text_table(header, rows))
 
@@ -216,7 +244,7 @@ def check(compared: Sequence[Compared], folder: Path) -> None:
         UserError: names each difference beyond its bound.
     """
     problems = [
-        f"{c.what} in {c.precision} differs by up to {c.largest:.3g} stars (allowed: {c.bound:g})"
+        f"{c.what} in {c.precision} differs by up to {c.largest:.3g} (allowed: {c.bound:g})"
         for c in compared
         if not c.ok
     ]

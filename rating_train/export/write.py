@@ -32,6 +32,7 @@ from rating_train.export.inline import self_contained
 from rating_train.export.options import ExportOptions, check_options
 from rating_train.files import fsync_path, read_json
 from rating_train.model.backbones import BACKBONES, Backbone
+from rating_train.model.regressor import scale_of
 from rating_train.prediction.model import FoundModel, Scorer, find_model, load_scorer, pick_device
 from rating_train.shards.writer import make_temporary, sweep
 from rating_train.weights.exported import (
@@ -163,9 +164,10 @@ def _config(scorer: Scorer) -> RatingConfig:
     found, config = scorer.found, scorer.inputs.config
     return RatingConfig(
         architecture=dataclasses.asdict(scorer.inputs.architecture),
-        image_px=config.data.image_px,
+        image_px=config.model_px,
         image_start=scorer.inputs.prompt.layout.image_start,
         head_dropout=config.model.head_dropout,
+        scale=dataclasses.asdict(scale_of(config.task.target)),
         trained={
             "by": f"rating_train {__version__}",
             "run": config.name,
@@ -177,8 +179,8 @@ def _config(scorer: Scorer) -> RatingConfig:
         architectures=[RatingModel.__name__],
         auto_map=_AUTO_MAP,
         dtype="float32",
-        id2label={0: "rating"},
-        label2id={"rating": 0},
+        id2label={0: config.task.target.name},
+        label2id={config.task.target.name: 0},
         # CrossEncoder of sentence-transformers would apply a sigmoid to the one logit.
         sentence_transformers={"activation_fn": "torch.nn.modules.linear.Identity"},
     )
@@ -189,12 +191,13 @@ def _write_processor(folder: Path, scorer: Scorer) -> None:
     where = found.config.model.tokenizer or found.config.model.backbone
     processor = RatingProcessor(
         fast_tokenizer(load_tokenizer(where, found.config.model.revision)),
-        image_px=found.config.data.image_px,
+        image_px=found.config.model_px,
         stored_px=found.squares.size_px,
         jpeg_quality=found.squares.jpeg_quality,
         visual_tokens=inputs.prompt.layout.visual_tokens,
         text_tokens=inputs.prompt.layout.text_tokens,
         field_chars=inputs.prompt.field_chars,
+        words=dataclasses.asdict(inputs.prompt.words),
     )
     processor.save_pretrained(folder)
     path = folder / PROCESSOR_NAME

@@ -77,7 +77,7 @@ def item_cost(arch: Architecture, image_px: int, padded_tokens: int, lengths: It
     Raises:
         UserError: an image size that does not divide, or a length shorter than the visual tokens.
     """
-    parameters = count_parameters(arch)["total"]
+    parameters = count_parameters(arch, image_px)["total"]
     padded = count_forward(arch, image_px, padded_tokens).totals()
     counted = Counter(lengths)
     items = sum(counted.values())
@@ -125,7 +125,7 @@ def plcc_needed(ces: float, parameters: float, operations: float) -> float | Non
 
 def longest_affordable(arch: Architecture, image_px: int, convention: str, shortest: int) -> int | None:
     """Return the longest sequence with C <= 1 in a convention, in tokens; ``None`` where ``shortest`` costs more."""
-    parameters = count_parameters(arch)["total"]
+    parameters = count_parameters(arch, image_px)["total"]
 
     def affordable(tokens: int) -> bool:
         return cost_factor(parameters, count_forward(arch, image_px, tokens).total(convention)) <= 1

@@ -74,8 +74,10 @@ def visual_tokens(arch: Architecture, image_px: int) -> int:
     """Count the tokens that a square image of ``image_px`` pixels becomes: 36 at 384 pixels, 64 at 512.
 
     Raises:
-        UserError: the side is not a positive multiple of patch x scale_factor.
+        UserError: the side is not a multiple of patch x scale_factor. (0 is a model that reads no image.)
     """
+    if image_px == 0:
+        return 0
     block = arch.vision.patch * arch.scale_factor
     if image_px < block or image_px % block:
         below = max(block, image_px // block * block)
@@ -88,8 +90,8 @@ def visual_tokens(arch: Architecture, image_px: int) -> int:
     return (image_px // block) ** 2
 
 
-def count_parameters(arch: Architecture) -> dict[str, int]:
-    """Count the parameters of each part.
+def count_parameters(arch: Architecture, image_px: int = 1) -> dict[str, int]:
+    """Count the parameters of each part; ``image_px`` 0 counts a model that reads no image, without a vision tower.
 
     Returns:
         ``vision``, ``connector``, ``decoder`` (with the token embedding, without an LM head), ``head``
@@ -104,6 +106,8 @@ def count_parameters(arch: Architecture) -> dict[str, int]:
         "connector": connector,
         "decoder": _decoder_parameters(text),
     }
+    if image_px == 0:
+        counts |= {"vision": 0, "connector": 0}
     backbone = sum(counts.values())
     return {**counts, "head": head, "backbone_total": backbone, "total": backbone + head}
 

@@ -5,9 +5,40 @@ Legend: B items, T tokens, D decoder width, H hidden units of the head.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+#: Beyond it, the exponential leaves float32.
+_LARGEST_LOGARITHM = 80.0
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How the head's output x becomes a score y in the unit of the target. The default is stars from 1 to 5.
+
+    Attributes:
+        offset, width: z = offset + width sigmoid(x) between two bounds, else z = offset + width x.
+        bounded: whether there are two bounds.
+        transform: none: y = z; log: y = exp(z); log1p: y = exp(z) - 1.
+    """
+
+    offset: float = 1.0
+    width: float = 4.0
+    bounded: bool = True
+    transform: str = "none"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        z = self.offset + self.width * (torch.sigmoid(x) if self.bounded else x)
+        if self.transform == "none":
+            return z
+        z = z.clamp(max=_LARGEST_LOGARITHM)
+        return torch.exp(z) if self.transform == "log" else torch.expm1(z)
+
+
+STARS = Scale()
 
 
 def masked_mean(hidden: Tensor, used: Tensor) -> Tensor:
@@ -38,13 +69,16 @@ class Linear32(nn.Linear):
 
 
 class RatingHead(nn.Module):
-    """Linear(D, hidden) -> ReLU -> Dropout -> Linear(hidden, 1), then y = 1 + 4 sigmoid(x), in (1, 5)."""
+    """Linear(D, hidden) -> ReLU -> Dropout -> Linear(hidden, 1), then a :class:`Scale`: 1 + 4 sigmoid(x) for stars."""
 
-    def __init__(self, width: int, hidden: int, dropout: float, rating_bias: float = 0.0) -> None:
+    def __init__(
+        self, width: int, hidden: int, dropout: float, rating_bias: float = 0.0, scale: Scale = STARS
+    ) -> None:
         super().__init__()
         self.inner = Linear32(width, hidden)
         self.outer = Linear32(hidden, 1)
         self.dropout = dropout
+        self.scale = scale
         nn.init.constant_(self.outer.bias, rating_bias)
 
     def forward(self, pooled: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
@@ -55,7 +89,7 @@ class RatingHead(nn.Module):
             dropout_keys: (B,) int64 of :func:`dropout_keys`; needed in training with dropout only.
 
         Returns:
-            (B,) float32 in (1, 5).
+            (B,) float32, in the unit of the target: in (1, 5) for stars.
 
         Raises:
             ValueError: training with dropout, and no keys.
@@ -65,7 +99,7 @@ class RatingHead(nn.Module):
             if dropout_keys is None:
                 raise ValueError("training with dropout needs dropout_keys")
             x = item_dropout(x, self.dropout, dropout_keys)
-        return (1 + 4 * torch.sigmoid(self.outer(x))).squeeze(-1)
+        return self.scale(self.outer(x)).squeeze(-1)
 
 
 def dropout_keys(id_hashes: Tensor, seed: int, step: int) -> Tensor:

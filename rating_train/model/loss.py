@@ -21,13 +21,14 @@ def rating_loss(
     rating_counts: Tensor,
     config: LossConfig,
     custom: LossFunction | None = None,
+    transform: str = "none",
 ) -> Tensor:
     """Compute the loss of a micro-batch.
 
     * ``mse``: (y - r)^2, the paper's (arXiv 2605.27737).
-    * ``huber``: e^2 / 2 for |e| <= d, else d (|e| - d/2) (Huber 1964), with d = ``huber_delta`` stars.
-    * ``count_weight``: item i is weighted by w(n_i) / w(n_ref) with n_ref = ``count_reference``; w is log(1 + n)
-      or sqrt(n). The weight depends on the item alone, so the loss does not change with the division of a batch
+    * ``huber``: e^2 / 2 for |e| <= d, else d (|e| - d/2) (Huber 1964), with d = ``huber_delta`` (for stars: stars).
+    * ``count_weight``: item i is weighted by w(n_i) / w(n_ref) with n_ref = ``count_reference``; w is log(1 + n),
+      sqrt(n) or n. The weight depends on the item alone, so the loss does not change with the division of a batch
       over ranks. (The variance of a mean of n ratings falls as 1/n.)
     * ``plcc_weight``: adds weight * (1 - PLCC) over the micro-batch (Pearson's correlation). An item's share
       depends on its neighbours, so this term does change with ``batch.micro_items``.
@@ -37,6 +38,7 @@ def rating_loss(
         ratings: (b,) float32 targets.
         rating_counts: (b,) float32.
         config: the section `loss`.
+        transform: of the target; the loss is computed of the transformed scores and ratings.
         custom: the error per item in place of the built-in ones, where ``kind`` names a function of the user's own.
 
     Returns:
@@ -45,6 +47,9 @@ def rating_loss(
     Raises:
         UserError: ``custom`` returned something else than a float32 tensor of shape (b,) or a scalar.
     """
+    if transform != "none":
+        function = torch.log if transform == "log" else torch.log1p
+        scores, ratings = function(scores.float()), function(ratings)
     error = scores.float() - ratings
     if custom is not None:
         loss = custom(scores.float(), ratings, rating_counts)
@@ -60,6 +65,8 @@ def rating_loss(
         loss = loss * torch.log1p(rating_counts) / math.log1p(config.count_reference)
     elif config.count_weight == "sqrt":
         loss = loss * (rating_counts / config.count_reference).sqrt()
+    elif config.count_weight == "linear":
+        loss = loss * (rating_counts / config.count_reference)
     total = loss.mean()
     if config.plcc_weight:
         total = total + config.plcc_weight * (1 - batch_plcc(scores.float(), ratings))

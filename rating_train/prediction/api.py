@@ -19,7 +19,6 @@ from rating_train.prediction.model import Scorer, find_model, load_scorer, pick_
 from rating_train.prepare.images.lookup import DEFAULT_MAX_BYTES, ImageProblem, read_bounded
 from rating_train.prepare.images.square import square_file
 from rating_train.prepare.records.listing import plain_text
-from rating_train.shards.schema import TEXT_FIELDS
 
 #: A picture: the path of a file, the bytes of one, or a ``PIL.Image``.
 Picture: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image"
@@ -65,7 +64,7 @@ class RatingModel:
             listings: the listing of that picture, or a sequence, one for each.
 
         Returns:
-            stars in (1, 5): one number, or a list in the order of the arguments.
+            in the unit of the target (stars: in (1, 5)): one number, or a list in the order of the arguments.
 
         Raises:
             UserError: numbers of images and listings that differ, or, all together, pictures and fields that cannot be
@@ -94,11 +93,11 @@ class RatingModel:
         return scores
 
     def _samples(self, images: list[Picture], listings: list[Fields], first: int) -> list[dict[str, Any]]:
-        squares = self._scorer.found.squares
+        squares, names = self._scorer.found.squares, self._scorer.inputs.prompt.words.names
         samples, problems = [], []
         for number, (image, listing) in enumerate(zip(images, listings), start=first):
             try:
-                texts = {name: plain_text(listing.get(name), name) for name in TEXT_FIELDS}
+                texts = {name: plain_text(listing.get(name), name) for name in names}
                 file = square_file(_read(image), squares.size_px, squares.jpeg_quality)
                 samples.append(sample_of(str(number), texts, file))
             except ImageProblem as e:

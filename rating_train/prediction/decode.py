@@ -7,14 +7,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from rating_train.config.task import PAPER, Task
 from rating_train.data.collate import Batch, Collator
 from rating_train.prediction.model import SquareRecipe
 from rating_train.prediction.rows import Row
 from rating_train.prepare.images.choice import ImageCounts, first_usable
 from rating_train.prepare.images.lookup import ImageProblem, ImageStore
-from rating_train.prepare.images.square import square_jpeg
+from rating_train.prepare.images.square import grey_square, square_jpeg
 from rating_train.prepare.images.stores import CacheStore, LayeredStore
-from rating_train.shards.schema import TEXT_FIELDS, Listing
+from rating_train.shards.schema import Listing
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,14 @@ class Decoder:
         collator: the model's.
         squares: how an image becomes the square that the model was trained on.
         store: where the images of listings are; ``None`` where the rows have their own.
+        task: whose images are looked for, and what stands for a missing one.
     """
 
-    def __init__(self, collator: Collator, squares: SquareRecipe, store: ImageStore | None = None) -> None:
+    def __init__(
+        self, collator: Collator, squares: SquareRecipe, store: ImageStore | None = None, task: Task = PAPER
+    ) -> None:
         self._collator, self._store = collator, store
+        self._grey = grey_square(squares.size_px) if task.missing_image == "grey" else None
         self._convert = partial(square_jpeg, size_px=squares.size_px, quality=squares.jpeg_quality)
 
     def __getitem__(self, unit: Unit) -> Decoded:
@@ -76,13 +81,24 @@ class Decoder:
             reason = row.reason
             if not reason:
                 try:
-                    samples.append(row.sample or to_sample(row.listing, store, self._convert))
+                    samples.append(row.sample or self._sample(row.listing, store))
                 except ImageProblem as e:
                     reason = f"{e.reason}: {e.detail}"
             decoded.reasons.append(reason)
         if samples:
             decoded.batch = self._collator(samples)
         return decoded
+
+    def _sample(self, listing: Listing | None, store: ImageStore | None) -> dict[str, Any]:
+        assert listing is not None  # a row has a listing, a sample, or a reason
+        if not self._collator.image_px:
+            return sample_of(listing.id, listing.texts, b"")
+        try:
+            return to_sample(listing, store, self._convert)
+        except ImageProblem:
+            if self._grey is None:
+                raise
+            return sample_of(listing.id, listing.texts, self._convert(self._grey))
 
     def _store_of(self, unit: Unit) -> ImageStore | None:
         if not unit.cache:
@@ -101,7 +117,7 @@ def to_sample(
     """
     assert listing is not None and store is not None  # a row has a listing, a sample, or a reason
     image = first_usable(listing, store, convert, ImageCounts())
-    return sample_of(listing.id, {name: getattr(listing, name) for name in TEXT_FIELDS}, image)
+    return sample_of(listing.id, listing.texts, image)
 
 
 def sample_of(item_id: str, texts: Mapping[str, str], square: bytes) -> dict[str, Any]:

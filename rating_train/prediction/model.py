@@ -78,10 +78,8 @@ class Scorer:
     def cost(self, convention: str) -> tuple[int, float]:
         """Return the number of parameters, and the operations for one item in a counting convention."""
         architecture = self.inputs.architecture
-        forward = count_forward(
-            architecture, self.found.config.data.image_px, self.inputs.prompt.layout.length
-        )
-        return count_parameters(architecture)["total"], forward.total(convention)
+        forward = count_forward(architecture, self.found.config.model_px, self.inputs.prompt.layout.length)
+        return count_parameters(architecture, self.found.config.model_px)["total"], forward.total(convention)
 
 
 def pick_device(wanted: str = "auto") -> torch.device:
@@ -137,7 +135,7 @@ def load_scorer(found: FoundModel, device: torch.device) -> Scorer:
         found.config, inputs.architecture, inputs.prompt.layout.image_start, weights, device
     )
     # PNG: what `square_file` makes of a picture that is decoded already.
-    collator = Collator(inputs.prompt, found.config.data.image_px, ("JPEG", "PNG"))
+    collator = Collator(inputs.prompt, found.config.model_px, ("JPEG", "PNG"))
     return Scorer(found, inputs, predictor, collator)
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rating_train.config.fields import Rule, bound_problems, broken_rules, setting
+from rating_train.config.task import Task
 from rating_train.errors import UserError, one_error
 from rating_train.prepare.images.fetch_options import read_fetch_options
 from rating_train.prepare.options import stamps
+from rating_train.prepare.records.reading import Reading, with_map
 from rating_train.prepare.records.sources import source_kind
 from rating_train.scoring.ces import CONVENTIONS, PAPER_CONVENTION
-from rating_train.shards.schema import RATING_MAX, RATING_MIN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,12 @@ class PredictOptions:
     source: tuple[str, ...] = setting(
         (), "catalogues, in this order: JSON lines, CSV (also .gz, .zst), Parquet"
     )
+    map: tuple[str, ...] = setting(
+        (),
+        "NAME=COLUMN, for sources whose columns have other names than those of the training: title=film_title",
+    )
+    delimiter: str = setting("", "of CSV files: one character, or tab (default: found out and shown)")
+    encoding: str = setting("", "of CSV files, such as latin-1 (default: found out and shown)")
     images: str = setting("", "folder or archive with the images; not needed with --fetch if all are URLs")
     fetch: bool = setting(False, "fetch images that are URLs, the next part's while one is scored")
     fetch_set: tuple[str, ...] = setting((), "with --fetch: per_host=16 and so on")
@@ -42,7 +49,7 @@ class PredictOptions:
         PAPER_CONVENTION, f"how a submission counts its operations, of: {', '.join(CONVENTIONS)}"
     )
     fill: float | None = setting(
-        None, "in a submission, the score of rows that cannot be scored", low=RATING_MIN, high=RATING_MAX
+        None, "in a submission, the score of rows that cannot be scored: stars", low=1, high=5
     )
 
     @property
@@ -50,21 +57,27 @@ class PredictOptions:
         """What the name of ``out`` may end in."""
         return ".csv" if self.submission else ".csv or .parquet"
 
+    def reading(self, task: Task) -> Reading:
+        """How the sources are read for a model of this task: targets are not looked at.
+
+        Raises:
+            UserError: ``map`` names something that the task does not have.
+        """
+        own = with_map(task, self.map) if self.map else task
+        return Reading(own, rated=False, delimiter=self.delimiter, encoding=self.encoding)
+
     def input_identity(self) -> dict[str, Any]:
         """Return what the rows and their order depend on, for comparison with that of an unfinished run."""
         if self.data:
             return {"data": self.data, "split": self.split}
-        return {"source": stamps(self.source), "images": self.images, "fetch": self.fetch}
+        return {"source": stamps(self.source), "images": self.images, "fetch": self.fetch} | (
+            {"map": list(self.map)} if self.map else {}
+        )
 
 
 _RULES = (
     Rule("source data", lambda o: bool(o.source) != bool(o.data), "give --source or --data, and not both"),
     Rule("source", lambda o: len(set(o.source)) == len(o.source), "a source is given twice"),
-    Rule(
-        "source images",
-        lambda o: not o.source or o.images or o.fetch,
-        "neither --images nor --fetch is given",
-    ),
     Rule("images", lambda o: not o.images or Path(o.images).exists(), "--images {c.images} does not exist"),
     Rule(
         "data images",

@@ -8,13 +8,15 @@ over without being parsed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from rating_train.errors import UserError
-from rating_train.prepare.records.sources import Raw, read_raw
+from rating_train.prepare.records.lines import Raw
+from rating_train.prepare.records.reading import Reading
+from rating_train.prepare.records.sources import read_raw
 from rating_train.shards.manifest import check_split
 from rating_train.shards.mds_read import BadShard, read_index, read_shard
 from rating_train.shards.schema import Dropped, Listing
@@ -52,14 +54,14 @@ class Rows(Protocol):
 class SourceRows:
     """The records of catalogue files; ratings are not needed and not looked at."""
 
-    def __init__(self, sources: Sequence[str]) -> None:
-        self.sources = tuple(sources)
+    def __init__(self, sources: Sequence[str], reading: Reading = Reading()) -> None:  # noqa: B008  # immutable
+        self.sources, self._reading = tuple(sources), replace(reading, rated=False)
         self._raws: Iterator[Raw] = self._read()
         self._at = 0
 
     def _read(self) -> Iterator[Raw]:
         for source in self.sources:
-            yield from read_raw(source, rated=False)
+            yield from read_raw(source, self._reading)
 
     def count(self) -> int:
         return sum(1 for _ in self._read())

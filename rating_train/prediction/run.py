@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from rating_train.config.task import Task
 from rating_train.distributed.collectives import all_gather, on_main
 from rating_train.distributed.world import World
 from rating_train.errors import UserError
@@ -63,7 +64,7 @@ def predict(options: PredictOptions) -> Summary | None:
         if plan is None:
             return None
         options = plan.options
-        rows = _open_rows(options)
+        rows = _open_rows(options, plan.found.config.task)
         scorer = load_scorer(plan.found, device)
         _score_parts(plan, scorer, rows, work, world)
         return on_main(lambda: _finish(plan, scorer, work))
@@ -77,13 +78,20 @@ def _plan(options: PredictOptions, work: WorkDir, held: contextlib.ExitStack) ->
         work.remove()
         return None
     found = find_model(Path(options.model), options.checkpoint, options.settings)
+    task = found.config.task
+    if options.source and "image" in found.config.model.inputs and not (options.images or options.fetch):
+        raise UserError("neither --images nor --fetch is given", where="predict options")
+    if options.submission and not task.is_default:
+        raise UserError(
+            f"a submission holds stars; this model predicts {task.target.name}", where="--submission"
+        )
     if options.data and not options.split:
         options = dataclasses.replace(options, split=found.config.data.eval_split)
     work.belongs_to(_identity(options, found))
     rows = work.rows()
     if rows is None:
         log.info("counting the rows of the input")
-        rows = _open_rows(options).count()
+        rows = _open_rows(options, task).count()
         work.note_rows(rows)
     parts = math.ceil(rows / options.part_rows)
     finished = work.finished()
@@ -104,7 +112,7 @@ def _identity(options: PredictOptions, found: FoundModel) -> dict[str, Any]:
         "part_rows": options.part_rows,
         "batch_items": options.batch_items,
         "precision": config.train.precision,
-        "image_px": config.data.image_px,
+        "image_px": config.model_px,
         "stored_px": found.squares.size_px,
         "jpeg_quality": found.squares.jpeg_quality,
         "field_chars": config.data.field_chars,
@@ -112,15 +120,17 @@ def _identity(options: PredictOptions, found: FoundModel) -> dict[str, Any]:
     }
 
 
-def _open_rows(options: PredictOptions) -> Rows:
-    return DatasetRows(options.data, options.split) if options.data else SourceRows(options.source)
+def _open_rows(options: PredictOptions, task: Task) -> Rows:
+    if options.data:
+        return DatasetRows(options.data, options.split)
+    return SourceRows(options.source, options.reading(task))
 
 
 def _score_parts(plan: Plan, scorer: Scorer, rows: Rows, work: WorkDir, world: World) -> None:
     """Score the missing parts, shared out among the ranks as they come free. A collective."""
     options = plan.options
     store = open_store(options.images) if options.images else None
-    decoder = Decoder(scorer.collator, plan.found.squares, store)
+    decoder = Decoder(scorer.collator, plan.found.squares, store, plan.found.config.task)
     fetched = fetcher(work, parse_fetch_options(options.fetch_set)) if options.fetch else None
     parts = claimed_parts(work, plan.claims, plan.missing)
     todo = read_units(rows, parts, options.part_rows, plan.rows, options.batch_items, fetched)

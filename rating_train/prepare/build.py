@@ -16,8 +16,8 @@ from rating_train.log import Progress
 from rating_train.prepare.build_dir import BUILD_NAME, BuildDir
 from rating_train.prepare.counts import BuildCounts
 from rating_train.prepare.images.fetch_options import parse_fetch_options
-from rating_train.prepare.images.lookup import is_url
-from rating_train.prepare.images.stores import open_store
+from rating_train.prepare.images.lookup import ImageStore, is_url
+from rating_train.prepare.images.stores import NoStore, open_store
 from rating_train.prepare.options import PrepareOptions, stamps
 from rating_train.prepare.parts.merge import merge_parts
 from rating_train.prepare.parts.part import PartSpec, finished_parts, read_done
@@ -27,10 +27,10 @@ from rating_train.prepare.plan.plan_dir import PLAN_NAME, part_name
 from rating_train.shards.schema import (
     MANIFEST_NAME,
     MANIFEST_VERSION,
-    MDS_COLUMNS,
     QUARANTINE_NAME,
     SPLITS,
     Dropped,
+    sample_columns,
 )
 from rating_train.shards.writer import refuse_existing
 
@@ -117,7 +117,11 @@ class Build:
     def _make_parts(self, plan: dict[str, Any]) -> None:
         options, wanted = self.options, self.options.part_range(len(plan["parts"]))
         spec = PartSpec(
-            options.image_size_px, options.jpeg_quality, options.shard_size_mb << 20, build=self.build
+            options.image_size_px,
+            options.jpeg_quality,
+            options.shard_size_mb << 20,
+            build=self.build,
+            task=options.reading.task,
         )
         before = 0
         for part in set(finished_parts(self.dir.parts)).intersection(wanted):
@@ -128,7 +132,9 @@ class Build:
         todo = sum(plan["parts"][part]["items"] for part in wanted)
         if options.fetch:
             self._fetch(wanted)
-        store = open_store(options.images, self.dir.cache if options.fetch else None)
+        store: ImageStore = NoStore()
+        if options.reading.task.images:
+            store = open_store(options.images, self.dir.cache if options.fetch else None)
         progress = Progress("images", todo, done=before, details=self.counts.line)
 
         def on_event(event: Event) -> None:
@@ -205,6 +211,7 @@ class Build:
             self.dir.out,
             build=self.build,
             head={**manifest_head(self.options, plan), "build": self.build},
+            task=self.options.reading.task,
             check=check,
             verify_hashes=self.options.verify_parts,
         )
@@ -297,8 +304,8 @@ def manifest_head(options: PrepareOptions, plan: Mapping[str, Any]) -> dict[str,
         "version": MANIFEST_VERSION,
         "created_by": f"rating_train {rating_train.__version__}",
         "image_size_px": options.image_size_px,
-        "columns": dict(MDS_COLUMNS),
-        "options": {name: list(v) if isinstance(v, tuple) else v for name, v in vars(options).items()},
+        "columns": dict(sample_columns(options.reading.task)),
+        "options": options.stated(),
         "sources": [{key: entry[key] for key in ("name", "bytes", "rows")} for entry in plan["sources"]],
         "groups": plan["groups"],
     }

@@ -6,14 +6,29 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from rating_train.config.fields import Rule, bound_problems, broken_rules, setting
+from rating_train.config.task import PAPER, Task, load_task
 from rating_train.errors import UserError, one_error
 from rating_train.prepare.images.fetch_options import read_fetch_options
 from rating_train.prepare.plan.rules import PlanRules
+from rating_train.prepare.records.reading import Reading, with_map, with_scale
 from rating_train.prepare.records.sources import read_source
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RulesOfTask(PlanRules):
+    """The rules of a plan whose sources are read in another way than the paper's."""
+
+    how: Reading = Reading()
+
+    @property
+    def reading(self) -> Reading:
+        return self.how
+
 
 _RANGE = re.compile(r"(\d+):(\d+)")
 _SHARE = re.compile(r"(\d+)/(\d+)")
@@ -24,8 +39,22 @@ class PrepareOptions(PlanRules):
     """What to make from which sources: the rules of the plan, and where and how the rest is done."""
 
     source: tuple[str, ...] = setting(
-        doc="catalogues, read in this order: JSON lines, CSV (also .gz, .zst), Parquet"
+        doc="catalogues, read in this order: JSON lines, CSV, TSV (also .gz, .zst), Parquet"
     )
+    task: str = setting(
+        "", "YAML file that says what is predicted from what (docs/tasks.md); default: stars of products"
+    )
+    map: tuple[str, ...] = setting(
+        (),
+        "NAME=COLUMN, for sources whose columns have other names: rating=score title=film_title image=poster",
+    )
+    scale: str = setting("", "LOWER:UPPER, the bounds of the number to predict: 1:10")
+    unrated: Literal["drop", "predict"] = setting(
+        "drop", "records without the number to predict: leave them out, or put them into the split `predict`"
+    )
+    delimiter: str = setting("", "of CSV files: one character, or tab (default: found out and shown)")
+    decimal: Literal["", ".", ","] = setting("", "decimal sign of CSV files (default: found out and shown)")
+    encoding: str = setting("", "of CSV files, such as latin-1 (default: found out and shown)")
     images: str = setting(
         "",
         "folder or archive (.zip, .tar) that holds the images; nothing outside it is opened. "
@@ -58,7 +87,26 @@ class PrepareOptions(PlanRules):
     @property
     def rules(self) -> PlanRules:
         """What is taken of the sources, and how it is split: these options without the rest."""
-        return PlanRules(**{f.name: getattr(self, f.name) for f in dataclasses.fields(PlanRules)})
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(PlanRules)}
+        return _RulesOfTask(**own, how=self.reading)
+
+    @property
+    def reading(self) -> Reading:
+        """How the sources are read: the task file or the paper's task, with the columns and bounds given here.
+
+        Raises:
+            UserError: as :func:`rating_train.config.task.load_task`; or the columns or bounds are none.
+        """
+        task = _task(self.task, self.map, self.scale)
+        return Reading(
+            task, True, self.unrated, delimiter=self.delimiter, decimal=self.decimal, encoding=self.encoding
+        )
+
+    def stated(self) -> dict[str, Any]:
+        """Return all options for the manifest, without those that only other tasks than the paper's need."""
+        rare = {"task", "map", "scale", "unrated", "delimiter", "decimal", "encoding"}
+        given = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self).items()}
+        return {name: v for name, v in given.items() if name not in rare or v not in ("", [], "drop")}
 
     @property
     def wants_val(self) -> bool:
@@ -100,16 +148,32 @@ class PrepareOptions(PlanRules):
 _RULES = (
     Rule("source", lambda c: c.source, "no source is given"),
     Rule("source", lambda c: len(set(c.source)) == len(c.source), "a source is given twice"),
-    Rule("images", lambda c: c.images or c.fetch, "neither --images nor --fetch is given"),
+    Rule(
+        "images",
+        lambda c: c.images or c.fetch or not c.reading.task.images,
+        "neither --images nor --fetch is given",
+    ),
     Rule(
         "shard_size_mb image_size_px max_text_chars",
         lambda c: c.shard_size_mb >= c.least_shard_mb,
         "`shard_size_mb` is {c.shard_size_mb}, expected at least {c.least_shard_mb} for this image size",
     ),
+    Rule(
+        "top_per_category bottom_per_category",
+        lambda c: c.reading.task.weight or not (c.top_per_category or c.bottom_per_category),
+        "a window of a category needs a number of ratings, or another weight, of each item",
+    ),
     Rule("only", lambda c: not c.only or _is_range(c.only), "`only` is {c.only!r}, expected A:B or I/N"),
     Rule("only", lambda c: not c.only or c.stage == "parts", "--only goes with --stage parts"),
     Rule("fetch_set", lambda c: not c.fetch_set or c.fetch, "--fetch-set goes with --fetch"),
 )
+
+
+@lru_cache(maxsize=4)  # of an options object, whose task is asked for again and again
+def _task(file: str, columns: tuple[str, ...], scale: str) -> Task:
+    task = load_task(file) if file else PAPER
+    task = with_map(task, columns) if columns else task
+    return with_scale(task, scale) if scale else task
 
 
 def stamps(paths: tuple[str, ...]) -> list[list[Any]]:
@@ -126,7 +190,7 @@ def check_options(options: PrepareOptions) -> None:
     """
     for path in options.source:
         # A wrong kind or header is reported now, not after hours of the sources before it.
-        next(read_source(path), None)
+        next(read_source(path, options.reading), None)
     if options.images and not Path(options.images).exists():
         raise UserError("images folder not found", where=options.images, fix="check --images")
     invalid = bound_problems(options)

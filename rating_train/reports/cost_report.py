@@ -49,7 +49,7 @@ def measure_cost(arch: Architecture, image_px: int, text_tokens: int, plcc: floa
     visual = visual_tokens(arch, image_px)
     if text_tokens < 0:
         raise UserError(f"text length is {text_tokens} tokens", where="cost", expected="0 or more")
-    parameters = count_parameters(arch)
+    parameters = count_parameters(arch, image_px)
     forward = count_forward(arch, image_px, visual + text_tokens)
     rows = ces_table(plcc, parameters["total"], forward.totals())
     return CostReport(image_px, visual, text_tokens, parameters, forward, rows)

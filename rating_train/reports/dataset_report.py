@@ -8,6 +8,7 @@ login node can draw the page (unless text is to be counted in tokens).
 from __future__ import annotations
 
 import io
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,13 +19,13 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from rating_train.config.task import PAPER, Task, task_of
 from rating_train.files import atomic_write_text
 from rating_train.reports import plots
 from rating_train.reports.page.parts import Section, card, figure, page, section, table
 from rating_train.reports.page.render import Table, data_uri
 from rating_train.shards.manifest import read_manifest
 from rating_train.shards.mds_read import iter_sampled
-from rating_train.shards.schema import TEXT_FIELDS
 
 PAGE_FILE = "index.html"
 MAX_ITEMS = 20_000
@@ -54,7 +55,8 @@ class Sampled:
     ratings: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     categories: Counter[str] = field(default_factory=Counter)
-    chars: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in TEXT_FIELDS})
+    task: Task = PAPER
+    chars: dict[str, list[int]] = field(default_factory=dict)
     tokens: dict[int, list[int]] = field(default_factory=lambda: {chars: [] for chars in FIELD_CHARS})
     image_bytes: list[int] = field(default_factory=list)
     image_px: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -78,42 +80,50 @@ def make_data_report(data: Path, out: Path | None = None, tokenizer: str = "") -
     manifest = read_manifest(data)
     folder = out or data.resolve().with_name(f"{data.resolve().name}.report")
     count = _token_counter(tokenizer) if tokenizer else None
-    sampled = collect(iter_sampled([data / split for split in manifest["splits"]], MAX_ITEMS), count)
+    sampled = Sampled(task=task_of(manifest))
+    collect(sampled, iter_sampled([data / split for split in manifest["splits"]], MAX_ITEMS), count)
     folder.mkdir(parents=True, exist_ok=True)
     _draw_ratings(folder / PICTURES[0][0], sampled)
-    _draw_counts(folder / PICTURES[1][0], sampled)
+    if sampled.task.weight:
+        _draw_counts(folder / PICTURES[1][0], sampled)
     _draw_categories(folder / PICTURES[2][0], sampled)
-    _draw_texts(folder / PICTURES[3][0], sampled)
-    _draw_images(folder / PICTURES[4][0], sampled)
-    _draw_sheet(folder / PICTURES[5][0], sampled.pictures)
+    if sampled.chars:
+        _draw_texts(folder / PICTURES[3][0], sampled)
+    if sampled.image_bytes:
+        _draw_images(folder / PICTURES[4][0], sampled)
+        _draw_sheet(folder / PICTURES[5][0], sampled.pictures, sampled.task)
     page = folder / PAGE_FILE
     atomic_write_text(page, _page(data, manifest, sampled, folder))
     return page
 
 
-def collect(samples: Iterator[dict[str, Any]], count_tokens: Callable[[str], int] | None) -> Sampled:
+def collect(
+    found: Sampled, samples: Iterator[dict[str, Any]], count_tokens: Callable[[str], int] | None
+) -> None:
     """Collect the columns of samples; the contact sheet is a uniform choice of them (reservoir sampling)."""
     from PIL import Image
 
-    found, choice = Sampled(), random.Random(1)
+    choice = random.Random(1)
+    found.chars = {name: [] for name in found.task.field_names}
     places = SHEET_ROWS * SHEET_COLUMNS
     for i, sample in enumerate(samples):
-        found.ratings.append(sample["rating"])
-        found.counts.append(sample["rating_count"])
-        found.categories[sample["main_category"] or "(no category)"] += 1
-        found.image_bytes.append(len(sample["image"]))
-        with Image.open(io.BytesIO(sample["image"])) as image:  # reads the header only
-            found.image_px[image.size] += 1
-        for name in TEXT_FIELDS:
+        if math.isfinite(sample["rating"]):
+            found.ratings.append(sample["rating"])
+            found.counts.append(sample.get("rating_count", 0))
+        found.categories[sample.get("main_category", "") or "(no category)"] += 1
+        if "image" in sample:
+            found.image_bytes.append(len(sample["image"]))
+            with Image.open(io.BytesIO(sample["image"])) as image:  # reads the header only
+                found.image_px[image.size] += 1
+        for name in found.chars:
             found.chars[name].append(len(sample[name]))
         if count_tokens is not None:
             for chars, tokens in found.tokens.items():
-                tokens.append(sum(count_tokens(sample[name][:chars]) for name in TEXT_FIELDS))
+                tokens.append(sum(count_tokens(sample[name][:chars]) for name in found.chars))
         if i < places:
             found.pictures.append(sample)
         elif (place := choice.randrange(i + 1)) < places:
             found.pictures[place] = sample
-    return found
 
 
 def _token_counter(tokenizer: str) -> Callable[[str], int]:
@@ -130,12 +140,33 @@ def _draw_ratings(path: Path, found: Sampled) -> None:
     figure = plots.new_figure(8.5, 3.6)
     axes = figure.subplots()
     ratings = np.asarray(found.ratings)
-    axes.hist(ratings, bins=np.arange(0.95, 5.1, 0.1).tolist(), color=plots.COLOURS[0], alpha=0.85)
+    edges, label = _rating_edges(found), _rating_label(found)
+    axes.hist(ratings, bins=edges, color=plots.COLOURS[0], alpha=0.85)
     mean = float(ratings.mean())
     axes.axvline(mean, color=plots.COLOURS[1], ls="--", lw=1.4, label=f"mean {mean:.3f}")
-    axes.set(xlabel="average rating (stars)", ylabel="items", xlim=(0.95, 5.05))
+    axes.set(xlabel=label, ylabel="items", xlim=(edges[0], edges[-1]))
     _legend(axes)
     plots.save(figure, path)
+
+
+def _rating_edges(found: Sampled) -> list[float]:
+    """Return the edges of the bins: tenths of a star, or 40 equal ones between the bounds (or the extremes)."""
+    target = found.task.target
+    if target == PAPER.target:
+        return np.arange(0.95, 5.1, 0.1).tolist()
+    low = min(found.ratings) if target.lower is None or target.transform != "none" else target.lower
+    high = max(found.ratings) if target.upper is None or target.transform != "none" else target.upper
+    return np.linspace(low, max(high, low + 1e-6), 41).tolist()
+
+
+def _rating_label(found: Sampled) -> str:
+    target = found.task.target
+    return f"{'average ' if target == PAPER.target else ''}{target.name}{target.label}"
+
+
+def _caption(sample: Mapping[str, Any], task: Task) -> str:
+    count = f", {sample['rating_count']:,} ratings" if task.weight == PAPER.weight else ""
+    return f"{sample['rating']:.1f}{task.target.suffix}{count}"
 
 
 def _draw_counts(path: Path, found: Sampled) -> None:
@@ -146,21 +177,22 @@ def _draw_counts(path: Path, found: Sampled) -> None:
     left.hist(counts, bins=edges.tolist(), color=plots.COLOURS[0], alpha=0.85)
     middle = float(np.median(counts))
     left.axvline(middle, color=plots.COLOURS[1], ls="--", lw=1.4, label=f"median {middle:.0f}")
-    left.set(xscale="log", xlabel="ratings of an item", ylabel="items")
+    what = "ratings of an item" if found.task.weight == PAPER.weight else "weight of an item"
+    left.set(xscale="log", xlabel=what, ylabel="items")
     _legend(left)
     # Is popularity correlated with the rating? If so, a model may learn one in place of the other.
     columns = np.geomspace(edges[0], edges[-1], 30).tolist()
     right.hist2d(
         counts,
         found.ratings,
-        bins=[columns, np.arange(0.95, 5.1, 0.1).tolist()],
+        bins=[columns, _rating_edges(found)],
         cmin=1,
         cmap="Blues",
         norm="log",
     )
-    low = min(found.ratings) - 0.15
-    right.set(xscale="log", ylim=(low, 5.05))
-    right.set(xlabel="ratings of an item", ylabel="average rating (stars)")
+    if found.task.target == PAPER.target:
+        right.set(ylim=(min(found.ratings) - 0.15, 5.05))
+    right.set(xscale="log", xlabel=left.get_xlabel(), ylabel=_rating_label(found))
     plots.save(figure, path)
 
 
@@ -197,11 +229,11 @@ def _draw_texts(path: Path, found: Sampled) -> None:
             color="0.3",
         )
     panels[0].set(xscale="symlog", xlabel="characters of a field", ylabel="items at most so long (%)")
-    panels[0].set_xlim(0, max(1000, *(max(v) for v in found.chars.values())))
+    panels[0].set_xlim(0, max([1000, *(max(v) for v in found.chars.values())]))
     for colour, (chars, values) in zip(plots.COLOURS[4:] + plots.COLOURS[:4], tokens.items()):
         _cumulative(panels[1], values, f"L={chars}, longest {max(values)}", colour)
     if tokens:
-        panels[1].set(xlabel="tokens of all four fields, cut at L (without the template)")
+        panels[1].set(xlabel="tokens of all fields, cut at L (without the template)")
     for axes in panels:
         axes.set_ylim(0, 101)
         axes.grid(color="0.92")
@@ -230,7 +262,7 @@ def _draw_images(path: Path, found: Sampled) -> None:
     plots.save(figure, path)
 
 
-def _draw_sheet(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
+def _draw_sheet(path: Path, samples: Sequence[Mapping[str, Any]], task: Task) -> None:
     from PIL import Image
 
     figure = plots.new_figure(14, 12.6)
@@ -239,10 +271,10 @@ def _draw_sheet(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
     for axes, sample in zip(figure.axes, samples):
         with Image.open(io.BytesIO(sample["image"])) as image:
             axes.imshow(np.asarray(image.convert("RGB").resize((192, 192))))
-        title = " ".join(sample["title"].split())
+        title = " ".join(sample.get("title", sample["id"]).split())
         shown = title if len(title) <= 26 else f"{title[:25]}…"
         axes.set_title(
-            f"{sample['rating']:.1f} stars, {sample['rating_count']:,} ratings\n{plots.plain(shown)}",
+            f"{_caption(sample, task)}\n{plots.plain(shown)}",
             fontsize=7,
         )
     plots.save(figure, path)
@@ -263,11 +295,15 @@ def _page(data: Path, manifest: Mapping[str, Any], found: Sampled, folder: Path)
     items = sum(entry["items"] for entry in splits.values())
     seen = len(found.ratings)
     shown = "all of them" if seen == items else f"{seen:,} of them, chosen at random"
-    ratings = np.asarray(found.ratings)
+    ratings, target = np.asarray(found.ratings), found.task.target
     top = [
         card("items", f"{items:,}", f"{len(splits)} splits"),
-        card("mean rating", f"{ratings.mean():.3f}", f"deviation {ratings.std():.3f} stars"),
-        card("ratings of an item", f"{np.median(found.counts):,.0f}", "median"),
+        card(f"mean {target.name}", f"{ratings.mean():.3f}", f"deviation {ratings.std():.3f}{target.suffix}"),
+        *(
+            [card("ratings of an item", f"{np.median(found.counts):,.0f}", "median")]
+            if found.task.weight
+            else []
+        ),
         card("categories", f"{len(found.categories):,}", "in the pictures"),
         card("shards", f"{sum(e['bytes'] for e in splits.values()) / 1e6:,.1f} MB"),
     ]
@@ -275,13 +311,15 @@ def _page(data: Path, manifest: Mapping[str, Any], found: Sampled, folder: Path)
         [split, e["items"], e["shards"], round(e["bytes"] / 1e6, 1), e["rating_mean"], e["rating_std"]]
         for split, e in splits.items()
     ]
-    head = ("split", "items", "shards", "MB", "mean rating", "its deviation")
+    head = ("split", "items", "shards", "MB", f"mean {target.name}", "its deviation")
     sections = [
         section("splits", "Splits", tables=[table(Table(head, lines, 3))]),
         _dropped(manifest),
         section("text", "Text fields", tables=[table(_cut_table(found))]),
     ]
     for file, title, note in PICTURES:
+        if not (folder / file).exists():
+            continue  # of what the task does not have
         uri = data_uri((folder / file).read_bytes(), "image/png")
         drawing = Markup('<img alt="{}" src="{}">').format(title, uri)
         identity = file.partition(".")[0]

@@ -127,14 +127,14 @@ def make_plan(
         UserError: an unknown GPU, numbers out of bounds, a batch that does not divide.
     """
     _check(items, gpus, gpu, mfu, rate)
-    visual = visual_tokens(arch, config.data.image_px)
+    visual = visual_tokens(arch, config.model_px)
     tokens = visual + config.data.text_tokens
     batch = plan_batch(config.batch.global_items, config.batch.micro_items, gpus)
     counts = count_parameters(arch)
     frozen = sum(counts[part] for part in config.model.freeze)
     trained = counts["total"] - frozen
     bf16 = config.train.precision == "bf16"
-    flops = training_flops(count_forward(arch, config.data.image_px, tokens), config.model.freeze)
+    flops = training_flops(count_forward(arch, config.model_px, tokens), config.model.freeze)
     speed = GPUS[gpu].bf16_tflops * 1e12
     return Plan(
         items=items,
@@ -148,7 +148,7 @@ def make_plan(
         state={stage: state_bytes(trained, frozen, stage, gpus, bf16) for stage in STAGES},
         item_bytes=activation_bytes(
             arch,
-            config.data.image_px,
+            config.model_px,
             tokens,
             freeze=config.model.freeze,
             bf16=bf16,

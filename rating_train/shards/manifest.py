@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rating_train.config.task import task_of
 from rating_train.errors import UserError
 from rating_train.files import read_json, sha256_file
 from rating_train.shards.mds_read import INDEX_NAME, read_index
@@ -101,8 +102,16 @@ def refuse_unlike(paths: Sequence[str], manifests: Sequence[dict[str, Any]]) -> 
     """Refuse datasets that cannot be mixed. Versions and columns are the same wherever a dataset could be opened.
 
     Raises:
-        UserError: their images are stored in different sizes, or two of them are the same dataset.
+        UserError: their images are stored in different sizes, their tasks differ, or two of them are the same dataset.
     """
+    tasks = [task_of(manifest) for manifest in manifests]
+    for path, task in zip(paths, tasks, strict=True):
+        if difference := tasks[0].difference(task):
+            raise UserError(
+                f"{paths[0]} and {path} have different tasks: {difference}",
+                where="data.sources",
+                fix="mix datasets that were prepared with the same --task",
+            )
     sizes = {path: manifest.get("image_size_px") for path, manifest in zip(paths, manifests, strict=True)}
     if len(set(sizes.values())) > 1:
         raise UserError(

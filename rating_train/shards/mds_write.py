@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,26 @@ from rating_train.shards.schema import MDS_COLUMNS, Listing
 
 HASHES = ("sha1", "xxh64")  # sorted, as the format demands; streaming checks them when it downloads a shard
 
-_COLUMNS = sorted(MDS_COLUMNS)
-_SIZES: dict[str, int | None] = {"str": None, "bytes": None, "float32": 4, "int64": 8}
+_SIZES: dict[str, int | None] = {"str": None, "bytes": None, "float32": 4, "float64": 8, "int64": 8}
+_PACKED = {"float32": "<f", "float64": "<d", "int64": "<q"}
 
 
-def encode_sample(listing: Listing, image: bytes) -> bytes:
-    """Encode one sample: ``image`` is a JPEG; ``rating`` is stored as float32, the count as int64."""
+def encode_sample(listing: Listing, image: bytes, columns: Mapping[str, str] = MDS_COLUMNS) -> bytes:
+    """Encode one sample of these columns: ``image`` is a JPEG; ``rating`` is stored as float32, a count as int64."""
+    own: dict[str, Any] = {
+        "id": listing.id,
+        "main_category": listing.category,
+        "image": image,
+        **listing.texts,
+    }
+    own |= {"rating": listing.rating, "rating_count": listing.rating_count}
     values: list[bytes] = []
     sizes: list[int] = []
-    for name in _COLUMNS:
-        kind = MDS_COLUMNS[name]
-        value: Any = image if name == "image" else getattr(listing, name)
-        if kind == "float32":
-            values.append(struct.pack("<f", value))
-        elif kind == "int64":
-            values.append(struct.pack("<q", value))
+    for name in sorted(columns):
+        kind = columns[name]
+        value: Any = own[name]
+        if kind in _PACKED:
+            values.append(struct.pack(_PACKED[kind], value))
         else:
             values.append(value if kind == "bytes" else value.encode("utf-8"))
             sizes.append(len(values[-1]))
@@ -73,8 +79,9 @@ class ShardWriter:
         sha256: hex SHA-256 of every file written, by name.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int) -> None:
+    def __init__(self, folder: Path, shard_bytes: int, columns: Mapping[str, str] = MDS_COLUMNS) -> None:
         self.folder = folder
+        names = sorted(columns)
         folder.mkdir()
         self.shards: list[dict[str, Any]] = []
         self.sha256: dict[str, str] = {}
@@ -84,9 +91,9 @@ class ShardWriter:
             "compression": None,
             "hashes": list(HASHES),
             "size_limit": shard_bytes,
-            "column_names": _COLUMNS,
-            "column_encodings": [MDS_COLUMNS[name] for name in _COLUMNS],
-            "column_sizes": [_SIZES[MDS_COLUMNS[name]] for name in _COLUMNS],
+            "column_names": names,
+            "column_encodings": [columns[name] for name in names],
+            "column_sizes": [_SIZES[columns[name]] for name in names],
         }
         self._header = json.dumps(self._config, sort_keys=True).encode("utf-8")
         self._limit = shard_bytes

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rating_train.config.task import PAPER, Task
+
 MANIFEST_NAME = "manifest.json"
 QUARANTINE_NAME = "quarantine.jsonl"
 MANIFEST_VERSION = 1
-SPLITS = ("train", "val", "test")
+#: The last one holds items without a target, which can be scored only.
+PREDICT_SPLIT = "predict"
+SPLITS = ("train", "val", "test", PREDICT_SPLIT)
 
-RATING_MIN = 1.0
-RATING_MAX = 5.0
-
-# Columns of every MDS sample and their encodings. Text is stored up to the cap of `prepare`, so that the number of
-# characters that a model reads remains a training option.
+# Columns of an MDS sample of the paper's task, and their encodings. Text is stored up to the cap of `prepare`, so that
+# the number of characters that a model reads remains a training option.
 MDS_COLUMNS: dict[str, str] = {
     "id": "str",
     "image": "bytes",
@@ -32,31 +33,51 @@ MDS_COLUMNS: dict[str, str] = {
     "rating_count": "int64",
 }
 
-TEXT_FIELDS = ("title", "description", "features", "main_category")
+
+#: The text fields of the paper's task.
+TEXT_FIELDS = PAPER.field_names
+
+
+def sample_columns(task: Task) -> dict[str, str]:
+    """Return the columns of a sample of a task, and their encodings.
+
+    Whatever the task predicts is stored as ``rating``, and its weight as ``rating_count``.
+    """
+    if task.is_default and task.weight:
+        return MDS_COLUMNS
+    columns = {"id": "str", "rating": "float32", **dict.fromkeys(task.field_names, "str")}
+    columns |= {"main_category": "str"} if task.category else {}
+    columns |= {"image": "bytes"} if task.images else {}
+    return columns | ({"rating_count": "float64"} if task.weight else {})
 
 
 @dataclass(frozen=True)
 class Listing:
-    """One product as a source describes it, before its image is opened.
+    """One item as a source describes it, before its image is opened.
 
     Attributes:
-        rating: the average star rating, in [1, 5].
-        rating_count: the number of ratings behind it.
+        texts: name -> text of each field of the task.
+        category: for slices and windows, or "".
         image: a path relative to the images folder, a URL, or "".
+        rating: the number to predict, in its unit; NaN of an item that can be scored only.
+        rating_count: the number of ratings behind it, or another weight; ``None`` in a task without one.
         group: the same for all variants of one product, which belong to one split (the id where a source has none).
         more_images: further images, in the order in which they are tried if ``image`` cannot be used.
     """
 
     id: str
-    title: str
-    description: str
-    features: str
-    main_category: str
+    texts: dict[str, str]
+    category: str
     image: str
     rating: float
-    rating_count: int
+    rating_count: float | None
     group: str
     more_images: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The title, by which variants of one product are found; "" in a task without one."""
+        return self.texts.get("title", "")
 
 
 @dataclass(frozen=True)

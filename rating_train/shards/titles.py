@@ -35,6 +35,6 @@ def product_group(sample: Mapping[str, Any]) -> str:
 
     ``prepare`` also joins what a source's ``group_id`` joins, and chains of both; shards do not store that.
     """
-    key = title_key(sample["title"])
-    name = f"title\t{sample['main_category']}\t{key}" if key else f"id\t{sample['id']}"
+    key = title_key(sample.get("title", ""))
+    name = f"title\t{sample.get('main_category', '')}\t{key}" if key else f"id\t{sample['id']}"
     return blake2b(name.encode("utf-8"), digest_size=8).hexdigest()

@@ -10,19 +10,21 @@ from __future__ import annotations
 import hashlib
 import importlib
 import io
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rating_train.config.task import PAPER, Target, task_of
 from rating_train.errors import UserError
 from rating_train.files import sha256_json
 from rating_train.shards.manifest import check_index, read_manifest
 from rating_train.shards.mds_read import INDEX_NAME, BadShard, read_index, read_shard
-from rating_train.shards.schema import MANIFEST_NAME, RATING_MAX, RATING_MIN
+from rating_train.shards.schema import MANIFEST_NAME, PREDICT_SPLIT
 
 _CHUNK_BYTES = 1 << 22
 #: Hash names by speed, the fastest first: about 11,000, 1,400 and 1,300 MB/s on one core.
@@ -123,6 +125,7 @@ class _Task:
     path: Path
     entry: Mapping[str, Any]
     wanted: set[int] | None  # places of the samples to decode; None decodes all
+    target: Target | None = None  # None: the split's items have none
 
 
 def verify_dataset(
@@ -204,11 +207,12 @@ def _check_split_files(
                 Problem("", str(folder / INDEX_NAME), f"counts {found} {what}, the manifest {entry[what]}")
             )
     named = {s["raw_data"]["basename"] for s in shards}
+    target = None if split == PREDICT_SPLIT else task_of(manifest).target
     for file in sorted(folder.iterdir()):
         if file.name not in named and file.name != INDEX_NAME:
             wrong.append(Problem(f"{split}/{file.name}", str(file), "is not named in the index"))
     for s in shards:
-        yield _Task(split, folder / s["raw_data"]["basename"], s, set())
+        yield _Task(split, folder / s["raw_data"]["basename"], s, set(), target)
 
 
 def _choose_samples(tasks: list[_Task], decode: int | None) -> list[_Task]:
@@ -216,13 +220,13 @@ def _choose_samples(tasks: list[_Task], decode: int | None) -> list[_Task]:
     if not decode:
         return tasks
     if decode < 0:
-        return [_Task(t.split, t.path, t.entry, None) for t in tasks]
+        return [replace(t, wanted=None) for t in tasks]
     items = sum(t.entry["samples"] for t in tasks)
     chosen = sorted(random.Random(0).sample(range(items), min(decode, items)))
     result, first = [], 0
     for t in tasks:
         last = first + t.entry["samples"]
-        result.append(_Task(t.split, t.path, t.entry, {c - first for c in chosen if first <= c < last}))
+        result.append(replace(t, wanted={c - first for c in chosen if first <= c < last}))
         first = last
     return result
 
@@ -244,7 +248,7 @@ def _check_shard(task: _Task) -> tuple[int, list[Problem]]:
         if task.wanted is None or task.wanted:
             for sample in read_shard(task.path, task.entry, task.wanted):
                 decoded += 1
-                if reason := sample_problem(sample):
+                if reason := sample_problem(sample, task.target):
                     problems.append(
                         Problem(name, str(task.path), f"contains item {sample.get('id')!r}, whose {reason}")
                     )
@@ -253,16 +257,27 @@ def _check_shard(task: _Task) -> tuple[int, list[Problem]]:
     return decoded, problems
 
 
-def sample_problem(sample: Mapping[str, Any]) -> str:
-    """Return why a decoded sample cannot be trained on; "" if it can."""
+def sample_problem(sample: Mapping[str, Any], target: Target | None = PAPER.target) -> str:
+    """Return why a decoded sample cannot be trained on (without a ``target``: not scored); "" if it can."""
     from PIL import Image
 
     rating = sample.get("rating")
-    if not isinstance(rating, float) or not RATING_MIN <= rating <= RATING_MAX:
-        return f"rating {rating} is not in {RATING_MIN:g}..{RATING_MAX:g}"
+    if target is not None:
+        inside = False
+        if isinstance(rating, float) and not math.isnan(rating):  # float32 may round a bound to beyond it
+            inside = any(not target.problem(r) for r in (rating, rating * (1 - 1e-7), rating * (1 + 1e-7)))
+        if not inside:
+            wrong = "is not in" if target.bounded else "does not fit"
+            return f"{target.name} {rating} {wrong} {_shown(target.lower)}..{_shown(target.upper)}"
+    if "image" not in sample:
+        return ""
     try:
         with Image.open(io.BytesIO(sample["image"]), formats=("JPEG",)) as image:
             image.load()
     except Exception as e:  # the decoder raises many kinds on damaged input, Pillow its own on a bomb
         return f"image cannot be decoded: {e}"
     return ""
+
+
+def _shown(bound: float | None) -> str:
+    return "" if bound is None else f"{bound:g}"

@@ -31,7 +31,7 @@ from rating_train.files import (
     sha256_json,
 )
 from rating_train.shards.mds_write import INDEX_NAME, ShardWriter, encode_sample, shard_name, write_index
-from rating_train.shards.schema import MANIFEST_NAME, QUARANTINE_NAME, SPLITS, Listing
+from rating_train.shards.schema import MANIFEST_NAME, MDS_COLUMNS, QUARANTINE_NAME, SPLITS, Listing
 
 logger = logging.getLogger(__name__)
 
@@ -72,15 +72,19 @@ class RatingStats:
 class SplitWriter:
     """The MDS shards of one split."""
 
-    def __init__(self, folder: Path, shard_bytes: int) -> None:
+    def __init__(self, folder: Path, shard_bytes: int, columns: Mapping[str, str] = MDS_COLUMNS) -> None:
         self.folder = folder
+        self.columns = columns
         self.stats = RatingStats()
-        self.shards = ShardWriter(folder, shard_bytes)
+        self.shards = ShardWriter(folder, shard_bytes, columns)
 
     def write(self, listing: Listing, image: bytes) -> None:
         """Append a sample; ``image`` is a JPEG."""
-        self.shards.write(encode_sample(listing, image))
-        self.stats.add(float(np.float32(listing.rating)))
+        self.shards.write(encode_sample(listing, image, self.columns))
+        if math.isnan(listing.rating):
+            self.stats.count += 1  # of the split that can be scored only: there is no mean
+        else:
+            self.stats.add(float(np.float32(listing.rating)))
 
     def finish(self) -> dict[str, Any]:
         """Write the last shard and the index; return the split's entry in the manifest."""

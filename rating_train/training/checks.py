@@ -28,6 +28,7 @@ from rating_train.model.cost import activation_bytes, visual_tokens
 from rating_train.model.custom_loss import CustomLoss, load_custom_loss
 from rating_train.model.load import read_architecture
 from rating_train.shards.manifest import read_manifest, refuse_unlike
+from rating_train.training.task import check_task_of_run
 from rating_train.training.trackers import PACKAGES
 from rating_train.weights.warm_start import check_source
 
@@ -59,12 +60,13 @@ def check_job(config: Config, run: Path, resume: str, world: World, device: torc
         attempt(lambda: named_checkpoint(resume))
     attempt(lambda: check_run_folder(run))
     attempt(lambda: check_data(config))
+    attempt(lambda: check_task_of_run(config, run))
     attempt(lambda: load_custom_loss(config.loss))
     attempt(lambda: check_optimizer(config))
     attempt(lambda: check_trackers(config))
     plan = attempt(lambda: plan_batch(config.batch.global_items, config.batch.micro_items, world.size))
     architecture = attempt(lambda: local_architecture(config))
-    visual = attempt(lambda: visual_tokens(architecture, config.data.image_px)) if architecture else None
+    visual = attempt(lambda: visual_tokens(architecture, config.model_px)) if architecture else None
     if config.model.init_from and not store.steps_present(run / run_dir.CHECKPOINTS_DIR):
         attempt(lambda: check_source(config.model, architecture))
     if plan is not None and not problems:
@@ -256,7 +258,7 @@ def check_memory(
         UserError: with the estimate, the memory that is there, and what to change.
     """
     tokens = config.data.text_tokens + visual
-    host = batch_bytes(plan.rank_items, config.data.image_px, tokens)
+    host = batch_bytes(plan.rank_items, config.model_px, tokens)
     available = available_memory() // world.local_size
     if host > available:
         raise UserError(
@@ -269,7 +271,7 @@ def check_memory(
         return
     kept = plan.micro_items * activation_bytes(
         architecture,
-        config.data.image_px,
+        config.model_px,
         tokens,
         freeze=config.model.freeze,
         bf16=config.train.precision == "bf16",

@@ -86,7 +86,7 @@ def _rows(batch: Batch, scores: list[float]) -> list[Prediction]:
             score=score,
             rating=rating,
             category=batch.categories[i],
-            rating_count=int(count),
+            rating_count=int(count) if count.is_integer() else None,  # NaN, or a weight that is no count
             text_chars=batch.text_chars[i],
             group=batch.groups[i],
             tokens=tokens,

@@ -32,6 +32,7 @@ from rating_train.model.regressor import RatingRegressor, build_regressor
 from rating_train.scoring.metrics import LARGER_IS_BETTER
 from rating_train.training import setup
 from rating_train.training.checks import check_batch_fits
+from rating_train.training.task import check_manifests
 from rating_train.weights.warm_start import find_source, warm_start
 
 log = logging.getLogger(__name__)
@@ -128,6 +129,7 @@ def assemble_job(
     eval_data = open_evaluation(
         config.data, prompt, world, config.data.eval_split, eval_items, config.eval.max_items, device
     )
+    check_manifests(config, dict(zip((s.path for s in config.data.train_sources), data.manifests)))
     model, warm = _build_model(config, model_inputs, fresh=resumed_from is None)
     layout = prompt.layout
     shortest = layout.length - prompt.field_budget  # the template alone
@@ -166,7 +168,9 @@ def _build_model(
             own, weights="random"
         )  # all of them are replaced below: nothing to download
     start = inputs.prompt.layout.image_start
-    model = build_regressor(own, inputs.architecture, config.data.image_px, start, config.train.seed)
+    model = build_regressor(
+        own, inputs.architecture, config.model_px, start, config.train.seed, config.task.target
+    )
     return model, warm_start(model, source, own.init_parts) if source is not None else None
 
 

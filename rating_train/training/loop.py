@@ -37,6 +37,7 @@ from rating_train.training.job import Job, assemble_job, open_checkpoints, resto
 from rating_train.training.provenance import record_start
 from rating_train.training.recording import Recorder
 from rating_train.training.saver import Saver
+from rating_train.training.task import with_task_of_data
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ def train(config: Config, resume: str) -> str:
     started = time.monotonic()
     run = Path(config.runs_dir) / config.name
     world, device = setup.join_job(config.train.collective_timeout_minutes, config.train.device)
+    own = config
+    config = on_main(lambda: with_task_of_data(own))
     on_main(lambda: check_job(config, run, resume, world, device))
     custom_loss = custom_loss_of_all(config)
     on_main(lambda: make_run_folder(run))

@@ -49,7 +49,9 @@ def load_predictor(
             returns it.
     """
     bare = dataclasses.replace(config.model, weights="random")  # every weight is replaced below
-    model = build_regressor(bare, architecture, config.data.image_px, image_start, seed=0)
+    model = build_regressor(
+        bare, architecture, config.model_px, image_start, seed=0, target=config.task.target
+    )
     model.load_state_dict(weights, strict=True)
     bf16 = config.train.precision == "bf16"
     if bf16 and config.zero.stage > 0:

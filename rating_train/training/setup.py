@@ -12,7 +12,7 @@ import torch
 
 from rating_train import log as logs
 from rating_train.config.schema import Config
-from rating_train.data.prompt import PromptEncoder, load_tokenizer
+from rating_train.data.prompt import PromptEncoder, PromptWords, load_tokenizer
 from rating_train.distributed import world as worlds
 from rating_train.distributed.collectives import on_main
 from rating_train.errors import UserError
@@ -45,7 +45,7 @@ def read_model_inputs(config: Config) -> ModelInputs:
 
 def model_inputs_of(config: Config, architecture: Architecture) -> ModelInputs:
     """Read the tokenizer of a backbone whose architecture is known. Errors: as :func:`read_model_inputs`."""
-    visual = visual_tokens(architecture, config.data.image_px)
+    visual = visual_tokens(architecture, config.model_px)
     where = config.model.tokenizer or config.model.backbone
     tokenizer = load_tokenizer(where, config.model.revision)
     if tokenizer.get_vocab_size() > architecture.text.vocab:
@@ -54,8 +54,18 @@ def model_inputs_of(config: Config, architecture: Architecture) -> ModelInputs:
             where=where,
             fix="set model.tokenizer to the backbone's own",
         )
-    prompt = PromptEncoder(tokenizer, visual, config.data.text_tokens, config.data.field_chars)
+    prompt = PromptEncoder(
+        tokenizer, visual, config.data.text_tokens, config.data.field_chars, prompt_words(config)
+    )
     return ModelInputs(config, architecture, prompt)
+
+
+def prompt_words(config: Config) -> PromptWords:
+    """Return what the prompt of a run says: its task's question and fields, as far as the model reads them."""
+    fields = config.task.fields if "text" in config.model.inputs else []
+    return PromptWords(
+        config.task.question, tuple((f.name, f.words) for f in fields), "image" in config.model.inputs
+    )
 
 
 def evaluation_row(
@@ -75,7 +85,7 @@ def evaluation_row(
     """
     length = model_inputs.prompt.layout.length
     cost = item_cost(
-        model_inputs.architecture, model_inputs.config.data.image_px, length, Counter(lengths).elements()
+        model_inputs.architecture, model_inputs.config.model_px, length, Counter(lengths).elements()
     )
     return {
         "step": step,

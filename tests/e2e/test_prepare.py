@@ -37,7 +37,8 @@ from rating_train.prepare.parts.part import DONE_NAME
 from rating_train.prepare.plan.rules import PlanRules
 from rating_train.prepare.run import prepare
 from rating_train.shards import writer
-from rating_train.shards.schema import MANIFEST_NAME, MDS_COLUMNS, QUARANTINE_NAME, Listing
+from rating_train.shards.schema import MANIFEST_NAME, MDS_COLUMNS, QUARANTINE_NAME
+from tests.helpers.listings import listing
 
 S = 32
 N = 60
@@ -507,7 +508,7 @@ def test_shards_are_what_streaming_writes(catalogue: Path, tmp_path: Path) -> No
             theirs.write({**row, "rating": np.float32(row["rating"])})
             row = dict(row)
             image = row.pop("image")
-            ours.write(Listing(**row, image="", group=""), image)
+            ours.write(listing(row.pop("id"), **row, image="", group=""), image)
         ours.finish()
     assert len(written) == 2 and len(list((tmp_path / "ours").iterdir())) > 3
     assert content(tmp_path / "ours") == content(tmp_path / "theirs")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rating_train.shards.schema import Listing
 from rating_train.shards.writer import DatasetWriter, SplitWriter
 from tests.conftest import Ranks
+from tests.helpers.listings import listing
 
 
 def poisoned_copy(demo: Path, out: Path, poisoned: Iterable[int]) -> None:
@@ -31,7 +31,8 @@ def poisoned_copy(demo: Path, out: Path, poisoned: Iterable[int]) -> None:
                     rating = 3e38
                 count = int(row.pop("rating_count"))
                 shards.write(
-                    Listing(**row, image="", rating=rating, rating_count=count, group=row["id"]), image
+                    listing(row.pop("id"), **row, image="", rating=rating, rating_count=count, group=""),
+                    image,
                 )
             shards.finish()
             writer.adopt(split, shards.folder, shards.stats)

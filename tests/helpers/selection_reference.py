@@ -63,7 +63,7 @@ class Groups:
         self._parent.setdefault(group, group)
         title = title_key(listing.title)
         if title:
-            key = hash64("title", listing.main_category.casefold(), title)
+            key = hash64("title", listing.category.casefold(), title)
             self._parent.setdefault(key, key)
             a, b = sorted((self._find(group), self._find(key)))
             self._parent[b] = a

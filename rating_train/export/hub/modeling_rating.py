@@ -1,4 +1,4 @@
-"""A rating regressor for ``transformers``: one image and the token ids of a listing to a rating from 1 to 5.
+"""A rating regressor for ``transformers``: one image and the token ids of a listing to one number, such as stars.
 
 Legend: B items, S pixels a side, T tokens.
 """
@@ -17,12 +17,13 @@ from rating_train.export.hub.configuration_rating import RatingConfig
 from rating_train.model.architecture import architecture_from_dict
 from rating_train.model.attention import register_attention
 from rating_train.model.backbones import BACKBONES
+from rating_train.model.head import Scale
 from rating_train.model.regressor import RatingRegressor
 from rating_train.model.vision import position_ids
 
 
 class RatingModel(PreTrainedModel):
-    """SmolVLM without its LM head, mean pooling, and a two-layer head; ``logits`` are ratings in (1, 5)."""
+    """SmolVLM without its LM head, mean pooling, and a two-layer head; ``logits`` are the numbers."""
 
     config_class = RatingConfig
     base_model_prefix = "regressor"
@@ -36,7 +37,12 @@ class RatingModel(PreTrainedModel):
             BACKBONES[self.shape.family].config(self.shape), attn_implementation=register_attention()
         )
         self.regressor = RatingRegressor(
-            backbone, self.shape, config.image_px, config.image_start, config.head_dropout
+            backbone,
+            self.shape,
+            config.image_px,
+            config.image_start,
+            config.head_dropout,
+            scale=Scale(**config.scale),
         )
         self.post_init()
 
@@ -63,7 +69,7 @@ class RatingModel(PreTrainedModel):
             pixel_values: (B, 3, S, S) uint8, as :class:`RatingProcessor` makes them: not scaled.
             input_ids: (B, T) int64, padded on the right.
             attention_mask: (B, T), 1 for tokens and 0 for padding; without it, every token counts.
-            labels: (B,) true ratings in stars, for a mean squared error.
+            labels: (B,) true ratings, for a mean squared error.
             return_dict: False returns a tuple.
 
         Returns:

@@ -13,10 +13,9 @@ from tokenizers import Tokenizer
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 from rating_train.data.collate import decode_square
-from rating_train.data.prompt import END, IMAGE_TOKEN, PAD_TOKEN, SPECIAL_TOKENS, PromptEncoder
+from rating_train.data.prompt import END, IMAGE_TOKEN, PAD_TOKEN, SPECIAL_TOKENS, PromptEncoder, PromptWords
 from rating_train.prepare.images.square import square_file
 from rating_train.prepare.records.listing import plain_text
-from rating_train.shards.schema import TEXT_FIELDS
 
 Picture = Image.Image | bytes | str | Path
 
@@ -32,6 +31,7 @@ class RatingProcessor(ProcessorMixin):
         visual_tokens: image tokens of an item.
         text_tokens: all other tokens of an item, template and padding included.
         field_chars: characters kept of each field.
+        words: the prompt, as :class:`~rating_train.data.prompt.PromptWords`; by default the paper's.
     """
 
     attributes = ["tokenizer"]  # noqa: RUF012  # declared so by the base class
@@ -46,16 +46,25 @@ class RatingProcessor(ProcessorMixin):
         visual_tokens: int = 36,
         text_tokens: int = 176,
         field_chars: int = 100,
+        words: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(tokenizer, **kwargs)
         self.image_px, self.stored_px, self.jpeg_quality = image_px, stored_px, jpeg_quality
         self.visual_tokens, self.text_tokens, self.field_chars = visual_tokens, text_tokens, field_chars
-        self._encoder = PromptEncoder(tokenizer.backend_tokenizer, visual_tokens, text_tokens, field_chars)
+        self.words = words or {}
+        said = (
+            PromptWords(**{**self.words, "fields": tuple(map(tuple, self.words["fields"]))})
+            if words
+            else PromptWords()
+        )
+        self._encoder = PromptEncoder(
+            tokenizer.backend_tokenizer, visual_tokens, text_tokens, field_chars, said
+        )
 
     def __call__(  # type: ignore[override]
         self,
-        images: Picture | Sequence[Picture],
+        images: Picture | Sequence[Picture] | None,
         listings: Mapping[str, Any] | Sequence[Mapping[str, Any]],
         return_tensors: str = "pt",
         **_: Any,
@@ -63,9 +72,10 @@ class RatingProcessor(ProcessorMixin):
         """Make a batch.
 
         Args:
-            images: one picture or a sequence: ``PIL.Image``, the bytes of a file, or its path.
-            listings: one mapping or a sequence, with ``title``, ``description``, ``features``, ``main_category``: text,
-                a list of texts, or nothing.
+            images: one picture or a sequence: ``PIL.Image``, the bytes of a file, or its path. A model that reads text
+                alone (``image_px`` 0) looks at none.
+            listings: one mapping or a sequence, with the fields of ``words`` (``title``, ``description``, ``features``,
+                ``main_category``): text, a list of texts, or nothing.
             return_tensors: "pt" for torch, "np" for NumPy.
 
         Returns:
@@ -74,13 +84,15 @@ class RatingProcessor(ProcessorMixin):
         Raises:
             ValueError: numbers of pictures and listings that differ.
         """
-        pictures = [images] if isinstance(images, (Image.Image, bytes, str, Path)) else list(images)
+        pictures = [images] if isinstance(images, (Image.Image, bytes, str, Path)) else list(images or ())
         fields = [listings] if isinstance(listings, Mapping) else list(listings)
-        if len(pictures) != len(fields):
+        if self.image_px and len(pictures) != len(fields):
             raise ValueError(f"{len(pictures)} images for {len(fields)} listings")
-        squares = [self._square(p, n) for n, p in enumerate(pictures)]
+        squares = [np.zeros((0, 0, 3), np.uint8)] * len(fields)
+        if self.image_px:
+            squares = [self._square(p, n) for n, p in enumerate(pictures)]
         prompts = [
-            self._encoder.encode({name: plain_text(f.get(name), name) for name in TEXT_FIELDS})
+            self._encoder.encode({name: plain_text(f.get(name), name) for name in self._encoder.words.names})
             for f in fields
         ]
         used = np.array([p.used for p in prompts])

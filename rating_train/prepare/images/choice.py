@@ -26,23 +26,29 @@ class ImageCounts:
         fell_back_to_a_later_one: kept listings whose first image could not be used.
         extra_unused: images that were not opened, because an earlier one was used.
         refused: images that were opened and could not be used, by reason.
+        placeholders: listings without a usable image that got a grey square, where the task has it so.
     """
 
     listings_with_several: int = 0
     fell_back_to_a_later_one: int = 0
     extra_unused: int = 0
     refused: Counter[str] = field(default_factory=Counter)
+    placeholders: int = 0
 
     def add(self, recorded: Mapping[str, Any]) -> None:
         """Add the counts that :meth:`recorded` returned elsewhere."""
         self.listings_with_several += recorded["listings_with_several"]
         self.fell_back_to_a_later_one += recorded["fell_back_to_a_later_one"]
         self.extra_unused += recorded["extra_unused"]
+        self.placeholders += recorded.get("placeholders", 0)
         self.refused.update(recorded["refused"])
 
     def recorded(self) -> dict[str, Any]:
         """Return the counts as JSON values."""
-        return {**vars(self), "refused": dict(sorted(self.refused.items()))}
+        found = {**vars(self), "refused": dict(sorted(self.refused.items()))}
+        if not self.placeholders:
+            del found["placeholders"]
+        return found
 
 
 def first_usable(

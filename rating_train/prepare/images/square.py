@@ -70,6 +70,13 @@ def square_jpeg(data: bytes, size_px: int, quality: int = 90, max_pixels: int = 
         raise ImageProblem("image_unreadable", f"{type(e).__name__}: {e}"[:200]) from e
 
 
+def grey_square(size_px: int) -> bytes:
+    """Return the placeholder of an item without an image: a JPEG of middle grey, which the model sees as 0."""
+    with io.BytesIO() as file:
+        Image.new("RGB", (size_px, size_px), (128, 128, 128)).save(file, "JPEG")
+        return file.getvalue()
+
+
 def square_file(picture: bytes | Image.Image, size_px: int, quality: int = 90) -> bytes:
     """Return the square of a picture as :func:`square_jpeg` makes it, also of one that is open already.
 

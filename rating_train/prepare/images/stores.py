@@ -55,6 +55,18 @@ def open_store(
     return LayeredStore(cached, store) if cached else store
 
 
+class NoStore:
+    """No image at all, of items that have none."""
+
+    def read(self, image: str, item_id: str) -> bytes:
+        """Refuse any image.
+
+        Raises:
+            ImageProblem: always.
+        """
+        raise ImageProblem("image_missing", "no images are given")
+
+
 class CacheStore:
     """Fetched images, each under the SHA-256 of its URL: ``CACHE/ab/cd/abcd....img``, or ``.problem`` (JSON).
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rating_train.config.task import PAPER, Task
 from rating_train.errors import UserError
 from rating_train.files import read_json
 from rating_train.prepare.images.choice import ImageCounts
 from rating_train.prepare.parts.part import finished_parts, verify_part
 from rating_train.prepare.plan.plan_dir import PLAN_NAME, part_name
+from rating_train.shards.mds_read import read_columns, read_index
 from rating_train.shards.schema import QUARANTINE_NAME
 from rating_train.shards.writer import DatasetWriter, RatingStats
 
@@ -23,6 +26,7 @@ def merge_parts(
     *,
     build: str = "",
     head: Mapping[str, Any] | None = None,
+    task: Task = PAPER,
     check: Callable[[], None] = lambda: None,
     verify_hashes: bool = False,
 ) -> dict[str, Any]:
@@ -38,6 +42,7 @@ def merge_parts(
         build: fingerprint of the parts to take, as in :class:`PartSpec`.
         head: more fields of the manifest; ``read``, ``dropped``, ``kept``, ``images`` (see
             :class:`~rating_train.prepare.images.choice.ImageCounts`), ``splits`` and ``fingerprint`` are added here.
+        task: is added, with the statistics of the training split, unless it is the paper's.
         check: called before the manifest is written; if it raises, there is no ``out``.
         verify_hashes: read every shard and compare its SHA-256, not only its size.
 
@@ -58,7 +63,21 @@ def merge_parts(
             for split, stats in part["splits"].items():
                 writer.adopt(split, folder / split, RatingStats(**stats))
         check()
-        return writer.commit({**(head or {}), **counts})
+        trained = [parts_dir / part_name(p["part"]) / "train" for p in done if "train" in p["splits"]]
+        return writer.commit({**(head or {}), **_task_entry(task, trained), **counts})
+
+
+def _task_entry(task: Task, trained: list[Path]) -> dict[str, Any]:
+    """Return what the manifest says of a task that is not the paper's: ``center`` and ``spread`` filled in."""
+    if task.is_default:
+        return {}
+    stats = RatingStats()
+    for folder in trained:
+        for shard in read_index(folder):
+            for sample in read_columns(folder / shard["raw_data"]["basename"], shard, ["rating"]):
+                stats.add(task.target.forward(sample["rating"]))
+    target = dataclasses.replace(task.target, center=stats.mean, spread=stats.std)
+    return {"task": dataclasses.asdict(dataclasses.replace(task, target=target))}
 
 
 def _counts(plan: Mapping[str, Any], done: list[dict[str, Any]], parts_dir: Path) -> dict[str, Any]:

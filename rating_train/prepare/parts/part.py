@@ -24,15 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rating_train.config.task import PAPER, Task
 from rating_train.errors import UserError
 from rating_train.files import fsync_path, read_json, read_json_lines, sha256_file
 from rating_train.prepare.images import square
 from rating_train.prepare.images.choice import ImageCounts, first_usable
 from rating_train.prepare.images.lookup import ImageProblem, ImageStore
-from rating_train.prepare.images.square import DEFAULT_MAX_PIXELS
+from rating_train.prepare.images.square import DEFAULT_MAX_PIXELS, grey_square
 from rating_train.prepare.plan.plan_dir import PLAN_NAME, part_name
 from rating_train.shards.mds_write import write_synced
-from rating_train.shards.schema import QUARANTINE_NAME, SPLITS, Dropped, Listing
+from rating_train.shards.schema import QUARANTINE_NAME, SPLITS, Dropped, Listing, sample_columns
 from rating_train.shards.writer import SplitWriter, make_temporary
 
 DONE_NAME = "DONE.json"
@@ -52,6 +53,7 @@ class PartSpec:
         shard_bytes: upper bound of one shard file.
         build: fingerprint of all that the items depend on; parts of another build are refused.
         max_pixels: larger pictures are refused before a pixel is decoded.
+        task: what of a listing becomes a sample.
     """
 
     size_px: int
@@ -59,6 +61,7 @@ class PartSpec:
     shard_bytes: int
     build: str = ""
     max_pixels: int = DEFAULT_MAX_PIXELS
+    task: Task = PAPER
 
 
 #: Called once per item: with the dropped record, or None for a kept item.
@@ -122,22 +125,31 @@ def _fill(
     def convert(data: bytes) -> bytes:
         return square.square_jpeg(data, spec.size_px, spec.quality, spec.max_pixels)
 
+    columns = sample_columns(spec.task)
+    grey = convert(grey_square(spec.size_px)) if spec.task.missing_image == "grey" else None
+
+    def keep(split: str, listing: Listing, image: bytes) -> None:
+        if split not in splits:
+            splits[split] = SplitWriter(folder / split, spec.shard_bytes, columns)
+        splits[split].write(listing, image)
+        on_item(None)
+
     for row in read_json_lines(_input(plan_dir, part)):
         fields = {name: row[name] for name in _LISTING_FIELDS if name != "more_images"}
         # `more_images` is written only where it is not empty.
         listing = Listing(**fields, more_images=tuple(row.get("more_images", ())))
         items += 1
         try:
-            image = first_usable(listing, store, convert, counts)
+            image = first_usable(listing, store, convert, counts) if columns.get("image") else b""
         except ImageProblem as e:
+            if grey is not None:
+                counts.placeholders += 1
+                keep(row["split"], listing, grey)
+                continue
             dropped.append(Dropped(row["source"], row["line"], listing.id, e.reason, e.detail))
             on_item(dropped[-1])
             continue
-        split = row["split"]
-        if split not in splits:
-            splits[split] = SplitWriter(folder / split, spec.shard_bytes)
-        splits[split].write(listing, image)
-        on_item(None)
+        keep(row["split"], listing, image)
     for split in splits.values():
         split.finish()
     quarantine = "".join(json.dumps(vars(d), ensure_ascii=False) + "\n" for d in dropped).encode("utf-8")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -100,7 +101,9 @@ def _scan_source(
         open(work / f"dropped_{index:05d}.jsonl", "w", encoding="utf-8", newline="\n") as dropped,
     ):
         # The summary needs the category of a dropped listing too, so the rules are applied here.
-        for count, (source, line, item) in enumerate(islice(read_source(path), limit), start=1):
+        for count, (source, line, item) in enumerate(
+            islice(read_source(path, rules.reading), limit), start=1
+        ):
             last = line
             pos = index << LINE_BITS | line
             refusal = selection.check_listing(item, rules) if isinstance(item, Listing) else None
@@ -108,9 +111,7 @@ def _scan_source(
                 rows.write(_compact(pos, selection.cap_text(item, rules.max_text_chars)))
             else:
                 category = (
-                    _plain(item.main_category[: rules.max_text_chars])
-                    if isinstance(item, Listing)
-                    else NULL_MARK
+                    _plain(item.category[: rules.max_text_chars]) if isinstance(item, Listing) else NULL_MARK
                 )
                 drop = Dropped(source, line, item.id, *refusal) if refusal else item
                 assert isinstance(drop, Dropped)
@@ -124,10 +125,12 @@ def _scan_source(
 
 def _compact(pos: int, listing: Listing) -> str:
     key = title_key(listing.title)
-    title = selection.hash64("title", listing.main_category.casefold(), key) if key else NULL_MARK
+    title = selection.hash64("title", listing.category.casefold(), key) if key else NULL_MARK
+    rating = NULL_MARK if math.isnan(listing.rating) else repr(listing.rating)
+    count = NULL_MARK if listing.rating_count is None else listing.rating_count
     return (
-        f"{pos}\t{_plain(listing.main_category)}\t{NULL_MARK}\t{listing.id}\t{listing.rating!r}\t"
-        f"{listing.rating_count}\t{_plain(listing.image, _MAX_IMAGE_CHARS)}\t{selection.hash64('id', listing.id)}\t"
+        f"{pos}\t{_plain(listing.category)}\t{NULL_MARK}\t{listing.id}\t{rating}\t"
+        f"{count}\t{_plain(listing.image, _MAX_IMAGE_CHARS)}\t{selection.hash64('id', listing.id)}\t"
         f"{selection.hash64('group', listing.group)}\t{title}\n"
     )
 
@@ -165,7 +168,7 @@ def quarantine_lines(dropped: Path, source: str, duplicates: Iterable[tuple[int,
 
 
 def selected(
-    index: int, path: str, wanted: Iterator[tuple[int, str, str]], max_text_chars: int
+    index: int, path: str, wanted: Iterator[tuple[int, str, str]], rules: PlanRules
 ) -> Iterator[str]:
     """Run pass 2: yield the JSON lines of one source's taken listings, in its order.
 
@@ -173,7 +176,7 @@ def selected(
         index: the source's place among the sources.
         path: the source.
         wanted: (pos, id, split) of the listings to take, ordered by pos.
-        max_text_chars: cut every text field to this many characters.
+        rules: how the source is read, and to how many characters every text is cut.
 
     Raises:
         UserError: a record is not what it was in pass 1.
@@ -181,12 +184,12 @@ def selected(
     want = next(wanted, None)
     if want is None:
         return
-    for source, line, item in read_source(path):
+    for source, line, item in read_source(path, rules.reading):
         if index << LINE_BITS | line < want[0]:
             continue
         if index << LINE_BITS | line > want[0] or not isinstance(item, Listing) or item.id != want[1]:
             raise changed(path)
-        listing = selection.cap_text(item, max_text_chars)
+        listing = selection.cap_text(item, rules.max_text_chars)
         fields = {name: value for name, value in vars(listing).items() if name != "more_images" or value}
         yield _json_line({**fields, "split": want[2], "source": source, "line": line})
         want = next(wanted, None)

@@ -17,7 +17,7 @@ from rating_train.files import hold_lock, read_json
 from rating_train.prepare.full_disk import disk_full, is_full
 from rating_train.prepare.plan.rules import PlanRules
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 PLAN_NAME = "plan.json"
 SELECTION_NAME = "selection.parquet"
 SUMMARY_NAME = "summary.json"

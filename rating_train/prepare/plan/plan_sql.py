@@ -7,7 +7,7 @@ key), NULL where the title is too generic; root = the smallest hash of a compone
 ROWS = """CREATE TABLE rows AS SELECT * FROM read_csv({files}, auto_detect=false, header=false, delim='\t', quote='',
     escape='', nullstr='\x01', new_line='\\n', buffer_size=8388608, max_line_size=1048576, columns={{
     'pos': 'UBIGINT', 'category': 'VARCHAR', 'reason': 'VARCHAR', 'id': 'VARCHAR', 'rating': 'DOUBLE',
-    'rating_count': 'BIGINT', 'image': 'VARCHAR', 'id_hash': 'UBIGINT', 'g': 'UBIGINT', 't': 'UBIGINT'}})"""
+    'rating_count': '{count}', 'image': 'VARCHAR', 'id_hash': 'UBIGINT', 'g': 'UBIGINT', 't': 'UBIGINT'}})"""
 
 # Every statement joins at most two large tables: several joins share the memory and fail instead of spilling.
 
@@ -49,7 +49,8 @@ CREATE TABLE groups AS SELECT root, sum(items)::BIGINT AS items FROM members GRO
 
 PICKED = """CREATE TABLE member_sides AS SELECT g, root, split FROM members JOIN sides USING (root);
 CREATE TABLE placed AS SELECT pos, root, split FROM chosen JOIN member_sides USING (g);
-CREATE TABLE picked AS SELECT pos, id, category, rating, rating_count, image, root, split
+CREATE TABLE picked AS SELECT pos, id, category, rating, rating_count, image, root,
+    CASE WHEN rating IS NULL THEN 'predict' ELSE split END AS split
     FROM rows JOIN placed USING (pos) ORDER BY pos;"""
 
 # Every stratum (category, half star) is spread evenly over (0, 1), in the order of a hash of the id, and the training

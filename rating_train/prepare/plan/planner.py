@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rating_train.config.task import PAPER
 from rating_train.errors import UserError, one_error
 from rating_train.files import atomic_write_json, fsync_path, sha256_json
 from rating_train.prepare.full_disk import disk_full, is_full
@@ -172,7 +173,8 @@ def _select(db: Any, rules: PlanRules, work: Path, read: int, on_progress: OnPro
     windowed = rules.top_per_category or rules.bottom_per_category
     window = plan_sql.WINDOW.format(top=rules.top_per_category, bottom=rules.bottom_per_category)
     on_progress("select", 0, read)
-    db.execute(plan_sql.ROWS.format(files=files))
+    count = "BIGINT" if rules.reading.task.weight == PAPER.weight else "DOUBLE"
+    db.execute(plan_sql.ROWS.format(files=files, count=count))
     for file in files:
         os.unlink(file)
     db.execute(plan_sql.ITEMS)
@@ -305,9 +307,7 @@ def _write_parts(
         Name, items and SHA-256 of each.
     """
     lines = itertools.chain.from_iterable(
-        passes.selected(
-            i, path, _of_source(db, "pos, id, split", "picked", i, seen.last_line), rules.max_text_chars
-        )
+        passes.selected(i, path, _of_source(db, "pos, id, split", "picked", i, seen.last_line), rules)
         for i, (path, seen) in enumerate(zip(sources, scanned))
     )
     parts: list[dict[str, Any]] = []

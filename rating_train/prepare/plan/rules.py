@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from rating_train.config.fields import Rule, bound_problems, broken_rules, setting
+from rating_train.prepare.records.reading import Reading
 
 MIB_PER_THREAD = 128  # of DuckDB: with less per thread its operators fail instead of spilling
 MIN_MEMORY_MB = 96  # seen working with one thread
@@ -61,6 +62,11 @@ class PlanRules:
     )
     limit: int | None = setting(None, "read at most this many records in all, for a trial", low=1)
 
+    @property
+    def reading(self) -> Reading:
+        """How sources are read: of plain rules, the paper's task."""
+        return Reading()
+
     def problems(self) -> list[str]:
         """Return what is impossible about the values, one sentence each."""
         invalid = bound_problems(self)
@@ -72,4 +78,5 @@ class PlanRules:
         ``sample`` is there where it does something: plans from before there was one keep their fingerprint.
         """
         left_out = {"memory_mb"} if self.sample else {"memory_mb", "sample"}
-        return {f.name: getattr(self, f.name) for f in fields(PlanRules) if f.name not in left_out}
+        own = {f.name: getattr(self, f.name) for f in fields(PlanRules) if f.name not in left_out}
+        return {**own, **self.reading.recorded()}

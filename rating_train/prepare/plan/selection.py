@@ -8,11 +8,13 @@ Reasons given here: ``few_ratings``, ``no_image``, ``empty_text``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from hashlib import blake2b
 
+from rating_train.config.task import PAPER
 from rating_train.prepare.plan.rules import PlanRules
-from rating_train.shards.schema import TEXT_FIELDS, Listing
+from rating_train.shards.schema import Listing
 
 # Dropped because the user asked for it, not because the record is broken: not counted against the limit on dropped
 # records (most of a real catalogue has fewer than ten ratings).
@@ -21,20 +23,29 @@ CHOSEN_REASONS = frozenset({"few_ratings", "no_image", "not_selected"})
 
 def check_listing(listing: Listing, rules: PlanRules) -> tuple[str, str] | None:
     """Return (reason, detail) if the listing breaks a rule, else ``None``."""
-    if listing.rating_count < rules.min_rating_count:
-        return "few_ratings", f"{listing.rating_count} ratings, at least {rules.min_rating_count} are needed"
+    task = rules.reading.task
+    count = (
+        listing.rating_count if task.weight == PAPER.weight else None
+    )  # any other weight is no number of ratings
+    if count is not None and not math.isnan(listing.rating) and count < rules.min_rating_count:
+        return "few_ratings", f"{count} ratings, at least {rules.min_rating_count} are needed"
     if rules.require_image and not listing.image:
         return "no_image", "the record names no main image"
-    if not any((listing.title.strip(), listing.description.strip(), listing.features.strip())):
-        return "empty_text", "title, description and features are all blank"
+    names = task.field_names
+    # A category alone says too little of a product; a task of one field has nothing else.
+    wanted = [name for name in names if name != task.category] or names
+    if wanted and not any(listing.texts[name].strip() for name in wanted):
+        shown = f"{', '.join(wanted[:-1])} and {wanted[-1]} are all" if wanted[1:] else f"{wanted[0]} is"
+        return "empty_text", f"{shown} blank"
     return None
 
 
 def cap_text(listing: Listing, max_chars: int) -> Listing:
     """Cut every text field to ``max_chars`` characters (code points)."""
-    if all(len(getattr(listing, field)) <= max_chars for field in TEXT_FIELDS):
+    if all(len(text) <= max_chars for text in (listing.category, *listing.texts.values())):
         return listing
-    return replace(listing, **{field: getattr(listing, field)[:max_chars] for field in TEXT_FIELDS})
+    texts = {name: text[:max_chars] for name, text in listing.texts.items()}
+    return replace(listing, texts=texts, category=listing.category[:max_chars])
 
 
 def hash64(*parts: str) -> int:

@@ -1,14 +1,18 @@
 """Turn one record, in the field names of Amazon Reviews 2023, into a :class:`Listing` or the reason why it is none.
 
-Reasons given here: ``bad_id``, ``bad_type``, ``missing_field``, ``bad_rating``, ``bad_rating_count``.
+Reasons given here: ``bad_id``, ``bad_type``, ``missing_field``, ``bad_rating``, ``bad_rating_count``, ``bad_number``.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
-from rating_train.shards.schema import RATING_MAX, RATING_MIN, Dropped, Listing
+from rating_train.config.task import Task
+from rating_train.prepare.records.numbers import NotANumber
+from rating_train.prepare.records.reading import Reading
+from rating_train.shards.schema import Dropped, Listing
 
 MAX_ID_CHARS = 256
 MAX_RATING_COUNT = 2**63 - 1  # stored as int64
@@ -24,28 +28,32 @@ class _Refused(Exception):
         self.detail = detail
 
 
-def to_listing(record: dict[str, Any], source: str, line: int, rated: bool = True) -> Listing | Dropped:
+def to_listing(
+    record: Mapping[str, Any],
+    source: str,
+    line: int,
+    reading: Reading = Reading(),  # noqa: B008  # immutable
+) -> Listing | Dropped:
     """Return the listing in a record's fields; nothing that is in them can raise.
 
     Args:
-        record: fields by their names in Amazon Reviews 2023.
+        record: fields by their names in Amazon Reviews 2023 and in the task.
         source: the file that it comes from; with ``line``, its place in a :class:`Dropped`.
-        rated: whether a rating is needed. If not, none is read: the listing's rating is NaN, of 0 ratings.
+        reading: which task, and whether a target is needed. If not, none is read: the listing's rating is NaN.
     """
-    item_id = ""
+    item_id, task, rated = "", reading.task, reading.rated
     try:
         item_id = _id(record.get("parent_asin"))
         group = record.get("group_id")
+        rating = _rating(record.get("average_rating"), reading) if rated else math.nan
         image, *more_images = _images(record) or [""]
         return Listing(
             id=item_id,
-            title=_text(record, "title"),
-            description=_text(record, "description"),
-            features=_text(record, "features"),
-            main_category=_text(record, "main_category"),
+            texts={name: _text(record, name) for name in task.field_names},
+            category=_text(record, "main_category") if task.category else "",
             image=image,
-            rating=_rating(record.get("average_rating")) if rated else math.nan,
-            rating_count=_rating_count(record.get("rating_number")) if rated else 0,
+            rating=rating,
+            rating_count=0 if math.isnan(rating) else _weight(record.get("rating_number"), task),
             group=item_id if group is None else _clean(f"{group}"),
             more_images=tuple(more_images),
         )
@@ -66,7 +74,7 @@ def _id(value: Any) -> str:
     return item_id
 
 
-def _text(record: dict[str, Any], field: str) -> str:
+def _text(record: Mapping[str, Any], field: str) -> str:
     try:
         return plain_text(record.get(field), field)
     except TypeError as e:
@@ -88,19 +96,37 @@ def plain_text(value: Any, field: str) -> str:
     raise TypeError(f"{field} is neither text nor a list of texts")
 
 
-def _rating(value: Any) -> float:
+def _rating(value: Any, reading: Reading) -> float:
+    target = reading.task.target
     if value is None:
-        raise _Refused("missing_field", "average_rating")
+        if reading.unrated == "predict":
+            return math.nan
+        name = "average_rating" if target.column == "rating" else target.column
+        raise _Refused("missing_field", name)
+    if isinstance(value, NotANumber):
+        raise _Refused("bad_number", f"{target.column}: {value}")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _Refused("bad_rating", f"not a number: {ascii(value)[:60]}")
-    if not RATING_MIN <= value <= RATING_MAX:  # False for NaN as well; compares huge integers exactly
-        raise _Refused("bad_rating", f"{ascii(value)[:60]} is outside [{RATING_MIN:g}, {RATING_MAX:g}]")
+    if problem := target.problem(value):
+        raise _Refused("bad_rating", f"{ascii(value)[:60]} is {problem}")
     return float(value)
 
 
-def _rating_count(value: Any) -> int:
+def _weight(value: Any, task: Task) -> float | None:
+    """Return a number of ratings, or the weight of a task that has one; ``None`` of a task that has none."""
+    if not task.weight:
+        return None
     if value is None:
-        raise _Refused("missing_field", "rating_number")
+        raise _Refused("missing_field", "rating_number" if task.weight == "rating_count" else task.weight)
+    if isinstance(value, NotANumber):
+        raise _Refused("bad_number", f"{task.weight}: {value}")
+    if task.weight != "rating_count":
+        known = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+        if not known:
+            raise _Refused(
+                "bad_rating_count", f"the weight is not a number of 0 or more: {ascii(value)[:60]}"
+            )
+        return float(value)
     is_integer = isinstance(value, int) or (
         isinstance(value, float) and math.isfinite(value) and value == int(value)
     )
@@ -109,7 +135,7 @@ def _rating_count(value: Any) -> int:
     return int(value)
 
 
-def _images(record: dict[str, Any]) -> list[str]:
+def _images(record: Mapping[str, Any]) -> list[str]:
     """Return the paths or URLs that a record names, each once; else the URL of its main image; else nothing.
 
     ``image_path`` comes before ``image_paths``, which is one text (``a.jpg;b.jpg``) or a list of texts.

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator
+from decimal import Decimal
+from functools import partial
 from typing import Any
 
 from rating_train.errors import UserError
+from rating_train.prepare.records.columns import columns_or_check
+from rating_train.prepare.records.lines import Raw
+from rating_train.prepare.records.listing import to_listing
+from rating_train.prepare.records.reading import Reading
+from rating_train.shards.schema import Dropped, Listing
 
 _ROWS_AT_ONCE = 2048
 _MEMORY = "1GiB"
@@ -43,3 +50,36 @@ def parquet_rows(path: str) -> tuple[list[str], Iterator[tuple[Any, ...]]]:
 def _damaged(path: str, error: Exception) -> UserError:
     said = str(error).partition("\n")[0]
     return UserError(f"cannot read the Parquet file ({said})", where=path, fix="fetch the file again")
+
+
+def read_parquet(source: str, reading: Reading) -> Iterator[Raw]:
+    """Yield the rows of a Parquet file.
+
+    Raises:
+        UserError: it lacks columns, or cannot be read.
+    """
+    header, rows = parquet_rows(source)
+    columns = columns_or_check(header, source, reading, "Parquet schema lacks")
+    if columns is not None and "images" in header:  # nested, as Amazon's own files have them
+        columns["images"] = header.index("images")
+    for number, row in enumerate(rows, start=1):
+        yield Raw(source, number, partial(_parse_row, row, header, columns, source, number, reading))
+
+
+def _parse_row(
+    row: tuple[Any, ...],
+    header: list[str],
+    columns: dict[str, int] | None,
+    source: str,
+    line: int,
+    reading: Reading,
+) -> Listing | Dropped:
+    if columns is None:
+        return to_listing(reading.record(dict(zip(header, map(_plain, row)))), source, line, reading)
+    record = {field: row[i] for field, i in columns.items()}
+    return to_listing({k: v for k, v in record.items() if v != ""}, source, line, reading)
+
+
+def _plain(value: Any) -> Any:
+    """Return a DECIMAL as a float."""
+    return float(value) if isinstance(value, Decimal) else value

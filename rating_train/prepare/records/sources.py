@@ -10,7 +10,6 @@ Reasons given here: ``not_utf8``, ``bad_json``, ``bad_csv``, ``line_too_long``; 
 
 from __future__ import annotations
 
-import csv
 import gzip
 import importlib
 import io
@@ -23,34 +22,19 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from rating_train.errors import UserError
-from rating_train.prepare.records.listing import is_clean, to_listing
-from rating_train.prepare.records.parquet import parquet_rows
+from rating_train.prepare.records.csv_rows import read_csv
+from rating_train.prepare.records.lines import MAX_LINE_BYTES, Raw, read_lines, same
+from rating_train.prepare.records.listing import to_listing
+from rating_train.prepare.records.parquet import read_parquet
+from rating_train.prepare.records.reading import Reading
 from rating_train.shards.schema import Dropped, Listing
 
-MAX_USELESS_BYTES = 1 << 30  # in a row, without a record
-MAX_LINE_BYTES = 16 << 20  # a longer line is not a listing; bounds the memory
+#: The paper's columns, of the files of Amazon Reviews 2023 and of a CSV.
+AS_PUBLISHED = Reading()
 
-_BOM = b"\xef\xbb\xbf"
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-_CSV_SUFFIXES = (".csv",)
+_CSV_SUFFIXES = (".csv", ".tsv")
 _PACKED_SUFFIXES = (".gz", ".zst")
-
-# CSV column names, in order of preference -> the name of the same thing in Amazon-2023 metadata.
-_CSV_COLUMNS: dict[str, tuple[str, ...]] = {
-    "parent_asin": ("id", "parent_asin"),
-    "title": ("title",),
-    "description": ("description",),
-    "features": ("features",),
-    "main_category": ("main_category",),
-    "average_rating": ("rating", "average_rating"),
-    "rating_number": ("rating_count", "rating_number"),
-    "image_path": ("image", "image_path"),
-    "image_paths": ("image_paths",),
-    "group_id": ("group_id",),
-}
-_CSV_RATINGS = ("average_rating", "rating_number")
-_CSV_REQUIRED = ("parent_asin", *_CSV_RATINGS)
-
 
 #: Further kinds of source: suffix of a file's name -> function that yields its records as dictionaries with the keys
 #: of Amazon-2023 metadata. An extension adds to it (docs/extending.md).
@@ -65,29 +49,21 @@ class Record(NamedTuple):
     item: Listing | Dropped
 
 
-def read_source(path: str, rated: bool = True) -> Iterator[Record]:
-    """Yield every record of a ``.jsonl``/``.ndjson``/``.json``, ``.csv`` (also ``.gz``, ``.zst``) or ``.parquet`` file.
+def read_source(path: str, reading: Reading = AS_PUBLISHED) -> Iterator[Record]:
+    """Yield every record of a JSON lines, CSV or TSV (also ``.gz``, ``.zst``) or Parquet file.
 
     Args and errors: as :func:`read_raw`. Blank lines are not records.
     """
-    for raw in read_raw(path, rated):
+    for raw in read_raw(path, reading):
         yield Record(raw.source, raw.line, raw.parse())
 
 
-class Raw(NamedTuple):
-    """One record of one source, not parsed yet: skipping it costs no more than finding its end."""
-
-    source: str
-    line: int
-    parse: Callable[[], Listing | Dropped]
-
-
-def read_raw(path: str, rated: bool = True) -> Iterator[Raw]:
+def read_raw(path: str, reading: Reading = AS_PUBLISHED) -> Iterator[Raw]:
     """Yield the records that :func:`read_source` yields, without parsing them.
 
     Args:
         path: the file.
-        rated: whether a record needs a rating; if not, ratings are not looked at.
+        reading: the task, and how its columns are read.
 
     Raises:
         UserError: the file is missing, is of no known kind, lacks needed CSV columns, or its archive is damaged (a
@@ -96,13 +72,13 @@ def read_raw(path: str, rated: bool = True) -> Iterator[Raw]:
     kind = source_kind(path)
     if kind in READERS:
         for number, record in enumerate(READERS[kind](path), start=1):
-            yield Raw(path, number, partial(to_listing, record, path, number, rated))
+            yield Raw(path, number, partial(_parse_record, record, path, number, reading))
         return
     if kind == "parquet":
-        yield from _read_parquet(path, rated)
+        yield from read_parquet(path, reading)
         return
     with _open(path) as stream:
-        yield from _read_csv(stream, path, rated) if kind == "csv" else _read_jsonl(stream, path, rated)
+        yield from read_csv(stream, path, reading) if kind == "csv" else _read_jsonl(stream, path, reading)
 
 
 def source_kind(path: str) -> str:
@@ -131,7 +107,7 @@ def source_kind(path: str) -> str:
     raise UserError(
         "unknown kind of source",
         where=path,
-        expected="a name that ends in .jsonl, .ndjson, .json or .csv, then perhaps .gz or .zst; or in .parquet",
+        expected="a name that ends in .jsonl, .ndjson, .json, .csv or .tsv, then perhaps .gz or .zst; or in .parquet",
     )
 
 
@@ -164,48 +140,21 @@ def _import_zstandard(path: str) -> Any:
         raise UserError("reading .zst needs the zstandard package", where=path, fix=fix) from e
 
 
-def _lines(stream: BinaryIO, source: str) -> Iterator[tuple[int, bytes, bool]]:
-    """Yield (line number, bytes, complete); of a line over the bound only the beginning, with complete=False.
-
-    Raises:
-        UserError: nothing but blank or overlong lines for so long that this cannot be a catalogue. A packed file of
-            kilobytes may expand to terabytes of them.
-    """
-    number = useless = 0
-    while raw := stream.readline(MAX_LINE_BYTES):
-        number += 1
-        complete = len(raw) < MAX_LINE_BYTES or raw.endswith(b"\n")
-        useless = 0 if complete and not raw.isspace() else useless + len(raw)
-        rest = raw
-        while rest and not rest.endswith(b"\n") and useless <= MAX_USELESS_BYTES:
-            rest = stream.readline(MAX_LINE_BYTES)
-            useless += len(rest)
-        if useless > MAX_USELESS_BYTES:
-            raise UserError(
-                f"no record in {useless >> 20} MiB", where=f"{source}:{number}", fix="check what this file is"
-            )
-        yield number, raw.removeprefix(_BOM) if number == 1 else raw, complete
-
-
 # --- JSON lines ---------------------------------------------------------------------------------------
 
 
-def _read_jsonl(stream: BinaryIO, source: str, rated: bool) -> Iterator[Raw]:
-    for number, raw, complete in _lines(stream, source):
+def _read_jsonl(stream: BinaryIO, source: str, reading: Reading) -> Iterator[Raw]:
+    for number, raw, complete in read_lines(stream, source):
         if not raw.strip():
             continue
         if not complete:
             too_long = Dropped(source, number, "", "line_too_long", f"over {MAX_LINE_BYTES} bytes")
-            yield Raw(source, number, partial(_same, too_long))
+            yield Raw(source, number, partial(same, too_long))
         else:
-            yield Raw(source, number, partial(_parse_json_line, raw, source, number, rated))
+            yield Raw(source, number, partial(_parse_json_line, raw, source, number, reading))
 
 
-def _same(dropped: Dropped) -> Dropped:
-    return dropped
-
-
-def _parse_json_line(raw: bytes, source: str, line: int, rated: bool) -> Listing | Dropped:
+def _parse_json_line(raw: bytes, source: str, line: int, reading: Reading) -> Listing | Dropped:
     try:
         value = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as e:
@@ -214,112 +163,8 @@ def _parse_json_line(raw: bytes, source: str, line: int, rated: bool) -> Listing
         return Dropped(source, line, "", "bad_json", str(e))
     if not isinstance(value, dict):
         return Dropped(source, line, "", "bad_json", f"an object is needed, got {type(value).__name__}")
-    return to_listing(value, source, line, rated)
+    return _parse_record(value, source, line, reading)
 
 
-# --- CSV ----------------------------------------------------------------------------------------------
-
-
-def _read_csv(stream: BinaryIO, source: str, rated: bool) -> Iterator[Raw]:
-    start = size = 0
-
-    def text() -> Iterator[str]:
-        nonlocal size
-        for number, raw, _ in _lines(stream, source):
-            size = len(raw) + (size if number > start else 0)
-            if size > MAX_LINE_BYTES:  # quoted line ends can join lines to a row without end
-                raise UserError(
-                    f"a row of more than {MAX_LINE_BYTES >> 20} MiB",
-                    where=f"{source}:{start}",
-                    fix="look for a quote that is never closed",
-                )
-            # surrogateescape keeps undecodable bytes visible, so that only their own row is refused.
-            yield raw.decode("utf-8", "surrogateescape")
-
-    reader = csv.reader(text())
-    try:
-        header = [name.strip() for name in next(reader, [])]
-    except csv.Error as e:
-        raise UserError(f"cannot read the CSV header ({e})", where=source) from e
-    columns = _columns(header, source, rated, "CSV header lacks")
-    while True:
-        line = start = reader.line_num + 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as e:
-            yield Raw(source, line, partial(_same, Dropped(source, line, "", "bad_csv", str(e))))
-            continue
-        if row:
-            parse = partial(_parse_csv_row, row, columns, len(header), source, line, rated)
-            yield Raw(source, line, parse)
-
-
-def _columns(header: list[str], source: str, rated: bool, what: str) -> dict[str, int]:
-    columns: dict[str, int] = {}
-    for field, names in _CSV_COLUMNS.items():
-        found = [header.index(name) for name in names if name in header]
-        if found:
-            columns[field] = found[0]
-    required = [f for f in _CSV_REQUIRED if rated or f not in _CSV_RATINGS]
-    missing = ["|".join(_CSV_COLUMNS[f]) for f in required if f not in columns]
-    fix = ""
-    if rated and not columns.keys() >= {*_CSV_RATINGS}:
-        fix = (
-            "add these columns, matched by the id (the item metadata of Amazon Reviews 2023 has both); "
-            "listings without ratings can be neither trained on nor scored"
-        )
-    if not {"title", "description", "features"} & columns.keys():
-        missing.append("title, description or features")
-    if missing:
-        raise UserError(
-            f"{what} {'; '.join(missing)}",
-            where=source,
-            expected="id|parent_asin, title, description, features, main_category, rating|average_rating, "
-            "rating_count|rating_number, image|image_path or image_paths, and perhaps group_id"
-            if rated
-            else "id|parent_asin, title, description, features, main_category, image|image_path or image_paths",
-            fix=fix,
-        )
-    return columns
-
-
-def _parse_csv_row(
-    row: list[str], columns: dict[str, int], width: int, source: str, line: int, rated: bool
-) -> Listing | Dropped:
-    if len(row) != width:
-        return Dropped(source, line, "", "bad_csv", f"{len(row)} columns, the header has {width}")
-    values: dict[str, Any] = {field: row[i] for field, i in columns.items()}
-    if not all(is_clean(v) for v in values.values()):
-        return Dropped(source, line, "", "not_utf8", "undecodable bytes")
-    for field in _CSV_RATINGS if rated else ():
-        values[field] = _number(values[field])
-    return to_listing({k: v for k, v in values.items() if v != ""}, source, line, rated)
-
-
-# --- Parquet ------------------------------------------------------------------------------------------
-
-
-def _read_parquet(source: str, rated: bool) -> Iterator[Raw]:
-    header, rows = parquet_rows(source)
-    columns = _columns(header, source, rated, "Parquet schema lacks")
-    if "images" in header:  # nested, as Amazon's own files have them
-        columns["images"] = header.index("images")
-    for number, row in enumerate(rows, start=1):
-        yield Raw(source, number, partial(_parse_parquet_row, row, columns, source, number, rated))
-
-
-def _parse_parquet_row(
-    row: tuple[Any, ...], columns: dict[str, int], source: str, line: int, rated: bool
-) -> Listing | Dropped:
-    record = {field: row[i] for field, i in columns.items()}
-    return to_listing({k: v for k, v in record.items() if v != ""}, source, line, rated)
-
-
-def _number(text: str) -> float | str:
-    """Return a CSV cell as a number; other text stays text, and is refused where it is checked."""
-    try:
-        return float(text) if text.strip() else ""
-    except ValueError:
-        return text
+def _parse_record(record: dict[str, Any], source: str, line: int, reading: Reading) -> Listing | Dropped:
+    return to_listing(record if reading.is_native else reading.record(record), source, line, reading)

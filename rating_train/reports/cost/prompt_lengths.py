@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rating_train.config.task import PAPER, Task, task_of
 from rating_train.shards.manifest import check_split
 from rating_train.shards.mds_read import iter_texts
-from rating_train.shards.schema import TEXT_FIELDS
 
 MOST_ITEMS = 20_000
 #: Share of the items that `data.text_tokens` is to hold without a cut.
@@ -42,7 +42,7 @@ class Lengths:
 
 
 def measure_lengths(
-    items: Iterable[Mapping[str, Any]], tokenizer: Any, field_chars: Sequence[int]
+    items: Iterable[Mapping[str, Any]], tokenizer: Any, field_chars: Sequence[int], task: Task = PAPER
 ) -> dict[int, Lengths]:
     """Tokenize items as training does, at each L.
 
@@ -50,13 +50,15 @@ def measure_lengths(
         items: with the text fields of a stored item.
         tokenizer: as :func:`rating_train.data.prompt.load_tokenizer` returns it.
         field_chars: each L, in characters.
+        task: names the fields.
     """
-    from rating_train.data.prompt import PromptEncoder
+    from rating_train.data.prompt import PromptEncoder, PromptWords
 
-    encoders = {chars: PromptEncoder(tokenizer, 0, _ROOM, chars) for chars in field_chars}
+    words = PromptWords(task.question, tuple((f.name, f.words) for f in task.fields), bool(task.images))
+    encoders = {chars: PromptEncoder(tokenizer, 0, _ROOM, chars, words) for chars in field_chars}
     found: dict[int, list[int]] = {chars: [] for chars in field_chars}
     for item in items:
-        fields = {name: item[name] for name in TEXT_FIELDS}
+        fields = {name: item[name] for name in task.field_names}
         for chars, encoder in encoders.items():
             found[chars].append(encoder.encode(fields).used)
     return {chars: Lengths(chars, np.sort(np.array(n, np.int64))) for chars, n in found.items()}
@@ -72,6 +74,6 @@ def lengths_of_data(
     """
     from rating_train.data.prompt import load_tokenizer
 
-    check_split(data, split)
+    task = task_of(check_split(data, split))
     loaded = load_tokenizer(tokenizer, revision)
-    return measure_lengths(iter_texts(data / split, MOST_ITEMS), loaded, field_chars)
+    return measure_lengths(iter_texts(data / split, MOST_ITEMS), loaded, field_chars, task)

@@ -145,7 +145,7 @@ def measure_config(config: Config, field_chars: Sequence[int]) -> tuple[dict[int
 def _setting(
     values: Mapping[str, str], config: Config, arch: Architecture, lengths: Lengths | None
 ) -> Setting:
-    visual = visual_tokens(arch, config.data.image_px)
+    visual = visual_tokens(arch, config.model_px)
     text = config.data.text_tokens if lengths is None else lengths.needed()
     own = [] if lengths is None else [visual + min(int(n), text) for n in lengths.tokens]
     return Setting(
@@ -155,7 +155,7 @@ def _setting(
         visual,
         text,
         None if lengths is None else float(lengths.tokens.mean()),
-        item_cost(arch, config.data.image_px, visual + text, own),
+        item_cost(arch, config.model_px, visual + text, own),
     )
 
 

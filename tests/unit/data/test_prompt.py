@@ -238,7 +238,7 @@ def real_listings(shared_data: Path) -> dict[str, list[dict[str, str]]]:
     found: dict[str, list[dict[str, str]]] = {}
     for path in sorted(shared_data.glob("*/products.jsonl")):
         rows = [record.item for record in read_source(str(path))]
-        fields = [{name: getattr(r, name) for name in TEXT_FIELDS} for r in rows if hasattr(r, "title")]
+        fields = [r.texts for r in rows if hasattr(r, "texts")]
         found[path.parent.name] = fields
     return found
 

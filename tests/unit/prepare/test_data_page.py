@@ -21,7 +21,7 @@ from rating_train.prepare.images.fetch_options import FetchOptions, parse_fetch_
 from rating_train.prepare.options import PrepareOptions
 from rating_train.prepare.plan.rules import PlanRules
 from rating_train.prepare.plan.selection import CHOSEN_REASONS
-from rating_train.prepare.records import listing, sources
+from rating_train.prepare.records import columns, lines, listing
 from rating_train.prepare.run import prepare
 from rating_train.shards.mds_read import iter_sampled
 from tests.conftest import REPO
@@ -148,13 +148,13 @@ def test_every_column_and_bound_of_the_code_is_on_the_page() -> None:
     ]
     table = {tuple(re.findall(r"`(\w+)`", json)): set(re.findall(r"`(\w+)`", csv)) for csv, json in rows}
     assert {fields: table[fields] for fields in table if fields and fields != ("images",)} == {
-        (field,): set(names) for field, names in sources._CSV_COLUMNS.items()
+        (field,): set(names) for field, names in columns._CSV_COLUMNS.items()
     }
     for number, words in (
         (lookup.DEFAULT_MAX_BYTES >> 20, "more than {} MiB"),
         (FetchOptions().max_bytes >> 20, "({} MiB when fetched)"),
         (square.DEFAULT_MAX_PIXELS // 10**6, "{} million pixels"),
-        (sources.MAX_LINE_BYTES >> 20, "a line of more than {} MiB"),
+        (lines.MAX_LINE_BYTES >> 20, "a line of more than {} MiB"),
         (listing.MAX_ID_CHARS, "at most {} printable characters"),
         (PlanRules().min_rating_count, "`--min-rating-count` ({})"),
     ):

@@ -74,9 +74,9 @@ def naive(
     taken = set(items)
     if rules.top_per_category or rules.bottom_per_category:
         taken = set()
-        for category in {item.main_category for item in items.values()}:
+        for category in {item.category for item in items.values()}:
             order = sorted(
-                (at for at in items if items[at].main_category == category),
+                (at for at in items if items[at].category == category),
                 key=lambda at: (-items[at].rating_count, selection.hash64("id", items[at].id)),
             )
             taken |= set(order[: rules.top_per_category])

@@ -15,9 +15,10 @@ from rating_train.prepare.plan.rules import PlanRules
 from rating_train.prepare.plan.selection import cap_text, hash64, split_of
 from rating_train.prepare.records.sources import Record
 from rating_train.shards.schema import Dropped, Listing
+from tests.helpers.listings import changed, listing
 from tests.helpers.selection_reference import Groups, apply_rules, drop_duplicates, split_counts
 
-BASE = Listing("B1", "A title of some length", "d", "f", "Toys", "1.jpg", 4.0, 10, "B1")
+BASE = listing("B1", "A title of some length", "d", "f", "Toys", "1.jpg", 4.0, 10, "B1")
 
 
 def run(items: list[Listing | Dropped], rules: PlanRules | None = None) -> list[Listing | Dropped]:
@@ -34,9 +35,9 @@ def reasons(items: list[Listing | Dropped]) -> list[str]:
 def test_rules() -> None:
     items: list[Listing | Dropped] = [
         BASE,
-        replace(BASE, id="B2", rating_count=9),
-        replace(BASE, id="B3", title=" ", description="", features="\n\t"),
-        replace(BASE, id="B4", title="", description="", features="x"),
+        changed(BASE, id="B2", rating_count=9),
+        changed(BASE, id="B3", title=" ", description="", features="\n\t"),
+        changed(BASE, id="B4", title="", description="", features="x"),
         Dropped("s", 5, "B5", "bad_json", ""),
     ]
     assert reasons(run(items)) == ["", "few_ratings", "empty_text", "", "bad_json"]
@@ -44,9 +45,9 @@ def test_rules() -> None:
 
 def test_the_first_of_an_id_wins_among_those_that_pass() -> None:
     items: list[Listing | Dropped] = [
-        replace(BASE, rating_count=1),
-        replace(BASE, title="first"),
-        replace(BASE, title="second"),
+        changed(BASE, rating_count=1),
+        changed(BASE, title="first"),
+        changed(BASE, title="second"),
     ]
     out = run(items)
     assert reasons(out) == ["few_ratings", "", "duplicate_id"]
@@ -54,8 +55,8 @@ def test_the_first_of_an_id_wins_among_those_that_pass() -> None:
 
 
 def test_texts_are_capped_in_characters() -> None:
-    capped = cap_text(replace(BASE, title="é" * 9, main_category="c" * 9), 4)
-    assert (capped.title, capped.main_category, capped.description) == ("é" * 4, "c" * 4, "d")
+    capped = cap_text(changed(BASE, title="é" * 9, main_category="c" * 9), 4)
+    assert (capped.title, capped.category, capped.texts["description"]) == ("é" * 4, "c" * 4, "d")
     assert cap_text(BASE, 4000) is BASE
 
 
@@ -71,11 +72,11 @@ def test_texts_are_capped_in_characters() -> None:
 )
 def test_who_stays_together(change: dict[str, Any], together: bool) -> None:
     first = (
-        replace(BASE, title="A title of some length (blue)")
+        changed(BASE, title="A title of some length (blue)")
         if "title" in change
-        else replace(BASE, title="x")
+        else changed(BASE, title="x")
     )
-    second = replace(BASE, **dict[str, Any]({"id": "B2", "group": "B2", "title": "y"}, **change))
+    second = changed(BASE, **dict[str, Any]({"id": "B2", "group": "B2", "title": "y"}, **change))
     groups = Groups()
     for item in (first, second):
         groups.add(item)
@@ -84,7 +85,7 @@ def test_who_stays_together(change: dict[str, Any], together: bool) -> None:
 
 def test_groups_do_not_depend_on_the_order_and_join_in_chains() -> None:
     chain = [
-        replace(BASE, id=f"B{i}", group=f"g{i // 2}", title=f"Quite a long title number {(i + 1) // 2}")
+        changed(BASE, id=f"B{i}", group=f"g{i // 2}", title=f"Quite a long title number {(i + 1) // 2}")
         for i in range(40)
     ]
     roots = []
@@ -120,6 +121,6 @@ def test_hash_is_the_same_in_another_process_and_frames_its_parts() -> None:
 def test_split_counts_add_up() -> None:
     groups = Groups()
     for i in range(500):
-        groups.add(replace(BASE, id=f"B{i}", group=f"g{i // 5}", title=""))
+        groups.add(changed(BASE, id=f"B{i}", group=f"g{i // 5}", title=""))
     counts = split_counts(groups, PlanRules(val_fraction=0.2, test_fraction=0.2))
     assert sum(counts.values()) == 500 and all(n % 5 == 0 for n in counts.values()) and len(counts) == 3

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from rating_train.errors import UserError
-from rating_train.prepare.records import sources
+from rating_train.prepare.records import csv_rows, lines, sources
+from rating_train.prepare.records.reading import Reading
 from rating_train.prepare.records.sources import Record, read_source
 from rating_train.shards.schema import Dropped, Listing
+from tests.helpers.listings import listing as made
 
 HEADER = "id,title,description,features,main_category,rating,rating_count,image\n"
 HEADER_BYTES = HEADER.encode()
@@ -58,8 +60,8 @@ def listing(item: Listing | Dropped) -> Listing:
 
 
 def test_a_listing_is_read_completely(tmp_path: Path) -> None:
-    assert read_one(tmp_path) == Listing(
-        id="B0001",
+    assert read_one(tmp_path) == made(
+        item_id="B0001",
         title="Brush",
         description="A brush. For hair.",
         features="soft small",
@@ -96,7 +98,12 @@ def test_local_path_comes_before_urls_and_group_before_id(tmp_path: Path) -> Non
 
 def test_absent_and_null_texts_are_empty(tmp_path: Path) -> None:
     item = listing(read_one(tmp_path, main_category=None, title=..., features=None, description=[None, "x"]))
-    assert (item.main_category, item.title, item.features, item.description) == ("", "", "", "x")
+    assert (item.category, *(item.texts[n] for n in ("title", "features", "description"))) == (
+        "",
+        "",
+        "",
+        "x",
+    )
 
 
 @pytest.mark.parametrize(
@@ -157,7 +164,7 @@ def test_a_corrupt_line_costs_only_itself(tmp_path: Path, line: bytes, expected:
 
 
 def test_an_endless_line_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 1000)
     good = json.dumps(GOOD).encode() + b"\n"
     records = read_lines(tmp_path, b"x" * 5000 + b"\n", good, b"y" * 1500)
     assert [(r.line, getattr(r.item, "reason", "ok")) for r in records] == [
@@ -181,8 +188,8 @@ def test_an_endless_line_does_not_fill_the_memory(tmp_path: Path, monkeypatch: p
 def test_a_packed_source_that_expands_without_a_record_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes
 ) -> None:
-    monkeypatch.setattr(sources, "MAX_USELESS_BYTES", 2 << 20)
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1 << 16)
+    monkeypatch.setattr(lines, "MAX_USELESS_BYTES", 2 << 20)
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 1 << 16)
     packed = gzip.compress(content)
     assert len(packed) < 20_000
     with pytest.raises(UserError, match=rf"no record in \d+ MiB.*{name}:\d+"):
@@ -191,7 +198,7 @@ def test_a_packed_source_that_expands_without_a_record_is_refused(
 
 def test_a_csv_row_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every field is short and closed, and the line ends are inside them: the row never ends."""
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 10_000)
+    monkeypatch.setattr(csv_rows, "MAX_LINE_BYTES", 10_000)
     content = HEADER_BYTES + b"B1,T,,,,4.5,12,x.jpg\n" + b'"a\n",' * 5000
     with pytest.raises(UserError, match=r"a row of more than .* MiB.*a\.csv:3.*never closed"):
         read_lines(tmp_path, content, name="a.csv")
@@ -200,7 +207,7 @@ def test_a_csv_row_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 def test_useful_records_between_blank_lines_are_all_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "MAX_USELESS_BYTES", 1000)
+    monkeypatch.setattr(lines, "MAX_USELESS_BYTES", 1000)
     good = json.dumps(GOOD).encode() + b"\n"
     assert len(read_lines(tmp_path, *[good, b"\n" * 900] * 5)) == 5
 
@@ -260,13 +267,13 @@ def read_csv(folder: Path, text: str | bytes, header: str = HEADER) -> list[Reco
 
 def test_a_csv_row_is_read_completely(tmp_path: Path) -> None:
     (record,) = read_csv(tmp_path, 'B1,"A, ""b""\nc",d,f,Toys,4.25,17.0,images/1.jpg\n')
-    assert record.item == Listing("B1", 'A, "b"\nc', "d", "f", "Toys", "images/1.jpg", 4.25, 17, "B1")
+    assert record.item == made("B1", 'A, "b"\nc', "d", "f", "Toys", "images/1.jpg", 4.25, 17, "B1")
 
 
 def test_csv_other_names_and_group(tmp_path: Path) -> None:
     header = "group_id,parent_asin,title,average_rating,rating_number,image_path\n"
     (record,) = read_csv(tmp_path, "g7,B1,T,5,10,\n", header)
-    assert record.item == Listing("B1", "T", "", "", "", "", 5.0, 10, "g7")
+    assert record.item == made("B1", "T", "", "", "", "", 5.0, 10, "g7")
 
 
 CHALLENGE = "parent_asin,main_category,title,features,description,image_paths"
@@ -289,7 +296,7 @@ def test_csv_with_several_images(tmp_path: Path, cell: str, paths: list[str]) ->
     (record,) = read_csv(tmp_path, f"B1,Toys,T,f,d,{cell},4.5,12\n", header)
     item = listing(record.item)
     assert [item.image, *item.more_images] == paths
-    assert (item.id, item.main_category, item.features, item.rating_count) == ("B1", "Toys", "f", 12)
+    assert (item.id, item.category, item.texts["features"], item.rating_count) == ("B1", "Toys", "f", 12)
 
 
 def test_one_image_path_comes_before_several(tmp_path: Path) -> None:
@@ -369,7 +376,7 @@ def test_ratings_are_not_looked_at_where_none_are_needed(tmp_path: Path) -> None
     path = tmp_path / "a.jsonl"
     rows = [unrated, {**GOOD, "average_rating": "many"}, {**GOOD, "parent_asin": None}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    first, second, third = [record.item for record in read_source(str(path), rated=False)]
+    first, second, third = [record.item for record in read_source(str(path), Reading(rated=False))]
     assert listing(first).title == listing(second).title == "Brush"
     assert math.isnan(listing(first).rating) and listing(second).rating_count == 0
     assert reason(third) == "missing_field"
@@ -385,7 +392,7 @@ def test_the_challenges_csv_needs_no_ratings_to_be_scored(tmp_path: Path) -> Non
     path.write_text(
         "parent_asin,main_category,title,features,description,image_paths\nB1,Toys,Bear,soft,A bear.,a.jpg;b.jpg\n"
     )
-    (only,) = read_source(str(path), rated=False)
+    (only,) = read_source(str(path), Reading(rated=False))
     bear = listing(only.item)
     assert (bear.id, bear.title, bear.image, bear.more_images) == ("B1", "Bear", "a.jpg", ("b.jpg",))
     with pytest.raises(UserError, match=r"CSV header lacks rating\|average_rating"):

@@ -1,0 +1,177 @@
+"""Rows of a CSV or TSV file: its delimiter, encoding and decimal sign are found out and shown.
+
+Reasons given here: ``not_utf8``, ``bad_csv``.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, BinaryIO, cast
+
+from rating_train.errors import UserError
+from rating_train.prepare.records.columns import RATINGS, columns_or_check
+from rating_train.prepare.records.lines import MAX_LINE_BYTES, Lines, Raw, read_lines, same
+from rating_train.prepare.records.listing import is_clean, to_listing
+from rating_train.prepare.records.numbers import decimal_sign
+from rating_train.prepare.records.reading import Reading, pick
+from rating_train.shards.schema import Dropped, Listing
+
+log = logging.getLogger(__name__)
+
+_SAMPLE_BYTES = 1 << 16
+_DELIMITERS = ",;\t|"
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a file is written: its delimiter, the encoding of its text, and the decimal sign of its numbers."""
+
+    delimiter: str = ","
+    encoding: str = "utf-8"
+    decimal: str = ""
+
+    def __str__(self) -> str:
+        name = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}.get(
+            self.delimiter, self.delimiter
+        )
+        return f"{name}, {self.encoding}, decimal sign {self.decimal or '.'}"
+
+
+class _Recoded:
+    """The lines of a text in another encoding, as UTF-8."""
+
+    def __init__(self, stream: BinaryIO, encoding: str) -> None:
+        self._text = io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline="\n")
+
+    def readline(self, limit: int = -1, /) -> bytes:
+        return self._text.readline(limit).encode("utf-8", "surrogateescape")
+
+
+def read_csv(stream: BinaryIO, source: str, reading: Reading) -> Iterator[Raw]:
+    """Yield the rows of a CSV file.
+
+    Raises:
+        UserError: its header lacks columns or cannot be read.
+    """
+    buffered = cast(BinaryIO, stream if hasattr(stream, "peek") else io.BufferedReader(stream, _SAMPLE_BYTES))  # type: ignore[arg-type]
+    dialect = _dialect(buffered, source, reading)
+    reading = replace(reading, decimal=reading.decimal or dialect.decimal)
+    text = _Text(buffered if dialect.encoding == "utf-8" else _Recoded(buffered, dialect.encoding), source)
+    reader = csv.reader(text, delimiter=dialect.delimiter)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+    except csv.Error as e:
+        raise UserError(f"cannot read the CSV header ({e})", where=source) from e
+    columns = columns_or_check(header, source, reading, "CSV header lacks")
+    while True:
+        text.start = line = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as e:
+            yield Raw(source, line, partial(same, Dropped(source, line, "", "bad_csv", str(e))))
+            continue
+        if row:
+            yield Raw(source, line, partial(_parse_row, row, header, columns, source, line, reading))
+
+
+class _Text:
+    """The lines of a source as text, for a reader that joins those that a quote spans.
+
+    Attributes:
+        start: the first line of the row that is being read.
+    """
+
+    def __init__(self, lines: Lines, source: str) -> None:
+        self.start = 0
+        self._lines, self._source = lines, source
+
+    def __iter__(self) -> Iterator[str]:
+        size = 0
+        for number, raw, _ in read_lines(self._lines, self._source):
+            size = len(raw) + (size if number > self.start else 0)
+            if size > MAX_LINE_BYTES:  # quoted line ends can join lines to a row without end
+                raise UserError(
+                    f"a row of more than {MAX_LINE_BYTES >> 20} MiB",
+                    where=f"{self._source}:{self.start}",
+                    fix="look for a quote that is never closed",
+                )
+            # surrogateescape keeps undecodable bytes visible, so that only their own row is refused.
+            yield raw.decode("utf-8", "surrogateescape")
+
+
+def _parse_row(
+    row: list[str],
+    header: list[str],
+    columns: dict[str, int] | None,
+    source: str,
+    line: int,
+    reading: Reading,
+) -> Listing | Dropped:
+    if len(row) != len(header):
+        return Dropped(source, line, "", "bad_csv", f"{len(row)} columns, the header has {len(header)}")
+    if columns is None:
+        if not all(map(is_clean, row)):
+            return Dropped(source, line, "", "not_utf8", "undecodable bytes")
+        record = {name: value for name, value in zip(header, row) if value != ""}
+        return to_listing(reading.record(record), source, line, reading)
+    values: dict[str, Any] = {field: row[i] for field, i in columns.items()}
+    if not all(is_clean(v) for v in values.values()):
+        return Dropped(source, line, "", "not_utf8", "undecodable bytes")
+    for field in RATINGS if reading.rated else ():
+        values[field] = _number(values[field])
+    return to_listing({k: v for k, v in values.items() if v != ""}, source, line, reading)
+
+
+def _number(text: str) -> float | str:
+    """Return a CSV cell as a number; other text stays text, and is refused where it is checked."""
+    try:
+        return float(text) if text.strip() else ""
+    except ValueError:
+        return text
+
+
+def _dialect(stream: BinaryIO, source: str, reading: Reading) -> Dialect:
+    """Find out how a file is written, from its beginning, which is not consumed."""
+    sample: bytes = stream.peek(_SAMPLE_BYTES)[:_SAMPLE_BYTES]  # type: ignore[attr-defined]
+    encoding = reading.encoding or _encoding(sample)
+    text = sample.decode(encoding, "replace").removeprefix("\ufeff")
+    lines = text.splitlines()
+    header = lines[0] if lines else ""
+    delimiter = {"tab": "\t", "\\t": "\t"}.get(reading.delimiter, reading.delimiter)
+    if not delimiter:
+        counts = {d: header.count(d) for d in _DELIMITERS}
+        delimiter = max(counts, key=lambda d: counts[d]) if any(counts.values()) else ","
+    dialect = Dialect(delimiter, encoding)
+    if reading.rated and not reading.decimal:
+        rows = list(csv.DictReader(lines[:-1], delimiter=delimiter))
+        cells = [pick(row, reading.task.target.column) for row in rows[:1000]]
+        dialect = replace(dialect, decimal=decimal_sign(c for c in cells if isinstance(c, str)))
+    if dialect != Dialect():
+        shown = replace(dialect, decimal=reading.decimal or dialect.decimal)
+        log.info("%s: %s (other: --delimiter, --encoding, --decimal)", source, shown)
+    return dialect
+
+
+def _encoding(sample: bytes) -> str:
+    """Return UTF-16 by its mark; Latin-1 (as Windows has it) where no line with a byte above 127 is UTF-8."""
+    if sample.startswith(_UTF16):
+        return "utf-16"
+    high = [line for line in sample.split(b"\n")[:-1] if not line.isascii()]
+    return "cp1252" if len(high) > 1 and not any(_is_utf8(line) for line in high) else "utf-8"
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True

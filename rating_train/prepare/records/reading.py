@@ -1,0 +1,260 @@
+"""How the records of a source are read: the task's columns, found in whatever names and nesting the source has."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rating_train.config.task import PAPER, Task
+from rating_train.errors import UserError, one_error
+from rating_train.prepare.records.numbers import NotANumber, read_number
+
+#: Names that mean the same, where a task has the first one.
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    "id": ("id", "parent_asin"),
+    "rating": ("rating", "average_rating"),
+    "rating_count": ("rating_count", "rating_number"),
+    "image": ("image", "image_path"),
+}
+
+_STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read of a source, and how.
+
+    Attributes:
+        task: names the columns.
+        rated: whether targets and weights are looked at; if not, every record is an item to score.
+        unrated: what becomes of a record without a target: it is dropped, or kept for the split ``predict``.
+        delimiter, decimal, encoding: of CSV files; "" is found out.
+    """
+
+    task: Task = PAPER
+    rated: bool = True
+    unrated: Literal["drop", "predict"] = "drop"
+    delimiter: str = ""
+    decimal: str = ""
+    encoding: str = ""
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the columns are the paper's: those of Amazon Reviews 2023, or of a CSV with its names."""
+        return columns_of(self.task) == columns_of(PAPER) and self.unrated == "drop"
+
+    def recorded(self) -> dict[str, Any]:
+        """Return what decides the result; nothing of the default, so that older builds keep their fingerprint."""
+        return {} if self == Reading() else {"reading": dataclasses.asdict(self)}
+
+    def missing(self, header: Sequence[str]) -> list[str]:
+        """Return what a source with these columns lacks, each with the nearest name."""
+        task = self.task
+        wanted = [("id", task.id)]
+        if self.rated:
+            wanted += [("target.column", task.target.column)] + (
+                [("weight", task.weight)] if task.weight else []
+            )
+        for field in task.fields:
+            wanted += [(f"field {field.name}", column) for column in field.columns]
+        problems = [
+            f"{what}: {name!r}{_near(name, header)}" for what, name in wanted if not _find(header, name)
+        ]
+        own = [f.name for f in task.fields if not f.columns]
+        if own and not any(_find(header, name) for name in own) and not any(f.columns for f in task.fields):
+            problems.append(f"fields: none of {', '.join(map(repr, own))}{_near(own[0], header)}")
+        return problems
+
+    def check(self, header: Sequence[str], source: str, what: str) -> None:
+        """Refuse a source that lacks columns.
+
+        Raises:
+            UserError: names all of them, with the nearest names.
+        """
+        if problems := self.missing(header):
+            raise UserError(
+                f"{what} {'; '.join(problems)}",
+                where=source,
+                expected=f"columns among {', '.join(header[:40])}",
+                fix="name the columns with --map NAME=COLUMN, or in the task",
+            )
+
+    def unread(self, header: Sequence[str]) -> list[str]:
+        """Return the columns of a source that the task does not read."""
+        read = {_find(header, path) for path in _paths(self.task)}
+        return [name for name in header if name not in read]
+
+    def record(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a record in the field names of Amazon Reviews 2023 and of the task, from one in the source's."""
+        task = self.task
+        found: dict[str, Any] = {
+            "parent_asin": pick(raw, task.id),
+            "group_id": pick(raw, task.group),
+            "average_rating": self._number(pick(raw, task.target.column)) if self.rated else None,
+            "rating_number": self._number(pick(raw, task.weight)) if self.rated and task.weight else None,
+            "image_paths": [image for column in task.images for image in _texts(pick(raw, column), column)],
+        }
+        if isinstance(found["parent_asin"], float) and found["parent_asin"].is_integer():
+            found["parent_asin"] = int(found["parent_asin"])
+        if task.category:
+            found["main_category"] = _as_text(pick(raw, task.category))
+        for field in task.fields:
+            parts = [_as_text(pick(raw, column)) for column in field.sources]
+            found[field.name] = parts[0] if len(parts) == 1 else _joined(parts)
+        return found
+
+    def _number(self, value: Any) -> Any:
+        """Return a text's number; what is none stays as it is, and is refused where it is checked."""
+        if not isinstance(value, str):
+            return value
+        if not value.strip():
+            return None
+        try:
+            return read_number(value, self.decimal)
+        except NotANumber as e:
+            return e
+
+
+def columns_of(task: Task) -> dict[str, Any]:
+    """Return from which columns a task is read."""
+    fields = [[field.name, field.sources] for field in task.fields]
+    names = ("id", "group", "category", "weight", "images", "missing_image")
+    return {"target": task.target.column, "fields": fields, **{name: getattr(task, name) for name in names}}
+
+
+def with_map(task: Task, pairs: Iterable[str]) -> Task:
+    """Return a task that reads other columns: ``--map rating=score title=film_title image=poster``.
+
+    Raises:
+        UserError: a pair that is none, or a name that the task does not have, with the nearest one.
+    """
+    given, problems = {}, []
+    known = [task.target.name, "rating", "id", "group", "category", "weight", "rating_count", "image"]
+    known = list(dict.fromkeys([*known, *task.field_names]))
+    for pair in (part for text in pairs for part in text.split(",")):
+        name, equals, column = (part.strip() for part in pair.partition("="))
+        key = next((k for k in known if k.casefold() == name.casefold()), None)
+        if not equals or key is None:
+            close = difflib.get_close_matches(name.casefold(), known, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close and equals else f" (known: {', '.join(known)})"
+            problems.append(f"--map {pair!r} is not NAME=COLUMN of the task{hint}")
+        elif key in given:
+            problems.append(f"--map names {key!r} twice")
+        else:
+            given[key] = column
+    if problems:
+        raise one_error(problems, where="--map")
+    fields = [
+        dataclasses.replace(f, columns=[given[f.name]] if f.name in given else f.columns) for f in task.fields
+    ]
+    target = given.get(task.target.name, given.get("rating", task.target.column))
+    changed: dict[str, Any] = {name: given[name] for name in ("id", "group", "category") if name in given}
+    if "main_category" in given:
+        changed.setdefault("category", given["main_category"])
+    weight = given.get("weight", given.get("rating_count"))
+    changed |= {} if weight is None else {"weight": weight}
+    changed |= {"images": [given["image"]] if given["image"] else []} if "image" in given else {}
+    return dataclasses.replace(
+        task, target=dataclasses.replace(task.target, column=target), fields=fields, **changed
+    )
+
+
+def with_scale(task: Task, scale: str) -> Task:
+    """Return a task with other bounds, ``LOWER:UPPER``; the paper's question then names them.
+
+    Raises:
+        UserError: they are not two numbers, the smaller one first.
+    """
+    try:
+        lower, upper = map(float, scale.split(":"))
+    except ValueError:
+        lower = upper = math.nan
+    if not lower < upper or math.isinf(upper - lower):
+        raise UserError(
+            f"--scale {scale!r} is not LOWER:UPPER",
+            expected="two numbers, the smaller one first, such as 1:10",
+        )
+    target = dataclasses.replace(task.target, lower=lower, upper=upper)
+    question = task.question.replace("from 1 to 5 stars", f"from {lower:g} to {upper:g}")
+    if task.target == PAPER.target or question != task.question:
+        target = dataclasses.replace(target, unit="points" if (lower, upper) != (1, 5) else "stars")
+    return dataclasses.replace(
+        task, target=target, question=question if (lower, upper) != (1, 5) else task.question
+    )
+
+
+def pick(record: Mapping[str, Any], path: str) -> Any:
+    """Return the value at a path such as ``images.large[0]``; ``None`` where there is none."""
+    if not path:
+        return None
+    name = _find(record, path)
+    if name in record:
+        return record[name]
+    value: Any = record
+    for key, index in _STEP.findall(path):
+        if index:
+            value = (
+                value[int(index)] if isinstance(value, (list, tuple)) and int(index) < len(value) else None
+            )
+        elif isinstance(value, Mapping):
+            value = value.get(_find(value, key) or key)
+        else:
+            return None
+    return value
+
+
+def _find(header: Iterable[str], path: str) -> str:
+    """Return the column that a name or the beginning of a path means, whatever its case; "" if there is none."""
+    names = list(header)
+    root = path.partition(".")[0].partition("[")[0]
+    for wanted in (*SYNONYMS.get(path, (path,)), root):
+        if wanted in names:
+            return wanted
+        folded = [name for name in names if name.casefold() == wanted.casefold()]
+        if folded:
+            return folded[0]
+    return ""
+
+
+def _near(name: str, header: Sequence[str]) -> str:
+    folded = {column.casefold(): column for column in header}
+    close = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
+    return f" (did you mean {folded[close[0]]!r}?)" if close else ""
+
+
+def _paths(task: Task) -> Iterator[str]:
+    yield from (
+        path for path in (task.id, task.group, task.category, task.weight, task.target.column) if path
+    )
+    yield from task.images
+    yield from (column for field in task.fields for column in field.sources)
+
+
+def _as_text(value: Any) -> Any:
+    """Return numbers as text; what is neither text, list nor number is refused where it is checked."""
+    return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def _joined(parts: list[Any]) -> list[Any]:
+    flat: list[Any] = []
+    for part in parts:
+        flat += part if isinstance(part, list) else [part]
+    return flat
+
+
+def _texts(value: Any, column: str) -> list[Any]:
+    """Return the images that a cell names: text, several in ``image_paths``, a list of texts, or dicts with a path."""
+    if value is None or value == "":
+        return []
+    if isinstance(value, str):
+        return value.split(";") if column == "image_paths" else [value]
+    if isinstance(value, Mapping):  # as `datasets` stores an image
+        return [value["path"]] if isinstance(value.get("path"), str) else []
+    if isinstance(value, (list, tuple)):
+        return [image for one in value for image in _texts(one, "")]
+    return [value]
