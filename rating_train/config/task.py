@@ -147,6 +147,11 @@ class Task:
         "rating_count",
         "Source column of the number of ratings behind a target, or of any other weight; empty: none.",
     )
+    weight_kind: Literal["ratings", "any"] = setting(
+        "ratings",
+        "Whether `weight` is a number of ratings (an integer, which `--min-rating-count` looks at), or any number of "
+        "0 or more.",
+    )
     images: list[str] = setting(
         _FIXED_IMAGE_COLUMNS,
         "Source columns that name an item's images (paths or URLs), in the order in which they are tried. [] if there "
@@ -161,6 +166,11 @@ class Task:
     def field_names(self) -> tuple[str, ...]:
         """Names of the text fields, in order."""
         return tuple(field.name for field in self.fields)
+
+    @property
+    def counted(self) -> bool:
+        """Whether items have a number of ratings."""
+        return bool(self.weight) and self.weight_kind == "ratings"
 
     @property
     def inputs(self) -> list[str]:

@@ -18,6 +18,7 @@ from rating_train.checkpoint.state import STATE_FILE, from_json
 from rating_train.config.schema import Config
 from rating_train.config.task import task_of
 from rating_train.data.loader import open_evaluation
+from rating_train.data.task import refuse_other_task
 from rating_train.distributed.collectives import on_main
 from rating_train.errors import UserError
 from rating_train.evaluation import baselines
@@ -32,7 +33,6 @@ from rating_train.shards.schema import PREDICT_SPLIT
 from rating_train.training import setup
 from rating_train.training.evaluation import Evaluation, evaluate
 from rating_train.training.predictor import load_predictor
-from rating_train.training.task import refuse_other_task
 from rating_train.weights.exported import (
     CONFIG_NAME,
     exported_architecture,

@@ -52,10 +52,10 @@ PICTURES = (
 class Sampled:
     """Columns of the sampled items; ``pictures`` holds the samples of the contact sheet."""
 
+    task: Task = PAPER
     ratings: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     categories: Counter[str] = field(default_factory=Counter)
-    task: Task = PAPER
     chars: dict[str, list[int]] = field(default_factory=dict)
     tokens: dict[int, list[int]] = field(default_factory=lambda: {chars: [] for chars in FIELD_CHARS})
     image_bytes: list[int] = field(default_factory=list)
@@ -80,8 +80,9 @@ def make_data_report(data: Path, out: Path | None = None, tokenizer: str = "") -
     manifest = read_manifest(data)
     folder = out or data.resolve().with_name(f"{data.resolve().name}.report")
     count = _token_counter(tokenizer) if tokenizer else None
-    sampled = Sampled(task=task_of(manifest))
-    collect(sampled, iter_sampled([data / split for split in manifest["splits"]], MAX_ITEMS), count)
+    sampled = collect(
+        iter_sampled([data / split for split in manifest["splits"]], MAX_ITEMS), count, task_of(manifest)
+    )
     folder.mkdir(parents=True, exist_ok=True)
     _draw_ratings(folder / PICTURES[0][0], sampled)
     if sampled.task.weight:
@@ -98,13 +99,12 @@ def make_data_report(data: Path, out: Path | None = None, tokenizer: str = "") -
 
 
 def collect(
-    found: Sampled, samples: Iterator[dict[str, Any]], count_tokens: Callable[[str], int] | None
-) -> None:
+    samples: Iterator[dict[str, Any]], count_tokens: Callable[[str], int] | None, task: Task = PAPER
+) -> Sampled:
     """Collect the columns of samples; the contact sheet is a uniform choice of them (reservoir sampling)."""
     from PIL import Image
 
-    choice = random.Random(1)
-    found.chars = {name: [] for name in found.task.field_names}
+    found, choice = Sampled(task, chars={name: [] for name in task.field_names}), random.Random(1)
     places = SHEET_ROWS * SHEET_COLUMNS
     for i, sample in enumerate(samples):
         if math.isfinite(sample["rating"]):
@@ -124,6 +124,7 @@ def collect(
             found.pictures.append(sample)
         elif (place := choice.randrange(i + 1)) < places:
             found.pictures[place] = sample
+    return found
 
 
 def _token_counter(tokenizer: str) -> Callable[[str], int]:
@@ -154,8 +155,10 @@ def _rating_edges(found: Sampled) -> list[float]:
     target = found.task.target
     if target == PAPER.target:
         return np.arange(0.95, 5.1, 0.1).tolist()
-    low = min(found.ratings) if target.lower is None or target.transform != "none" else target.lower
-    high = max(found.ratings) if target.upper is None or target.transform != "none" else target.upper
+    inside = target.bounded and target.transform == "none"
+    low, high = (
+        (target.lower or 0.0, target.upper or 0.0) if inside else (min(found.ratings), max(found.ratings))
+    )
     return np.linspace(low, max(high, low + 1e-6), 41).tolist()
 
 
@@ -165,7 +168,7 @@ def _rating_label(found: Sampled) -> str:
 
 
 def _caption(sample: Mapping[str, Any], task: Task) -> str:
-    count = f", {sample['rating_count']:,} ratings" if task.weight == PAPER.weight else ""
+    count = f", {sample['rating_count']:,} ratings" if task.counted else ""
     return f"{sample['rating']:.1f}{task.target.suffix}{count}"
 
 
@@ -177,7 +180,7 @@ def _draw_counts(path: Path, found: Sampled) -> None:
     left.hist(counts, bins=edges.tolist(), color=plots.COLOURS[0], alpha=0.85)
     middle = float(np.median(counts))
     left.axvline(middle, color=plots.COLOURS[1], ls="--", lw=1.4, label=f"median {middle:.0f}")
-    what = "ratings of an item" if found.task.weight == PAPER.weight else "weight of an item"
+    what = "ratings of an item" if found.task.counted else "weight of an item"
     left.set(xscale="log", xlabel=what, ylabel="items")
     _legend(left)
     # Is popularity correlated with the rating? If so, a model may learn one in place of the other.

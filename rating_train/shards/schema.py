@@ -43,7 +43,7 @@ def sample_columns(task: Task) -> dict[str, str]:
 
     Whatever the task predicts is stored as ``rating``, and its weight as ``rating_count``.
     """
-    if task.is_default and task.weight:
+    if task.is_default and task.counted:
         return MDS_COLUMNS
     columns = {"id": "str", "rating": "float32", **dict.fromkeys(task.field_names, "str")}
     columns |= {"main_category": "str"} if task.category else {}

@@ -19,6 +19,7 @@ from rating_train import run_dir
 from rating_train.checkpoint.state import TrainState
 from rating_train.config.schema import Config
 from rating_train.data.collate import Batch
+from rating_train.data.task import with_task_of_data
 from rating_train.distributed.collectives import on_main
 from rating_train.distributed.world import scheduled_job
 from rating_train.errors import UserError
@@ -37,7 +38,6 @@ from rating_train.training.job import Job, assemble_job, open_checkpoints, resto
 from rating_train.training.provenance import record_start
 from rating_train.training.recording import Recorder
 from rating_train.training.saver import Saver
-from rating_train.training.task import with_task_of_data
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rating_train.config.task import PAPER
 from rating_train.errors import UserError, one_error
 from rating_train.files import atomic_write_json, fsync_path, sha256_json
 from rating_train.prepare.full_disk import disk_full, is_full
@@ -173,7 +172,7 @@ def _select(db: Any, rules: PlanRules, work: Path, read: int, on_progress: OnPro
     windowed = rules.top_per_category or rules.bottom_per_category
     window = plan_sql.WINDOW.format(top=rules.top_per_category, bottom=rules.bottom_per_category)
     on_progress("select", 0, read)
-    count = "BIGINT" if rules.reading.task.weight == PAPER.weight else "DOUBLE"
+    count = "BIGINT" if rules.reading.task.counted else "DOUBLE"
     db.execute(plan_sql.ROWS.format(files=files, count=count))
     for file in files:
         os.unlink(file)

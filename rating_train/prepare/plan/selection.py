@@ -12,7 +12,6 @@ import math
 from dataclasses import replace
 from hashlib import blake2b
 
-from rating_train.config.task import PAPER
 from rating_train.prepare.plan.rules import PlanRules
 from rating_train.shards.schema import Listing
 
@@ -24,9 +23,7 @@ CHOSEN_REASONS = frozenset({"few_ratings", "no_image", "not_selected"})
 def check_listing(listing: Listing, rules: PlanRules) -> tuple[str, str] | None:
     """Return (reason, detail) if the listing breaks a rule, else ``None``."""
     task = rules.reading.task
-    count = (
-        listing.rating_count if task.weight == PAPER.weight else None
-    )  # any other weight is no number of ratings
+    count = listing.rating_count if task.counted else None  # any other weight is no number of ratings
     if count is not None and not math.isnan(listing.rating) and count < rules.min_rating_count:
         return "few_ratings", f"{count} ratings, at least {rules.min_rating_count} are needed"
     if rules.require_image and not listing.image:

@@ -18,7 +18,7 @@ from rating_train.errors import UserError
 from rating_train.prepare.records.columns import RATINGS, columns_or_check
 from rating_train.prepare.records.lines import MAX_LINE_BYTES, Lines, Raw, read_lines, same
 from rating_train.prepare.records.listing import is_clean, to_listing
-from rating_train.prepare.records.numbers import decimal_sign
+from rating_train.prepare.records.numbers import decimal_sign, read_number
 from rating_train.prepare.records.reading import Reading, pick
 from rating_train.shards.schema import Dropped, Listing
 
@@ -127,14 +127,16 @@ def _parse_row(
     if not all(is_clean(v) for v in values.values()):
         return Dropped(source, line, "", "not_utf8", "undecodable bytes")
     for field in RATINGS if reading.rated else ():
-        values[field] = _number(values[field])
+        values[field] = _number(values[field], reading.decimal)
     return to_listing({k: v for k, v in values.items() if v != ""}, source, line, reading)
 
 
-def _number(text: str) -> float | str:
+def _number(text: str, decimal: str) -> float | str:
     """Return a CSV cell as a number; other text stays text, and is refused where it is checked."""
     try:
-        return float(text) if text.strip() else ""
+        if not text.strip():
+            return ""
+        return read_number(text, decimal) if decimal else float(text)
     except ValueError:
         return text
 

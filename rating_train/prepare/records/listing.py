@@ -120,7 +120,7 @@ def _weight(value: Any, task: Task) -> float | None:
         raise _Refused("missing_field", "rating_number" if task.weight == "rating_count" else task.weight)
     if isinstance(value, NotANumber):
         raise _Refused("bad_number", f"{task.weight}: {value}")
-    if task.weight != "rating_count":
+    if not task.counted:
         known = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
         if not known:
             raise _Refused(

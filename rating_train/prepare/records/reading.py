@@ -123,7 +123,7 @@ class Reading:
 def columns_of(task: Task) -> dict[str, Any]:
     """Return from which columns a task is read."""
     fields = [[field.name, field.sources] for field in task.fields]
-    names = ("id", "group", "category", "weight", "images", "missing_image")
+    names = ("id", "group", "category", "weight", "weight_kind", "images", "missing_image")
     return {"target": task.target.column, "fields": fields, **{name: getattr(task, name) for name in names}}
 
 
@@ -158,6 +158,7 @@ def with_map(task: Task, pairs: Iterable[str]) -> Task:
         changed.setdefault("category", given["main_category"])
     weight = given.get("weight", given.get("rating_count"))
     changed |= {} if weight is None else {"weight": weight}
+    changed |= {"weight_kind": "any"} if given.get("weight") else {}
     changed |= {"images": [given["image"]] if given["image"] else []} if "image" in given else {}
     return dataclasses.replace(
         task, target=dataclasses.replace(task.target, column=target), fields=fields, **changed

@@ -34,7 +34,6 @@ def test_good_options(source: str) -> None:
     [
         ({"source": ()}, "give --source or --data"),
         ({"data": "data"}, "give --source or --data"),
-        ({"images": ""}, "neither --images nor --fetch"),
         ({"images": "no/such/folder"}, "--images no/such/folder does not exist"),
         ({"split": "val"}, "--split goes with --data"),
         ({"fetch_set": ("per_host=2",)}, "--fetch-set goes with --fetch"),

@@ -44,12 +44,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def prepared(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def prepared(folder: Path, source: str, **more: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The manifest, and the samples by id."""
     out = folder / "data"
     manifest = prepare(
         PrepareOptions(
-            source=(str(folder / source),), images=str(folder / "images"), out=str(out), image_size_px=32
+            source=(str(folder / source),),
+            images=str(folder / "images"),
+            out=str(out),
+            image_size_px=32,
+            **more,
         )
     )
     return manifest, {s["id"]: s for s in iter_sampled([out / split for split in manifest["splits"]])}
@@ -81,26 +85,22 @@ def test_the_example_with_several_images(folder: Path) -> None:
     }
 
 
-def test_the_command_that_renames_columns_makes_a_source(folder: Path) -> None:
-    (folder / "listings.csv").unlink()
+def test_the_options_that_name_columns_make_a_dataset(folder: Path) -> None:
     (folder / "mine.csv").write_text(
         "asin,name,stars,votes,photo,color\nB1,Pan,4.5,20,pan.jpg,red\n", "utf-8"
     )
-    (command,) = [line for line in PAGE.splitlines() if line.startswith("duckdb -c") and "asin AS id" in line]
-    sql = shlex.split(command)[-1].replace("'mine.csv'", f"'{folder}/mine.csv'")
-    duckdb.sql(sql.replace("'listings.csv'", f"'{folder}/listings.csv'"))
-    assert list(prepared(folder, "listings.csv")[1]) == ["B1"]
+    (words,) = re.findall(r"`--map (\w+=[^`]*)`", PAGE)[:1]
+    (sample,) = prepared(folder, "mine.csv", map=tuple(words.split()))[1].values()
+    assert (sample["id"], sample["title"], sample["rating"], sample["rating_count"]) == ("B1", "Pan", 4.5, 20)
 
 
-def test_the_command_that_converts_delimiter_encoding_and_decimals_makes_a_source(folder: Path) -> None:
-    header = "id;title;rating;rating_count;image\n"
-    (folder / "mine.csv").write_bytes((header + "B1;Pfännchen;4,5;20;pan.jpg\n").encode("latin-1"))
-    found = re.search(r'duckdb -c "(COPY \(FROM read_csv\(.*?)"`', PAGE, re.DOTALL)
-    assert found
-    sql = " ".join(found[1].split()).replace("'mine.csv'", f"'{folder}/mine.csv'")
-    duckdb.sql(sql.replace("'listings.csv'", f"'{folder}/listings.csv'"))
-    (sample,) = prepared(folder, "listings.csv")[1].values()
-    assert (sample["title"], sample["rating"]) == ("Pfännchen", 4.5)
+def test_delimiter_encoding_and_decimal_sign_are_found_out(folder: Path) -> None:
+    rows = "id;title;rating;rating_count;image\nB1;Pfännchen;4,5;20;pan.jpg\nB2;Töpfe;3,25;30;knife.jpg\n"
+    for encoding in ("latin-1", "utf-16", "utf-8-sig"):
+        (folder / "mine.csv").write_bytes(rows.encode(encoding))
+        samples = prepared(folder, "mine.csv")[1]
+        (folder / "data").rename(folder / encoding)
+        assert [(s["title"], s["rating"]) for s in samples.values()] == [("Pfännchen", 4.5), ("Töpfe", 3.25)]
 
 
 def reasons_in(tree: ast.AST) -> Iterator[str]:
