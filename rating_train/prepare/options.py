@@ -190,7 +190,7 @@ def check_options(options: PrepareOptions) -> None:
     """
     for path in options.source:
         # A wrong kind or header is reported now, not after hours of the sources before it.
-        next(read_source(path, options.reading), None)
+        next(read_source(path, dataclasses.replace(options.reading, shown=True)), None)
     if options.images and not Path(options.images).exists():
         raise UserError("images folder not found", where=options.images, fix="check --images")
     invalid = bound_problems(options)

@@ -22,6 +22,7 @@ from markupsafe import Markup
 from rating_train.config.task import PAPER, Task, task_of
 from rating_train.files import atomic_write_text
 from rating_train.reports import plots
+from rating_train.reports.dataset_labels import caption, rating_edges, target_label
 from rating_train.reports.page.parts import Section, card, figure, page, section, table
 from rating_train.reports.page.render import Table, data_uri
 from rating_train.shards.manifest import read_manifest
@@ -141,35 +142,13 @@ def _draw_ratings(path: Path, found: Sampled) -> None:
     figure = plots.new_figure(8.5, 3.6)
     axes = figure.subplots()
     ratings = np.asarray(found.ratings)
-    edges, label = _rating_edges(found), _rating_label(found)
+    edges, label = rating_edges(found.task.target, found.ratings), target_label(found.task.target)
     axes.hist(ratings, bins=edges, color=plots.COLOURS[0], alpha=0.85)
     mean = float(ratings.mean())
     axes.axvline(mean, color=plots.COLOURS[1], ls="--", lw=1.4, label=f"mean {mean:.3f}")
     axes.set(xlabel=label, ylabel="items", xlim=(edges[0], edges[-1]))
     _legend(axes)
     plots.save(figure, path)
-
-
-def _rating_edges(found: Sampled) -> list[float]:
-    """Return the edges of the bins: tenths of a star, or 40 equal ones between the bounds (or the extremes)."""
-    target = found.task.target
-    if target == PAPER.target:
-        return np.arange(0.95, 5.1, 0.1).tolist()
-    inside = target.bounded and target.transform == "none"
-    low, high = (
-        (target.lower or 0.0, target.upper or 0.0) if inside else (min(found.ratings), max(found.ratings))
-    )
-    return np.linspace(low, max(high, low + 1e-6), 41).tolist()
-
-
-def _rating_label(found: Sampled) -> str:
-    target = found.task.target
-    return f"{'average ' if target == PAPER.target else ''}{target.name}{target.label}"
-
-
-def _caption(sample: Mapping[str, Any], task: Task) -> str:
-    count = f", {sample['rating_count']:,} ratings" if task.counted else ""
-    return f"{sample['rating']:.1f}{task.target.suffix}{count}"
 
 
 def _draw_counts(path: Path, found: Sampled) -> None:
@@ -188,14 +167,14 @@ def _draw_counts(path: Path, found: Sampled) -> None:
     right.hist2d(
         counts,
         found.ratings,
-        bins=[columns, _rating_edges(found)],
+        bins=[columns, rating_edges(found.task.target, found.ratings)],
         cmin=1,
         cmap="Blues",
         norm="log",
     )
     if found.task.target == PAPER.target:
         right.set(ylim=(min(found.ratings) - 0.15, 5.05))
-    right.set(xscale="log", xlabel=left.get_xlabel(), ylabel=_rating_label(found))
+    right.set(xscale="log", xlabel=left.get_xlabel(), ylabel=target_label(found.task.target))
     plots.save(figure, path)
 
 
@@ -277,7 +256,7 @@ def _draw_sheet(path: Path, samples: Sequence[Mapping[str, Any]], task: Task) ->
         title = " ".join(sample.get("title", sample["id"]).split())
         shown = title if len(title) <= 26 else f"{title[:25]}…"
         axes.set_title(
-            f"{_caption(sample, task)}\n{plots.plain(shown)}",
+            f"{caption(sample, task)}\n{plots.plain(shown)}",
             fontsize=7,
         )
     plots.save(figure, path)

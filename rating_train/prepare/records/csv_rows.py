@@ -70,6 +70,7 @@ def read_csv(stream: BinaryIO, source: str, reading: Reading) -> Iterator[Raw]:
     except csv.Error as e:
         raise UserError(f"cannot read the CSV header ({e})", where=source) from e
     columns = columns_or_check(header, source, reading, "CSV header lacks")
+    reading.show_unread(header, source)
     while True:
         text.start = line = reader.line_num + 1
         try:
@@ -157,7 +158,7 @@ def _dialect(stream: BinaryIO, source: str, reading: Reading) -> Dialect:
         rows = list(csv.DictReader(lines[:-1], delimiter=delimiter))
         cells = [pick(row, reading.task.target.column) for row in rows[:1000]]
         dialect = replace(dialect, decimal=decimal_sign(c for c in cells if isinstance(c, str)))
-    if dialect != Dialect():
+    if reading.shown and dialect != Dialect():
         shown = replace(dialect, decimal=reading.decimal or dialect.decimal)
         log.info("%s: %s (other: --delimiter, --encoding, --decimal)", source, shown)
     return dialect

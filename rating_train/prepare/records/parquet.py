@@ -60,6 +60,7 @@ def read_parquet(source: str, reading: Reading) -> Iterator[Raw]:
     """
     header, rows = parquet_rows(source)
     columns = columns_or_check(header, source, reading, "Parquet schema lacks")
+    reading.show_unread(header, source)
     if columns is not None and "images" in header:  # nested, as Amazon's own files have them
         columns["images"] = header.index("images")
     for number, row in enumerate(rows, start=1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,8 @@ from typing import Any, Literal
 from rating_train.config.task import PAPER, Task
 from rating_train.errors import UserError, one_error
 from rating_train.prepare.records.numbers import NotANumber, read_number
+
+log = logging.getLogger(__name__)
 
 #: Names that mean the same, where a task has the first one.
 SYNONYMS: dict[str, tuple[str, ...]] = {
@@ -34,6 +37,7 @@ class Reading:
         rated: whether targets and weights are looked at; if not, every record is an item to score.
         unrated: what becomes of a record without a target: it is dropped, or kept for the split ``predict``.
         delimiter, decimal, encoding: of CSV files; "" is found out.
+        shown: whether what is found out, and the columns that are not read, are logged.
     """
 
     task: Task = PAPER
@@ -42,6 +46,7 @@ class Reading:
     delimiter: str = ""
     decimal: str = ""
     encoding: str = ""
+    shown: bool = False
 
     @property
     def is_native(self) -> bool:
@@ -88,6 +93,11 @@ class Reading:
         """Return the columns of a source that the task does not read."""
         read = {_find(header, path) for path in _paths(self.task)}
         return [name for name in header if name not in read]
+
+    def show_unread(self, header: Sequence[str], source: str) -> None:
+        """Log the columns that are not read, where that is wanted."""
+        if self.shown and (names := self.unread(header)):
+            log.info("%s: columns that are not read: %s", source, ", ".join(names[:20]))
 
     def record(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """Return a record in the field names of Amazon Reviews 2023 and of the task, from one in the source's."""
