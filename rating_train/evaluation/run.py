@@ -18,7 +18,6 @@ from rating_train.checkpoint.state import STATE_FILE, from_json
 from rating_train.config.schema import Config
 from rating_train.config.task import task_of
 from rating_train.data.loader import open_evaluation
-from rating_train.data.task import refuse_other_task
 from rating_train.distributed.collectives import on_main
 from rating_train.errors import UserError
 from rating_train.evaluation import baselines
@@ -30,6 +29,7 @@ from rating_train.scoring.analysis import analyse, item_groups
 from rating_train.scoring.predictions import Prediction, deduplicate, read_predictions
 from rating_train.shards.manifest import read_manifest
 from rating_train.shards.schema import PREDICT_SPLIT
+from rating_train.shards.task import refuse_other_task
 from rating_train.training import setup
 from rating_train.training.evaluation import Evaluation, evaluate
 from rating_train.training.predictor import load_predictor

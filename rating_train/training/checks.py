@@ -18,7 +18,6 @@ from rating_train.config.resolve import BatchPlan, plan_batch, source_shares
 from rating_train.config.schema import Config
 from rating_train.data.mixture import Mixture
 from rating_train.data.shared_memory_need import batch_bytes
-from rating_train.data.task import check_task_of_run
 from rating_train.distributed import world as worlds
 from rating_train.distributed.collectives import all_gather
 from rating_train.distributed.world import World
@@ -29,6 +28,7 @@ from rating_train.model.cost import activation_bytes, visual_tokens
 from rating_train.model.custom_loss import CustomLoss, load_custom_loss
 from rating_train.model.load import read_architecture
 from rating_train.shards.manifest import read_manifest, refuse_unlike
+from rating_train.shards.task import check_task_of_run
 from rating_train.training.trackers import PACKAGES
 from rating_train.weights.warm_start import check_source
 
@@ -60,7 +60,8 @@ def check_job(config: Config, run: Path, resume: str, world: World, device: torc
         attempt(lambda: named_checkpoint(resume))
     attempt(lambda: check_run_folder(run))
     attempt(lambda: check_data(config))
-    attempt(lambda: check_task_of_run(config, run))
+    if store.steps_present(run / run_dir.CHECKPOINTS_DIR):
+        attempt(lambda: check_task_of_run(config, run))
     attempt(lambda: load_custom_loss(config.loss))
     attempt(lambda: check_optimizer(config))
     attempt(lambda: check_trackers(config))

@@ -23,7 +23,6 @@ from rating_train.config.resolve import (
 from rating_train.config.schema import PARTS, Config
 from rating_train.data.lengths import possible_lengths
 from rating_train.data.loader import EvaluationData, TrainingData, open_evaluation, open_training
-from rating_train.data.task import check_manifests
 from rating_train.distributed.collectives import on_main
 from rating_train.distributed.seeding import seed_everything
 from rating_train.distributed.world import World
@@ -31,6 +30,7 @@ from rating_train.engine.engine import Engine, build_engine
 from rating_train.model.custom_loss import CustomLoss
 from rating_train.model.regressor import RatingRegressor, build_regressor
 from rating_train.scoring.metrics import LARGER_IS_BETTER
+from rating_train.shards.task import check_manifests
 from rating_train.training import setup
 from rating_train.training.checks import check_batch_fits
 from rating_train.weights.warm_start import find_source, warm_start

@@ -19,13 +19,13 @@ from rating_train import run_dir
 from rating_train.checkpoint.state import TrainState
 from rating_train.config.schema import Config
 from rating_train.data.collate import Batch
-from rating_train.data.task import with_task_of_data
 from rating_train.distributed.collectives import on_main
 from rating_train.distributed.world import scheduled_job
 from rating_train.errors import UserError
 from rating_train.files import make_folder, remove
 from rating_train.resilience.graceful_stop import Stopped
 from rating_train.resilience.supervisor import Supervisor, leave_markers, supervise
+from rating_train.shards.task import with_task_of_data
 from rating_train.training import setup
 from rating_train.training.checks import (
     check_job,

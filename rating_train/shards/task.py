@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rating_train import run_dir
-from rating_train.checkpoint import store
 from rating_train.config.load import load_config
 from rating_train.config.schema import Config
 from rating_train.config.task import PAPER, Task, task_of
@@ -85,7 +84,7 @@ def check_task_of_run(config: Config, run: Path) -> None:
         UserError: as :func:`refuse_other_task`.
     """
     file = run / run_dir.CONFIG_FILE
-    if file.is_file() and store.steps_present(run / run_dir.CHECKPOINTS_DIR):
+    if file.is_file():
         own = load_config(file).task
         refuse_other_task(own, config.task, config.data.train_sources[0].path, f"the run {run}")
 
