@@ -4,10 +4,10 @@
         [--layers 12,30] [--json F]
 
 Every operator call that is not a view is a kernel launch on a GPU; every read-back (``.item()``, ``bool(tensor)``,
-``nonzero``) makes the host wait for the device; a tensor made of Python numbers is a blocking copy where it is sent to
-a device. The model has as many layers and parameters as SmolVLM2-256M at a hundredth of their widths: the counts depend
-on the list of parameters, not on their sizes. Counts are of the fourth step: the first ones make optimizer state and
-record in which order stage 3 gathers weights.
+``nonzero``, a boolean index) makes the host wait for the device; a tensor made of Python numbers is a blocking copy
+where it is sent to a device. The model has as many layers and parameters as SmolVLM2-256M at a hundredth of their
+widths: the counts depend on the list of parameters, not on their sizes. Counts are of the fourth step: the first ones
+make optimizer state and record in which order stage 3 gathers weights.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 #: Operators that make the host wait for the device.
 READ_BACKS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim")
+#: Operators that find out on the host how many elements are meant, where they are indexed by a boolean mask.
+INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
 #: Operators that launch nothing: memory without contents, and changes of shape or ownership.
 NO_KERNEL = (
     "empty",
@@ -60,7 +62,7 @@ class StepOperations(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.namespace == "c10d":
             self.collectives[name] += 1
-        elif name in READ_BACKS:
+        elif name in READ_BACKS or (name in INDEXING and has_mask(args)):
             self.read_backs[asked_by()] += 1
         elif name == "lift_fresh":
             self.host_data[asked_by()] += 1
@@ -82,6 +84,12 @@ class StepOperations(TorchDispatchMode):
 def is_view(func: Any) -> bool:
     """Whether the operator returns an alias of an argument that it does not write to."""
     return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+
+
+def has_mask(args: Any) -> bool:
+    """Whether one of an operator's indices is a boolean mask."""
+    indices = args[1] if len(args) > 1 else ()
+    return any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in indices)
 
 
 def asked_by() -> str:

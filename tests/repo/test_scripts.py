@@ -17,7 +17,13 @@ from tests.repo.conftest import REPO, FakePython, script_env
 pytestmark = pytest.mark.timeout(120)
 
 SCRIPTS = sorted(
-    [*(REPO / "launch").glob("*.sh"), *(REPO / "slurm").glob("*.s*"), REPO / ".ci" / "run"], key=str
+    [
+        *(REPO / "launch").glob("*.sh"),
+        *(REPO / "slurm").glob("*.s*"),
+        *(REPO / "benchmarks").glob("*.sh"),
+        REPO / ".ci" / "run",
+    ],
+    key=str,
 )
 SOURCED = ("env.sh", "job.sh")
 WITH_HELP = [s for s in SCRIPTS if s.parent.name == "launch" and s.name != "env.sh"]

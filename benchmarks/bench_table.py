@@ -1,0 +1,31 @@
+"""One table of several results of `rating-train bench --json`: a line for each speed, with its share of the limit.
+
+python benchmarks/bench_table.py FILE...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+SHOWN = ("items/s", "TFLOP/s", "of the same steps on the device")
+
+
+def main() -> None:
+    print("| run | part | figure | median | unit | of the limit |\n| --- | --- | --- | --- | --- | --- |")
+    machine = {}
+    for path in map(Path, sys.argv[1:]):
+        content = json.loads(path.read_text("utf-8"))
+        machine = content["machine"]
+        for row in content["rows"]:
+            if row["unit"] in SHOWN:
+                share = "" if row["ratio"] is None else f"{100 * row['ratio']:.1f}%"
+                cells = (path.stem, row["part"], row["name"], f"{row['value']:.4g}", row["unit"], share)
+                print(f"| {' | '.join(cells)} |")
+    told = {name: machine[name] for name in ("device", "cores", "torch") if name in machine}
+    print("\n" + ", ".join(f"{name} {value}" for name, value in told.items()))
+
+
+if __name__ == "__main__":
+    main()
