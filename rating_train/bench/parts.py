@@ -76,23 +76,33 @@ class Bench:
         split, items = self.job.data.split, self.job.data.rank_items
         ids = np.arange(min(self.job.data.samples, max(64, items * self.steps)))
         chunks = [ids[i : i + items] for i in range(0, len(ids) // items * items, items)] or [ids]
-        images = [s["image"] for s in split.dataset.__getitems__(Request(np.concatenate(chunks)))]
+        samples = split.dataset.__getitems__(Request(np.concatenate(chunks)))
+        size_px = split.collator.image_px  # 0: the model reads text alone, and nothing is decoded
         decoding, loading, through = [], [], []
         for _ in range(self.rounds):
-            decoding.append(decode_rate(images, split.config.image_px, rounds=1))
+            if size_px:
+                decoding.append(decode_rate([s["image"] for s in samples], size_px, rounds=1))
             started = time.perf_counter()
             for chunk in chunks:
                 split.collator(split.dataset.__getitems__(Request(chunk)))
-            loading.append(len(images) / (time.perf_counter() - started))
+            loading.append(len(samples) / (time.perf_counter() - started))
             through.append(self._loaded())
-        ratios = statistics.median(a / b for a, b in zip(loading, decoding))
-        limit, rate = statistics.median(decoding), statistics.median(loading)
-        processes = max(1, split.config.workers)
-        return [
-            Row("loader", "one process", rate, "items/s", _spread(loading), rate / ratios, "decoding alone"),
-            Row("loader", f"DataLoader, {split.config.workers} workers", statistics.median(through), "items/s",
-                _spread(through), processes * limit, f"decoding alone, {processes} cores"),
+        workers = split.config.workers
+        found = [
+            Row("loader", "one process", statistics.median(loading), "items/s", _spread(loading)),
+            Row("loader", f"DataLoader, {workers} workers", statistics.median(through), "items/s", _spread(through)),
         ]  # fmt: skip
+        if not decoding:
+            return found
+        ratio = statistics.median(
+            a / b for a, b in zip(loading, decoding)
+        )  # of rounds: a machine's speed drifts
+        limits = (found[0].value / ratio, max(1, workers) * statistics.median(decoding))
+        names = ("decoding alone", f"decoding alone, {max(1, workers)} cores")
+        return [
+            dataclasses.replace(row, limit=limit, limit_name=name)
+            for row, limit, name in zip(found, limits, names)
+        ]
 
     def _loaded(self) -> float:
         """Return the items that the DataLoader gives in a second, after its first batch."""

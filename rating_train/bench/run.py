@@ -16,7 +16,8 @@ from rating_train.bench.parts import Bench
 from rating_train.bench.result import Row
 from rating_train.bench.setting import bench_config
 from rating_train.config.schema import Config
-from rating_train.distributed.collectives import on_main
+from rating_train.distributed.collectives import all_gather, on_main
+from rating_train.shards.task import with_task_of_data
 from rating_train.training import setup
 from rating_train.training.checks import make_run_folder
 from rating_train.training.job import assemble_job, open_checkpoints
@@ -43,14 +44,14 @@ def run_bench(
     with tempfile.TemporaryDirectory(prefix="rating_train-bench-") as own:
         folder = Path(on_main(lambda: own))
         items = max(_LEAST_LISTINGS, _LISTINGS_PER_ITEM * config.batch.global_items)
-        config = on_main(lambda: bench_config(config, folder, items))
-        run = Path(config.runs_dir) / config.name
+        measured = on_main(lambda: with_task_of_data(bench_config(config, folder, items)))
+        run = Path(measured.runs_dir) / measured.name
         on_main(lambda: make_run_folder(run))
-        checkpointer = open_checkpoints(config, run, world)
-        job = assemble_job(config, run, world, device, checkpointer, None)
+        checkpointer = open_checkpoints(measured, run, world)
+        job = assemble_job(measured, run, world, device, checkpointer, None)
         bench = Bench(job, rounds, steps + 1 if "train" in parts else steps)
         rows = [row for part in parts for row in getattr(bench, part)()]
-        on_main(lambda: None)  # all ranks are done with the folder
+        all_gather(None)  # all ranks are done with the folder
         checkpointer.close()
     return describe(job.config, device, world.size), rows
 

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from rating_train.config.schema import Config
+from rating_train.config.task import Task
 from rating_train.data.prompt import load_tokenizer
 from rating_train.demo.model import CATALOGUE_DIR, MODEL_DIR, make_demo
 from rating_train.errors import UserError
@@ -47,6 +48,7 @@ def bench_config(config: Config, folder: Path, items: int) -> Config:
             data, path=_synthetic(demo, folder / "data", data.image_px), sources=[], remote=""
         )
         data = dataclasses.replace(data, eval_path="", cache_limit_mb=0, predownload_items=0)
+        config = dataclasses.replace(config, task=Task())  # that of the listings
     if not known:
         log.info("%s is no backbone here: the demo's tiny model is measured", model.backbone)
         model = dataclasses.replace(model, backbone=str(demo / MODEL_DIR))

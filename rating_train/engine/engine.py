@@ -127,7 +127,7 @@ class Engine:
             return
         autocast = config.train.precision == "bf16" and config.zero.stage == 0
         items = self.plan.micro_items
-        warm_up(self.model, self.lengths, items, config.data.image_px, autocast, before)
+        warm_up(self.model, self.lengths, items, config.model_px, autocast, before)
 
     def read_skipped(self, wait: bool) -> list[bool]:
         """Tell which steps since the last answer were skipped, on every rank alike, for a non-finite gradient.

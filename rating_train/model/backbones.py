@@ -63,7 +63,8 @@ class Backbone:
 
     def blocks(self, model: Any) -> list[nn.Module]:
         """Return the layers of both towers, in the order of the forward pass: what is compiled one by one."""
-        return [*model.vision_model.encoder.layers, *model.text_model.layers]
+        tower = getattr(model.vision_model, "encoder", None)  # none in a model that reads text alone
+        return [*(tower.layers if tower is not None else ()), *model.text_model.layers]
 
 
 class SmolVLM(Backbone):

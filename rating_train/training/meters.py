@@ -53,7 +53,7 @@ def flops_by_length(architecture: Architecture, config: Config) -> Callable[[int
 
     @functools.cache
     def flops(tokens: int) -> float:
-        return training_flops(count_forward(architecture, config.data.image_px, tokens), config.model.freeze)
+        return training_flops(count_forward(architecture, config.model_px, tokens), config.model.freeze)
 
     return flops
 

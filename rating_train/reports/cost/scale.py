@@ -100,7 +100,7 @@ def _doubled(most: int) -> list[int]:
 def _scaled(
     config: Config, arch: Architecture, gpu: str, gpus: int, network_gbit: float, mfu: float
 ) -> Scaled:
-    sheet, px = GPUS[gpu], config.data.image_px
+    sheet, px = GPUS[gpu], config.model_px
     forward = count_forward(arch, px, visual_tokens(arch, px) + config.data.text_tokens)
     speed = mfu * sheet.bf16_tflops * 1e12
     rank_items = config.batch.global_items // gpus
@@ -112,7 +112,7 @@ def _scaled(
     evaluation = _EVALUATION_ITEMS * forward.total("flop_attention") / speed / gpus
     evaluations = evaluation / config.train.eval_every_steps if config.train.eval_every_steps else 0.0
     rate = config.batch.global_items / (compute + exposed + saves + evaluations)
-    stored = STORED_BYTES * (px / STORED_PX) ** 2
+    stored = STORED_BYTES * (config.data.image_px / STORED_PX) ** 2
     nodes = -(-gpus // GPUS_PER_NODE)
     return Scaled(
         gpus, rank_items, compute, inside, between, exposed, saves, evaluations, rate, rate * stored / nodes
@@ -127,7 +127,7 @@ def reduction_seconds(
     A hierarchical all-reduce: each GPU sends 2 (g - 1) / g of the gradients to the g GPUs of its node, and each node
     2 (n - 1) / n of them to the n nodes. Stages 0 and 1 reduce in fp32 once in a step.
     """
-    counts = count_parameters(arch)
+    counts = count_parameters(arch, config.model_px)
     sent = 4 * (counts["total"] - sum(counts[part] for part in config.model.freeze))
     local, nodes = min(gpus, GPUS_PER_NODE), -(-gpus // GPUS_PER_NODE)
     inside = 2 * (local - 1) / local * sent / (GPUS[gpu].link_gb * 1e9 * LINK_SHARE)
