@@ -114,7 +114,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     out = tmp_path_factory.mktemp("demo") / "demo"
     make_demo(out, items=300, seed=17)
-    _prepare_demo(out, out / "data")
+    prepare_demo(out, out / "data")
     return out
 
 
@@ -122,7 +122,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def few_items(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of the first 60 listings of the small demo: epochs of about 50 items, for runs of several epochs."""
     out = tmp_path_factory.mktemp("few") / "data"
-    _prepare_demo(demo, out, limit=60)
+    prepare_demo(demo, out, limit=60)
     return out
 
 
@@ -140,7 +140,8 @@ def data(sharded: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sharded, tmp_path / "data"))
 
 
-def _prepare_demo(demo: Path, out: Path, limit: int | None = None) -> None:
+def prepare_demo(demo: Path, out: Path, limit: int | None = None, keep_aspect: bool = False) -> None:
+    """Prepare the listings of a demo's catalogue, or the first of them."""
     from rating_train.prepare.run import PrepareOptions, prepare
 
     prepare(
@@ -149,6 +150,7 @@ def _prepare_demo(demo: Path, out: Path, limit: int | None = None) -> None:
             images=str(demo / "catalogue"),
             out=str(out),
             image_size_px=64,
+            keep_aspect=keep_aspect,
             val_fraction=0.2,
             limit=limit,
         )

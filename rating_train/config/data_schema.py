@@ -64,6 +64,14 @@ class DataConfig:
         low=16,
         high=4096,
     )
+    tiling_px: int = setting(
+        0,
+        "Dynamic tiling of stock SmolVLM (2048 there, with `image_px` 512): the longest side to which an image is "
+        "resized before it is cut into squares of `image_px`, which come before the complete image. A multiple of "
+        "`image_px`; needs `prepare --keep-aspect`. 0: one square for each image.",
+        low=0,
+        high=16384,
+    )
     field_chars: int = setting(
         100,
         "L: characters kept of each text field (of stars: title, description, features, main category).",
@@ -100,6 +108,11 @@ class DataConfig:
         high=256,
     )
     prefetch_batches: int = setting(4, "Batches that each DataLoader worker keeps ready.", low=1, high=1024)
+
+    @property
+    def tiles_per_side(self) -> int:
+        """Most tiles beside or above one another; 0 without tiling."""
+        return self.tiling_px // self.image_px
 
     @property
     def train_sources(self) -> list[SourceConfig]:

@@ -193,6 +193,11 @@ _RULES = (
         "`data.predownload_items` needs `data.remote`",
     ),
     Rule(
+        "data.tiling_px data.image_px",
+        lambda c: c.data.tiling_px % c.data.image_px == 0,
+        "`data.tiling_px` is {c.data.tiling_px}, expected a multiple of `data.image_px` {c.data.image_px}, or 0",
+    ),
+    Rule(
         "model.init_parts",
         lambda c: c.model.init_parts and set(c.model.init_parts) <= set(PARTS),
         f"`model.init_parts` is {{c.model.init_parts}}, expected at least one of {', '.join(PARTS)}",

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from rating_train.data.lengths import cut_length, longest_first
-from rating_train.data.prompt import PromptEncoder
+from rating_train.data.prompt import EncodedPrompt, PromptEncoder
 from rating_train.shards.titles import product_group
 
 _TENSORS = ("images", "input_ids", "used_tokens", "ratings", "rating_counts", "id_hashes")
@@ -40,7 +40,8 @@ class Batch:
 
     ids: list[str]
     categories: list[str]
-    images: Tensor  # (B, 3, S, S) uint8; S is 0 where the model reads no images
+    #: (B, 3, S, S) uint8; S is 0 where the model reads no images. With tiling (B, M, 3, S, S), M the most of an item.
+    images: Tensor
     input_ids: Tensor  # (B, T) int64
     used_tokens: Tensor  # (B,) int64: tokens before the padding
     ratings: Tensor  # (B,) float32
@@ -128,16 +129,15 @@ class Collator:
         self.by_length = by_length
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> Batch:
-        prompts = self.prompt.encode_all(samples)
+        prompts = self._encode(samples)
         places: list[int] = []
         if self.by_length:
             places = longest_first([p.used for p in prompts])
             samples, prompts = [samples[i] for i in places], [prompts[i] for i in places]
         lengths = [p.used for p in prompts]
-        images = _new_images(len(samples), self.image_px)
+        images = new_images(len(samples), *self._image_shape)
         for image, s in zip(images, samples if self.image_px else ()):
-            pixels = decode_square(s["image"], self.image_px, s["id"], self.formats)
-            image.copy_(torch.from_numpy(pixels).permute(2, 0, 1))
+            self._fill(image, s)
         return Batch(
             ids=[s["id"] for s in samples],
             categories=[s.get("main_category", "") for s in samples],
@@ -155,11 +155,22 @@ class Collator:
             places=places,
         )
 
+    @property
+    def _image_shape(self) -> tuple[int, ...]:
+        return 3, self.image_px, self.image_px
 
-def _new_images(items: int, size_px: int) -> Tensor:
-    """Return room for (B, 3, S, S) uint8: in a DataLoader worker in shared memory, which spares a copy on the way."""
-    shape = (items, 3, size_px, size_px)
-    if get_worker_info() is None or not size_px:
+    def _encode(self, samples: Sequence[Mapping[str, Any]]) -> list[EncodedPrompt]:
+        return self.prompt.encode_all(samples)
+
+    def _fill(self, image: Tensor, sample: Mapping[str, Any]) -> None:
+        """Decode a sample's image into its place, (3, S, S) uint8."""
+        pixels = decode_square(sample["image"], self.image_px, sample["id"], self.formats)
+        image.copy_(torch.from_numpy(pixels).permute(2, 0, 1))
+
+
+def new_images(*shape: int) -> Tensor:
+    """Return room for images, uint8: in a DataLoader worker in shared memory, which spares a copy on the way."""
+    if get_worker_info() is None or not math.prod(shape):
         return torch.empty(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]

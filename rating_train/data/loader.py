@@ -25,6 +25,7 @@ from rating_train.data.prompt import PromptEncoder
 from rating_train.data.remote import Source
 from rating_train.data.shuffle import shuffled_epoch
 from rating_train.data.streaming_dataset import Request, SplitDataset, fetch_split
+from rating_train.data.tiling.collate import make_collator
 from rating_train.distributed.collectives import all_gather, on_main
 from rating_train.distributed.world import World
 from rating_train.errors import UserError
@@ -161,9 +162,8 @@ def open_training(
         _alike(lambda: refuse_unlike(paths, manifests))
         _alike(lambda: mixture.refuse_tiny_shares(paths))
         epoch_ids = functools.partial(mixed_epoch, mixture, passes)
-    split = _readable(
-        dataset, config, Collator(prompt, _model_px(config, prompt), by_length=by_length), world, device
-    )
+    collator = make_collator(prompt, _model_px(config, prompt), config.tiling_px, by_length)
+    split = _readable(dataset, config, collator, world, device)
     return TrainingData(split, SampleOrder(len(dataset), global_items, epoch_ids), rank_items, manifests)
 
 
@@ -194,7 +194,8 @@ def open_evaluation(
 ) -> EvaluationData:
     """Check and open a split for evaluation on ``device``. A collective. ``max_items`` 0 takes the complete split."""
     _, dataset = _open(config, config.eval_source, split, world)
-    opened = _readable(dataset, config, Collator(prompt, _model_px(config, prompt)), world, device)
+    collator = make_collator(prompt, _model_px(config, prompt), config.tiling_px)
+    opened = _readable(dataset, config, collator, world, device)
     samples = len(dataset)
     if max_items and max_items < samples:
         log.info("evaluating the first %d of %d items of %s", max_items, samples, split)

@@ -169,8 +169,15 @@ class PromptEncoder:
         """Encode a listing; ``fields`` holds the texts of ``words``."""
         return self.encode_all([fields])[0]
 
-    def encode_all(self, listings: Sequence[Mapping[str, str]]) -> list[EncodedPrompt]:
-        """Encode listings, with one call of the tokenizer for all of their fields."""
+    def encode_all(
+        self, listings: Sequence[Mapping[str, str]], starts: Sequence[list[int]] = ()
+    ) -> list[EncodedPrompt]:
+        """Encode listings, with one call of the tokenizer for all of their fields.
+
+        Args:
+            listings: each with the texts of ``words``.
+            starts: of each listing, the tokens up to the image's last, where they are not the same in all.
+        """
         names = self.words.names
         texts = [fields[name].strip()[: self.field_chars].strip() for fields in listings for name in names]
         encoded = self._field_tokenizer.encode_batch_fast(  # without offsets, which nothing here needs
@@ -178,12 +185,13 @@ class PromptEncoder:
         )
         tokens = [e.ids for e in encoded]
         each = len(names)
-        return [self._assemble(tokens[i * each : (i + 1) * each]) for i in range(len(listings))]
+        starts = starts or [self._start] * len(listings)
+        return [self._assemble(starts[i], tokens[i * each : (i + 1) * each]) for i in range(len(listings))]
 
-    def _assemble(self, tokens: Sequence[list[int]]) -> EncodedPrompt:
-        """Put the tokens of a listing's fields into the template, cut to fit and padded."""
+    def _assemble(self, start: list[int], tokens: Sequence[list[int]]) -> EncodedPrompt:
+        """Put the tokens of a listing's fields into the template after the image, cut to fit and padded."""
         kept = fit_lengths([len(t) for t in tokens], self.field_budget)
-        sequence = self._start.copy()
+        sequence = start.copy()
         for place, template in enumerate(self._after):
             sequence += template
             if place < len(tokens):

@@ -35,21 +35,22 @@ def shared_memory_need(config: Config, ranks: int, ranks_per_node: int, visual_t
 def _loader_bytes(data: DataConfig, items: int, tokens: int) -> int:
     if data.workers == 0:
         return 0  # batches are made in the training process
-    return batch_bytes(items, data.image_px, tokens) * (
+    return batch_bytes(items, data.image_px, tokens, data.tiles_per_side) * (
         data.workers * data.prefetch_batches + _BATCHES_IN_USE
     )
 
 
-def batch_bytes(items: int, image_px: int, tokens: int) -> int:
+def batch_bytes(items: int, image_px: int, tokens: int, tiles_per_side: int = 0) -> int:
     """Bytes of a batch's tensors in shared memory, each rounded up to pages (see ``collate.Batch``).
 
     Args:
         items: B.
         image_px: side of the image, in pixels.
         tokens: T, text and visual tokens of an item.
+        tiles_per_side: with tiling, the most tiles beside or above one another.
     """
     item = {
-        "images": 3 * image_px**2,
+        "images": 3 * image_px**2 * (tiles_per_side**2 + 1),
         "input_ids": 8 * tokens,
         "used_tokens": 8,
         "ratings": 4,

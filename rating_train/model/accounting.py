@@ -65,7 +65,13 @@ class ItemCost:
         return found
 
 
-def item_cost(arch: Architecture, image_px: int, padded_tokens: int, lengths: Iterable[int] = ()) -> ItemCost:
+def item_cost(
+    arch: Architecture,
+    image_px: int,
+    padded_tokens: int,
+    lengths: Iterable[int] = (),
+    tiles_per_side: int = 0,
+) -> ItemCost:
     """Count one item in closed form.
 
     Args:
@@ -73,12 +79,13 @@ def item_cost(arch: Architecture, image_px: int, padded_tokens: int, lengths: It
         image_px: side of the square image, in pixels.
         padded_tokens: T, visual tokens and padding included.
         lengths: tokens of each item before padding, visual tokens included.
+        tiles_per_side: as :func:`~rating_train.model.cost.count_forward`.
 
     Raises:
         UserError: an image size that does not divide, or a length shorter than the visual tokens.
     """
     parameters = count_parameters(arch, image_px)["total"]
-    padded = count_forward(arch, image_px, padded_tokens).totals()
+    padded = count_forward(arch, image_px, padded_tokens, tiles_per_side).totals()
     counted = Counter(lengths)
     items = sum(counted.values())
     if not items:
@@ -86,7 +93,7 @@ def item_cost(arch: Architecture, image_px: int, padded_tokens: int, lengths: It
     # Attention grows with the square of the length: the mean of the costs is not the cost of the mean.
     sums = dict.fromkeys(padded, 0.0)
     for length, count in counted.items():
-        for convention, operations in count_forward(arch, image_px, length).totals().items():
+        for convention, operations in count_forward(arch, image_px, length, tiles_per_side).totals().items():
             sums[convention] += count * operations
     tokens = sum(length * count for length, count in counted.items()) / items
     return ItemCost(parameters, padded_tokens, padded, tokens, {name: v / items for name, v in sums.items()})

@@ -90,6 +90,19 @@ def visual_tokens(arch: Architecture, image_px: int) -> int:
     return (image_px // block) ** 2
 
 
+def image_tokens(arch: Architecture, image_px: int, tiles_per_side: int = 0) -> int:
+    """Count the tokens that an image takes in the sequence, at most.
+
+    Args:
+        arch: the backbone.
+        image_px: side of the square image, or of a tile, in pixels; 0 for a model that reads no image.
+        tiles_per_side: most tiles beside or above one another; 0 without tiling. Each tile has two tokens before its
+            visual ones, and each row a line break after it (the markers of the complete image belong to the text).
+    """
+    visual = visual_tokens(arch, image_px)
+    return tiles_per_side**2 * (visual + 2) + tiles_per_side + visual if visual else 0
+
+
 def count_parameters(arch: Architecture, image_px: int = 1) -> dict[str, int]:
     """Count the parameters of each part; ``image_px`` 0 counts a model that reads no image, without a vision tower.
 
@@ -112,7 +125,9 @@ def count_parameters(arch: Architecture, image_px: int = 1) -> dict[str, int]:
     return {**counts, "head": head, "backbone_total": backbone, "total": backbone + head}
 
 
-def count_forward(arch: Architecture, image_px: int, sequence_tokens: int) -> ForwardCost:
+def count_forward(
+    arch: Architecture, image_px: int, sequence_tokens: int, tiles_per_side: int = 0
+) -> ForwardCost:
     """Count the operations of one forward pass over one item with one image.
 
     Args:
@@ -120,6 +135,8 @@ def count_forward(arch: Architecture, image_px: int, sequence_tokens: int) -> Fo
         image_px: side of the square image, in pixels.
         sequence_tokens: length of the decoder's input in tokens: visual tokens, template, text and
             padding (a padding token costs as much as any other).
+        tiles_per_side: with tiling, the most tiles beside or above one another; an item always has the encoder run
+            over all of them, and over the complete image.
 
     Raises:
         UserError: the image size does not divide, or the sequence is shorter than its visual tokens.
@@ -132,16 +149,16 @@ def count_forward(arch: Architecture, image_px: int, sequence_tokens: int) -> Fo
             expected=f"at least {visual} tokens for an image side of {image_px} pixels",
         )
     text, vision = arch.text, arch.vision
-    patches = (image_px // vision.patch) ** 2
+    patches, images = (image_px // vision.patch) ** 2, tiles_per_side**2 + 1
     patch_embedding = vision.channels * vision.patch**2 * vision.hidden
     linear = {
-        "vision": patches * (patch_embedding + vision.layers * _vision_layer_weights(vision)),
-        "connector": visual * vision.hidden * arch.scale_factor**2 * text.hidden,
+        "vision": images * patches * (patch_embedding + vision.layers * _vision_layer_weights(vision)),
+        "connector": images * visual * vision.hidden * arch.scale_factor**2 * text.hidden,
         "decoder": sequence_tokens * text.layers * _decoder_layer_weights(text),
         "head": text.hidden * arch.head_hidden + arch.head_hidden,
     }
     attention = {
-        "vision": vision.layers * _attention_macs(patches, vision.hidden),
+        "vision": images * vision.layers * _attention_macs(patches, vision.hidden),
         "connector": 0,
         "decoder": text.layers * _attention_macs(sequence_tokens, text.heads * text.head_dim),
         "head": 0,
@@ -171,11 +188,12 @@ def activation_bytes(
     freeze: Collection[str] = (),
     bf16: bool = True,
     gradient_checkpointing: bool = False,
+    tiles_per_side: int = 0,
 ) -> int:
     """Return what one item keeps on the device for the backward pass, at least: without the attention matrix."""
     per_unit = _CHECKPOINTED_LAYER_BYTES if gradient_checkpointing else _LAYER_BYTES
     text, vision = arch.text, arch.vision
-    patches = (image_px // vision.patch) ** 2
+    patches = (tiles_per_side**2 + 1) * (image_px // vision.patch) ** 2
     decoder = text.layers * sequence_tokens * text.hidden
     tower = 0 if {"vision", "connector"} <= set(freeze) else vision.layers * patches * vision.hidden
     return per_unit * (1 if bf16 else 2) * (decoder + tower)

@@ -62,6 +62,7 @@ class RatingRegressor(nn.Module):
         )
         self.visual_tokens = visual_tokens(architecture, image_px)
         self.image_start = image_start
+        self.image_token_id = architecture.image_token_id
         self.head = RatingHead(
             architecture.text.hidden, architecture.head_hidden, head_dropout, rating_bias, scale
         )
@@ -72,9 +73,10 @@ class RatingRegressor(nn.Module):
         """Rate a batch.
 
         Args:
-            images: (B, 3, S, S) uint8; not looked at by a model without a vision tower.
+            images: (B, 3, S, S) uint8; of tiled images (B, M, 3, S, S), the last ones of an item unused. Not looked
+                at by a model without a vision tower.
             input_ids: (B, T) int64, padded on the right; visual tokens replace the V placeholders that begin at
-                ``image_start``.
+                ``image_start``, or with tiling all placeholders, in order.
             used_tokens: (B,) int64, tokens before the padding.
             dropout_keys: (B,) int64 of :func:`~.head.dropout_keys`; needed in training with dropout only.
 
@@ -82,13 +84,28 @@ class RatingRegressor(nn.Module):
             (B,) float32, in the unit of the target: in (1, 5) for stars.
         """
         merged = self.family.embed_text(self.backbone, input_ids)  # (B, T, D)
-        if self.visual_tokens:
+        if images.ndim == 5:
+            merged = self._merge_tiles(images, input_ids, merged)
+        elif self.visual_tokens:
             visual = self.family.encode_images(self.backbone, images, self.positions)  # (B, V, D)
             start, end = self.image_start, self.image_start + self.visual_tokens
             merged = torch.cat([merged[:, :start], visual.to(merged.dtype), merged[:, end:]], dim=1)
         hidden = self.family.decode(self.backbone, merged)
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             return self.head(masked_mean(hidden, used_tokens), dropout_keys)
+
+    def _merge_tiles(self, images: Tensor, input_ids: Tensor, text: Tensor) -> Tensor:
+        """Return the embeddings (B, T, D) in which the n-th placeholder of an item is its n-th visual token.
+
+        By index rather than by mask: a mask would wait for the device. What fills up an item has no placeholder.
+        """
+        visual = self.family.encode_images(
+            self.backbone, images.flatten(0, 1), self.positions
+        )  # (B * M, V, D)
+        visual = visual.reshape(len(images), -1, visual.shape[-1]).to(text.dtype)  # (B, M * V, D)
+        placeholder = (input_ids == self.image_token_id).unsqueeze(-1)  # (B, T, 1)
+        index = (placeholder.cumsum(1) - 1).clamp(min=0).expand(-1, -1, visual.shape[-1])
+        return torch.where(placeholder, visual.gather(1, index), text)
 
 
 def _remove_vision(backbone: nn.Module, parts: Mapping[str, str]) -> None:

@@ -107,6 +107,12 @@ def find_model(path: Path, checkpoint: str = "best", settings: tuple[str, ...] =
             fix="give the folder that `rating-train train` or `rating-train export` made",
         )
     config = load_config(path / run_dir.CONFIG_FILE, settings)
+    if config.data.tiling_px:
+        raise UserError(
+            "predict and export take models of one square for each image; this one has tiles",
+            where=f"{path}: data.tiling_px={config.data.tiling_px}",
+            fix="score prepared data with `rating-train evaluate --data DATA`",
+        )
     folder = choose_checkpoint(path / run_dir.CHECKPOINTS_DIR, checkpoint)
     stage = read_json(folder / STATE_FILE)["identity"]["topology"]["zero_stage"]
     identity = {

@@ -122,6 +122,7 @@ class Build:
             options.shard_size_mb << 20,
             build=self.build,
             task=options.reading.task,
+            keep_aspect=options.keep_aspect,
         )
         before = 0
         for part in set(finished_parts(self.dir.parts)).intersection(wanted):

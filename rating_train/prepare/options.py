@@ -62,6 +62,10 @@ class PrepareOptions(PlanRules):
     )
     out: str = setting(doc="dataset directory to make; it must not exist. OUT.build beside it holds the work")
     image_size_px: int = setting(384, "side of the stored square, in pixels", low=16, high=4096)
+    keep_aspect: bool = setting(
+        False,
+        "store images with their aspect ratio, `image_size_px` on the longest side at most (data.tiling_px)",
+    )
     jpeg_quality: int = setting(90, "quality of the stored images", low=1, high=95)
     max_dropped_fraction: float = setting(
         0.5,
@@ -115,7 +119,7 @@ class PrepareOptions(PlanRules):
 
     def identity(self) -> dict[str, Any]:
         """Return all that the dataset's items depend on: what a resumed build must have in common."""
-        names = "image_size_px jpeg_quality shard_size_mb fetch images".split()
+        names = "image_size_px keep_aspect jpeg_quality shard_size_mb fetch images".split()
         return {
             **self.rules.recorded(),
             **{name: getattr(self, name) for name in names},

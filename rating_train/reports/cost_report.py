@@ -9,7 +9,7 @@ from rating_train.config.schema import PARTS
 from rating_train.errors import UserError
 from rating_train.log import text_table
 from rating_train.model.architecture import Architecture
-from rating_train.model.cost import ForwardCost, count_forward, count_parameters, visual_tokens
+from rating_train.model.cost import ForwardCost, count_forward, count_parameters, image_tokens
 from rating_train.scoring.ces import CONVENTIONS, PAPER_CONVENTION, CesRow, ces_table
 
 
@@ -24,6 +24,7 @@ class CostReport:
         parameters: part -> number of parameters, with ``backbone_total`` and ``total``.
         forward: operations of one forward pass.
         rows: C, E and CES in every convention.
+        tiles_per_side: with tiling, the most tiles beside or above one another.
     """
 
     image_px: int
@@ -32,9 +33,12 @@ class CostReport:
     parameters: dict[str, int]
     forward: ForwardCost
     rows: list[CesRow]
+    tiles_per_side: int = 0
 
 
-def measure_cost(arch: Architecture, image_px: int, text_tokens: int, plcc: float | None) -> CostReport:
+def measure_cost(
+    arch: Architecture, image_px: int, text_tokens: int, plcc: float | None, tiles_per_side: int = 0
+) -> CostReport:
     """Compute the cost of one item in closed form.
 
     Args:
@@ -42,30 +46,36 @@ def measure_cost(arch: Architecture, image_px: int, text_tokens: int, plcc: floa
         image_px: side of the square image, in pixels.
         text_tokens: tokens of the fixed sequence that are not visual: template, fields and padding.
         plcc: the Pearson correlation in the CES, or ``None``: then the CES is ``None``.
+        tiles_per_side: with tiling, the most tiles beside or above one another.
 
     Raises:
         UserError: an image size that does not fit the patches, a text length below 0, a PLCC outside [-1, 1].
     """
-    visual = visual_tokens(arch, image_px)
+    visual = image_tokens(arch, image_px, tiles_per_side)
     if text_tokens < 0:
         raise UserError(f"text length is {text_tokens} tokens", where="cost", expected="0 or more")
     parameters = count_parameters(arch, image_px)
-    forward = count_forward(arch, image_px, visual + text_tokens)
+    forward = count_forward(arch, image_px, visual + text_tokens, tiles_per_side)
     rows = ces_table(plcc, parameters["total"], forward.totals())
-    return CostReport(image_px, visual, text_tokens, parameters, forward, rows)
+    return CostReport(image_px, visual, text_tokens, parameters, forward, rows, tiles_per_side)
 
 
-def cost_report(arch: Architecture, image_px: int, text_tokens: int, plcc: float | None) -> str:
+def cost_report(
+    arch: Architecture, image_px: int, text_tokens: int, plcc: float | None, tiles_per_side: int = 0
+) -> str:
     """Return :func:`measure_cost` as text, rendered by :func:`render_cost`."""
-    return render_cost(measure_cost(arch, image_px, text_tokens, plcc))
+    return render_cost(measure_cost(arch, image_px, text_tokens, plcc, tiles_per_side))
 
 
 def render_cost(report: CostReport) -> str:
     """Return the report as plain text: one table after another, with a newline at the end."""
     sequence = report.visual_tokens + report.text_tokens
+    image, side = f"image {report.image_px} x {report.image_px} px", report.tiles_per_side
+    if side:
+        image += f" and at most {side} x {side} tiles of that size, with their markers,"
     lines = [
-        f"Input of one item: image {report.image_px} x {report.image_px} px = {report.visual_tokens} visual "
-        f"tokens, + {report.text_tokens} text tokens = sequence of {sequence}",
+        f"Input of one item: {image} = {report.visual_tokens} visual tokens, + {report.text_tokens} text tokens "
+        f"= sequence of {sequence}",
         "",
         *_operations_table(report),
         "",

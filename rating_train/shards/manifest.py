@@ -98,6 +98,21 @@ def check_index(path: str | Path, split: str) -> dict[str, Any]:
     return manifest
 
 
+def refuse_squares(paths: Sequence[str], manifests: Sequence[dict[str, Any]]) -> None:
+    """Refuse to cut images into tiles whose aspect ratio `prepare` did not keep.
+
+    Raises:
+        UserError: a dataset stores squares.
+    """
+    for path, manifest in zip(paths, manifests, strict=True):
+        if not manifest.get("options", {}).get("keep_aspect"):
+            raise UserError(
+                "its images were stored as squares: tiles need their aspect ratio",
+                where=f"data.tiling_px, {path}",
+                fix="run `rating-train prepare ... --keep-aspect`, or set data.tiling_px=0",
+            )
+
+
 def refuse_unlike(paths: Sequence[str], manifests: Sequence[dict[str, Any]]) -> None:
     """Refuse datasets that cannot be mixed. Versions and columns are the same wherever a dataset could be opened.
 

@@ -24,10 +24,10 @@ from rating_train.distributed.world import World
 from rating_train.errors import UserError, one_error
 from rating_train.files import make_folder
 from rating_train.model.architecture import KNOWN_ARCHITECTURES, Architecture
-from rating_train.model.cost import activation_bytes, visual_tokens
+from rating_train.model.cost import activation_bytes, image_tokens
 from rating_train.model.custom_loss import CustomLoss, load_custom_loss
 from rating_train.model.load import read_architecture
-from rating_train.shards.manifest import read_manifest, refuse_unlike
+from rating_train.shards.manifest import read_manifest, refuse_squares, refuse_unlike
 from rating_train.shards.task import check_task_of_run
 from rating_train.training.trackers import PACKAGES
 from rating_train.weights.warm_start import check_source
@@ -67,7 +67,8 @@ def check_job(config: Config, run: Path, resume: str, world: World, device: torc
     attempt(lambda: check_trackers(config))
     plan = attempt(lambda: plan_batch(config.batch.global_items, config.batch.micro_items, world.size))
     architecture = attempt(lambda: local_architecture(config))
-    visual = attempt(lambda: visual_tokens(architecture, config.model_px)) if architecture else None
+    side = config.data.tiles_per_side
+    visual = attempt(lambda: image_tokens(architecture, config.model_px, side)) if architecture else None
     if config.model.init_from and not store.steps_present(run / run_dir.CHECKPOINTS_DIR):
         attempt(lambda: check_source(config.model, architecture))
     if plan is not None and not problems:
@@ -163,6 +164,8 @@ def check_data(config: Config) -> None:
         return  # the manifest is damaged, which is found when the split is opened
     paths = [source.path for source in sources]
     refuse_unlike(paths, [manifests[source] for source in sources])
+    if data.tiling_px:
+        refuse_squares(paths, [manifests[source] for source in sources])
     Mixture(items, source_shares(sources)).refuse_tiny_shares(paths)
     check_batch_fits(config.batch.global_items, sum(items), data.train_split)
 
@@ -259,7 +262,7 @@ def check_memory(
         UserError: with the estimate, the memory that is there, and what to change.
     """
     tokens = config.data.text_tokens + visual
-    host = batch_bytes(plan.rank_items, config.model_px, tokens)
+    host = batch_bytes(plan.rank_items, config.model_px, tokens, config.data.tiles_per_side)
     available = available_memory() // world.local_size
     if host > available:
         raise UserError(
@@ -277,6 +280,7 @@ def check_memory(
         freeze=config.model.freeze,
         bf16=config.train.precision == "bf16",
         gradient_checkpointing=config.model.gradient_checkpointing,
+        tiles_per_side=config.data.tiles_per_side,
     )
     if device.type == "cuda":
         available = torch.cuda.get_device_properties(device).total_memory

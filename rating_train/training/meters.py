@@ -50,10 +50,13 @@ class Work:
 
 def flops_by_length(architecture: Architecture, config: Config) -> Callable[[int], float]:
     """Return a function (tokens of an item) -> FLOPs of training on it."""
+    data = config.data
 
     @functools.cache
     def flops(tokens: int) -> float:
-        return training_flops(count_forward(architecture, config.model_px, tokens), config.model.freeze)
+        return training_flops(
+            count_forward(architecture, config.model_px, tokens, data.tiles_per_side), config.model.freeze
+        )
 
     return flops
 

@@ -13,6 +13,7 @@ import torch
 from rating_train import log as logs
 from rating_train.config.schema import Config
 from rating_train.data.prompt import PromptEncoder, PromptWords, load_tokenizer
+from rating_train.data.tiling.prompt import TiledPromptEncoder
 from rating_train.distributed import world as worlds
 from rating_train.distributed.collectives import on_main
 from rating_train.errors import UserError
@@ -54,9 +55,13 @@ def model_inputs_of(config: Config, architecture: Architecture) -> ModelInputs:
             where=where,
             fix="set model.tokenizer to the backbone's own",
         )
-    prompt = PromptEncoder(
-        tokenizer, visual, config.data.text_tokens, config.data.field_chars, prompt_words(config)
-    )
+    data, words = config.data, prompt_words(config)
+    if data.tiles_per_side and words.image:
+        prompt: PromptEncoder = TiledPromptEncoder(
+            tokenizer, visual, data.text_tokens, data.field_chars, data.tiles_per_side, words
+        )
+    else:
+        prompt = PromptEncoder(tokenizer, visual, data.text_tokens, data.field_chars, words)
     return ModelInputs(config, architecture, prompt)
 
 
@@ -84,8 +89,13 @@ def evaluation_row(
         lengths: tokens of an item before padding -> number of items; for CES at the true length.
     """
     length = model_inputs.prompt.layout.length
+    data = model_inputs.config.data
     cost = item_cost(
-        model_inputs.architecture, model_inputs.config.model_px, length, Counter(lengths).elements()
+        model_inputs.architecture,
+        model_inputs.config.model_px,
+        length,
+        Counter(lengths).elements(),
+        data.tiles_per_side,
     )
     return {
         "step": step,

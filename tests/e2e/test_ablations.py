@@ -11,7 +11,7 @@ import pytest
 from rating_train.config.load import dump_config, load_config
 from rating_train.config.schema import Config
 from rating_train.model.architecture import KNOWN_ARCHITECTURES
-from tests.conftest import Ranks
+from tests.conftest import Ranks, prepare_demo
 from tests.helpers.forked import REPO
 from tests.helpers.runs import losses
 
@@ -29,6 +29,7 @@ def small(path: Path, demo: Path, wide: Path, data: Path, runs: Path) -> Config:
         "runs_dir": runs,
         "data.path": data,
         "data.image_px": config.data.image_px // 8,
+        "data.tiling_px": config.data.tiling_px // 8,
         "data.workers": 0,
         "model.backbone": demo / "model" if shape == 576 else wide,
         "model.tokenizer": demo / "model",
@@ -52,8 +53,11 @@ def test_every_row_trains_five_steps(ranks: Ranks, demo: Path, few_items: Path, 
     shape["text_config"] |= {"hidden_size": 160, "num_attention_heads": 5, "intermediate_size": 416}
     (wide / "config.json").write_text(json.dumps(shape))
     files = []
+    aspect = tmp_path / "aspect"
+    prepare_demo(demo, aspect, limit=20, keep_aspect=True)
     for path in ABLATIONS:
-        config = small(path, demo, wide, few_items, tmp_path / "runs")
+        data = aspect if load_config(path).data.tiling_px else few_items
+        config = small(path, demo, wide, data, tmp_path / "runs")
         files.append(tmp_path / path.name)
         files[-1].write_text(dump_config(config))
     output = ranks.run(1, "-m", "tests.dist.train_worker", *files)

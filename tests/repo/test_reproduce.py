@@ -28,8 +28,9 @@ def cost_of(name: str) -> tuple[CostReport, float]:
     config = load_config(REPO / "configs" / "ablations" / f"{name}.yaml")
     assert set(config.model.freeze) == {"vision", "connector"} and config.train.epochs == EPOCHS
     counted = measure_cost(
-        KNOWN_ARCHITECTURES[config.model.backbone], config.data.image_px, config.data.text_tokens, None
-    )
+        KNOWN_ARCHITECTURES[config.model.backbone], config.data.image_px, config.data.text_tokens, None,
+        config.data.tiles_per_side,
+    )  # fmt: skip
     part = counted.forward.by_part("flop_attention")
     item = part["vision"] + part["connector"] + 3 * (part["decoder"] + part["head"])
     return counted, EPOCHS * ITEMS.get(name, 1_000_000) * item
@@ -68,6 +69,7 @@ def test_the_data_that_is_prepared_is_what_the_rows_train_on() -> None:
         assert not rules.problems()
     for name in ROWS:
         data = load_config(REPO / "configs" / "ablations" / f"{name}.yaml").data
-        assert made[data.path].image_size_px == data.image_px
+        assert made[data.path].image_size_px == (data.tiling_px or data.image_px)
+        assert made[data.path].keep_aspect == bool(data.tiling_px)
         items = ITEMS.get(name, 1_000_000)
         assert made[data.path].sample == (0 if items == EVERYTHING else items)

@@ -40,7 +40,13 @@ _UPRIGHT = {
 Box = tuple[float, float, float, float]
 
 
-def square_jpeg(data: bytes, size_px: int, quality: int = 90, max_pixels: int = DEFAULT_MAX_PIXELS) -> bytes:
+def square_jpeg(
+    data: bytes,
+    size_px: int,
+    quality: int = 90,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    keep_aspect: bool = False,
+) -> bytes:
     """Return the picture in an image file's bytes as the bytes of an S x S RGB JPEG.
 
     The complete picture is resized without keeping its aspect ratio (no crop, no padding), with a bilinear filter.
@@ -52,6 +58,7 @@ def square_jpeg(data: bytes, size_px: int, quality: int = 90, max_pixels: int = 
         size_px: S.
         quality: of the JPEG, 1 to 95.
         max_pixels: larger pictures are refused before a pixel is decoded.
+        keep_aspect: in place of a square, the picture in its own shape, S pixels on its longest side at most.
 
     Raises:
         ImageProblem: the bytes are not a usable picture.
@@ -59,7 +66,7 @@ def square_jpeg(data: bytes, size_px: int, quality: int = 90, max_pixels: int = 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of what is refused or repaired here
-            return _convert(data, size_px, quality, max_pixels)
+            return _convert(data, size_px, quality, max_pixels, keep_aspect)
     except ImageProblem:
         raise
     except Image.DecompressionBombError as e:
@@ -99,12 +106,12 @@ def square_file(picture: bytes | Image.Image, size_px: int, quality: int = 90) -
         return square_jpeg(data, size_px, quality)
     assert isinstance(picture, Image.Image)
     orientation = _orientation(picture)
-    if _is_target(picture, size_px) and orientation not in _UPRIGHT:
+    if _is_target(picture, (size_px, size_px)) and orientation not in _UPRIGHT:
         out = io.BytesIO()
         picture.save(out, "PNG", compress_level=1)
         return out.getvalue()
     try:
-        return _encoded(_to_rgb_square(picture, size_px, None), orientation, quality)
+        return _encoded(_to_rgb(picture, (size_px, size_px), None), orientation, quality)
     except (OSError, ValueError) as e:
         raise ImageProblem("image_unreadable", f"{type(e).__name__}: {e}"[:200]) from e
 
@@ -121,7 +128,7 @@ def _undecoded_bytes(picture: Image.Image) -> bytes | None:
     return check_size(data, DEFAULT_MAX_BYTES)
 
 
-def _convert(data: bytes, size_px: int, quality: int, max_pixels: int) -> bytes:
+def _convert(data: bytes, size_px: int, quality: int, max_pixels: int, keep_aspect: bool) -> bytes:
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         width, height = image.size
         if width * height > max_pixels:
@@ -132,20 +139,29 @@ def _convert(data: bytes, size_px: int, quality: int, max_pixels: int) -> bytes:
                 "image_too_large", f"more than {most_scans} scans of {width} x {height} pixels"
             )
         orientation = _orientation(image)  # of the header: what a PNG says after its pixels does not count
-        is_target = _is_target(image, size_px) and orientation not in _UPRIGHT
+        target = _target(image.size, size_px, keep_aspect)
+        is_target = _is_target(image, target) and orientation not in _UPRIGHT
         # The side stays at least twice the target, so that the bilinear filter still sees real detail.
-        drafted = image.draft(image.mode, (2 * size_px, 2 * size_px))
+        drafted = image.draft(image.mode, (2 * target[0], 2 * target[1]))
         image.load()  # a truncated file raises here
         # The bound excludes a file that is mostly metadata, the last marker one that lacks its end.
         if is_target and len(data) <= 3 * size_px**2 and data.endswith(b"\xff\xd9"):
             return data
         # The original may end within the last pixel of a reduced picture: the box is the part that belongs to it.
-        square = _to_rgb_square(image, size_px, drafted[1] if drafted else None)
+        square = _to_rgb(image, target, drafted[1] if drafted else None)
     return _encoded(square, orientation, quality)
 
 
-def _is_target(image: Image.Image, size_px: int) -> bool:
-    return image.format == "JPEG" and image.mode == "RGB" and image.size == (size_px, size_px)
+def _target(size: tuple[int, int], size_px: int, keep_aspect: bool) -> tuple[int, int]:
+    """Return the size to store, in pixels: the square, or the picture's own shape, which is never enlarged."""
+    if not keep_aspect:
+        return size_px, size_px
+    scale = min(1.0, size_px / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _is_target(image: Image.Image, size: tuple[int, int]) -> bool:
+    return image.format == "JPEG" and image.mode == "RGB" and image.size == size
 
 
 def _encoded(square: Image.Image, orientation: int, quality: int) -> bytes:
@@ -174,9 +190,9 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb_square(image: Image.Image, size_px: int, box: Box | None) -> Image.Image:
-    """Resize ``box`` (all by default) to (S, S) RGB, in a mode in which averages are meaningful."""
-    size, bilinear = (size_px, size_px), Image.Resampling.BILINEAR
+def _to_rgb(image: Image.Image, size: tuple[int, int], box: Box | None) -> Image.Image:
+    """Resize ``box`` (all by default) to ``size`` in RGB, in a mode in which averages are meaningful."""
+    bilinear = Image.Resampling.BILINEAR
     if image.mode in _WIDE_GREY:
         wide = image.convert("I")
         # Always divided by 256, not by the picture's own maximum: equal values stay equal across pictures.

@@ -54,6 +54,7 @@ class PartSpec:
         build: fingerprint of all that the items depend on; parts of another build are refused.
         max_pixels: larger pictures are refused before a pixel is decoded.
         task: what of a listing becomes a sample.
+        keep_aspect: in place of squares, pictures in their own shape, S pixels on the longest side at most.
     """
 
     size_px: int
@@ -62,6 +63,7 @@ class PartSpec:
     build: str = ""
     max_pixels: int = DEFAULT_MAX_PIXELS
     task: Task = PAPER
+    keep_aspect: bool = False
 
 
 #: Called once per item: with the dropped record, or None for a kept item.
@@ -123,7 +125,7 @@ def _fill(
     items = 0
 
     def convert(data: bytes) -> bytes:
-        return square.square_jpeg(data, spec.size_px, spec.quality, spec.max_pixels)
+        return square.square_jpeg(data, spec.size_px, spec.quality, spec.max_pixels, spec.keep_aspect)
 
     columns = sample_columns(spec.task)
     grey = convert(grey_square(spec.size_px)) if spec.task.missing_image == "grey" else None

@@ -17,7 +17,7 @@ from rating_train.files import atomic_write_text
 from rating_train.log import text_table
 from rating_train.model.accounting import SHOWN, ItemCost, item_cost
 from rating_train.model.architecture import Architecture
-from rating_train.model.cost import visual_tokens
+from rating_train.model.cost import image_tokens
 from rating_train.reports import plots
 from rating_train.reports.cost.prompt_lengths import COVERED, Lengths, lengths_of_data
 from rating_train.scoring.ces import cost_factor, efficiency
@@ -145,7 +145,8 @@ def measure_config(config: Config, field_chars: Sequence[int]) -> tuple[dict[int
 def _setting(
     values: Mapping[str, str], config: Config, arch: Architecture, lengths: Lengths | None
 ) -> Setting:
-    visual = visual_tokens(arch, config.model_px)
+    side = config.data.tiles_per_side
+    visual = image_tokens(arch, config.model_px, side)
     text = config.data.text_tokens if lengths is None else lengths.needed()
     own = [] if lengths is None else [visual + min(int(n), text) for n in lengths.tokens]
     return Setting(
@@ -155,7 +156,7 @@ def _setting(
         visual,
         text,
         None if lengths is None else float(lengths.tokens.mean()),
-        item_cost(arch, config.model_px, visual + text, own),
+        item_cost(arch, config.model_px, visual + text, own, side),
     )
 
 

@@ -226,3 +226,10 @@ def test_a_tracker_whose_packages_are_missing(
     error = problem(config, tmp_path / "run")
     assert "mlflow and sqlalchemy are not installed | where: tracking: [jsonl, wandb, mlflow]" in error
     assert "pip install 'rating_train[tracking]', or leave out mlflow" in error
+
+
+def test_tiles_need_images_in_their_own_shape(settings: Settings, tmp_path: Path) -> None:
+    error = problem(settings(data={"image_px": 64, "tiling_px": 256}), tmp_path / "run")
+    assert "its images were stored as squares" in error and "--keep-aspect" in error
+    with pytest.raises(UserError, match="expected a multiple of `data"):
+        settings(data={"image_px": 64, "tiling_px": 100})

@@ -399,3 +399,30 @@ def test_circular_links_and_pipes(tmp_path: Path) -> None:
     (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
     os.mkfifo(tmp_path / "pipe.jpg")
     assert find_reason(tmp_path, "loop.jpg") == find_reason(tmp_path, "pipe.jpg") == "image_missing"
+
+
+@pytest.mark.parametrize(
+    ("size", "stored"),
+    [
+        ((100, 40), (32, 13)),
+        ((40, 100), (13, 32)),
+        ((20, 10), (20, 10)),
+        ((640, 640), (32, 32)),
+        ((900, 1), (32, 1)),
+    ],
+)
+def test_a_picture_may_keep_its_shape(tmp_path: Path, size: tuple[int, int], stored: tuple[int, int]) -> None:
+    """The longest side becomes S, and a smaller picture is not enlarged; a file that fits keeps its bytes."""
+    path = save(tmp_path / "a.jpg", Image.new("RGB", size, RED), quality=95)
+    data = load_square_jpeg(path, S, keep_aspect=True)
+    with Image.open(io.BytesIO(data)) as image:
+        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", stored)
+    assert square_jpeg(data, S, keep_aspect=True) == data
+
+
+def test_a_picture_that_keeps_its_shape_is_turned_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = save(tmp_path / "a.jpg", Image.new("RGB", (100, 40), RED), exif=exif)
+    with Image.open(io.BytesIO(load_square_jpeg(path, S, keep_aspect=True))) as image:
+        assert image.size == (13, 32)
