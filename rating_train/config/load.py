@@ -235,6 +235,11 @@ _RULES = (
         "layers",
     ),
     Rule(
+        "train.compile data.tiling_px",
+        lambda c: c.train.compile == "none" or not c.data.tiles_per_side,
+        "`train.compile` is {c.train.compile}, which knows one image for each item: with tiles it must be none",
+    ),
+    Rule(
         "zero.stage zero.offload_optimizer",
         lambda c: c.zero.stage > 0 or not c.zero.offload_optimizer,
         "`zero.offload_optimizer` needs `zero.stage` 1, 2 or 3",

@@ -17,7 +17,7 @@ from rating_train.distributed.gpus import GPUS
 from rating_train.errors import UserError
 from rating_train.log import duration, text_table
 from rating_train.model.architecture import Architecture
-from rating_train.model.cost import count_forward, count_parameters, training_flops, visual_tokens
+from rating_train.model.cost import count_forward, count_parameters, image_tokens, training_flops
 from rating_train.reports.planning import STORED_BYTES, STORED_PX
 
 #: GPUs of a node, and the share of a link's data sheet speed that an all-reduce is assumed to reach.
@@ -101,7 +101,8 @@ def _scaled(
     config: Config, arch: Architecture, gpu: str, gpus: int, network_gbit: float, mfu: float
 ) -> Scaled:
     sheet, px = GPUS[gpu], config.model_px
-    forward = count_forward(arch, px, visual_tokens(arch, px) + config.data.text_tokens)
+    tiles = config.data.tiles_per_side
+    forward = count_forward(arch, px, image_tokens(arch, px, tiles) + config.data.text_tokens, tiles)
     speed = mfu * sheet.bf16_tflops * 1e12
     rank_items = config.batch.global_items // gpus
     compute = rank_items * training_flops(forward, config.model.freeze) / speed
