@@ -12,10 +12,11 @@ from pathlib import Path
 
 from streaming import LocalDataset
 
+from rating_train.config.task import task_of
 from rating_train.demo.tokenizer import IMAGE_TOKEN_ID, PAD_TOKEN_ID, make_tokenizer
 from rating_train.model.architecture import Architecture, TextArchitecture, VisionArchitecture
 from rating_train.model.load import save_random_backbone
-from rating_train.shards.schema import TEXT_FIELDS
+from rating_train.shards.manifest import read_manifest
 
 VOCABULARY = 6144
 
@@ -23,7 +24,8 @@ VOCABULARY = 6144
 def main() -> None:
     data, out = sys.argv[1], Path(sys.argv[2])
     dataset = LocalDataset(local=data, split="train")
-    texts = (" ".join(row[k] for k in TEXT_FIELDS) for row in (dataset[i] for i in range(len(dataset))))
+    fields = task_of(read_manifest(data)).field_names
+    texts = (" ".join(row[k] for k in fields) for row in (dataset[i] for i in range(len(dataset))))
     vocabulary = make_tokenizer(texts, out, VOCABULARY)
     architecture = Architecture(
         text=TextArchitecture(

@@ -195,7 +195,7 @@ class Task:
     def difference(self, other: Task) -> str:
         """Return what differs between two tasks for a model, in words; "" if nothing does."""
         mine, theirs = self.model_part(), other.model_part()
-        mine, theirs = ({**part, **part.pop("target")} for part in (mine, theirs))
+        mine, theirs = mine | mine.pop("target"), theirs | theirs.pop("target")
         return "; ".join(
             f"{key}: {mine[key]!r} against {theirs[key]!r}" for key in mine if mine[key] != theirs[key]
         )

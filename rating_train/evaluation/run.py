@@ -186,13 +186,15 @@ def _judge(
     seen = trained_on(trained.data, trained.split, data, split, len(rows))
     if warning := seen.warning():
         log.warning("%s", warning)
-    found = analyse(rows, options.resamples, options.seed)
+    unit = config.task.target.unit
+    found = analyse(rows, options.resamples, options.seed, unit)
     row = {**row, "intervals_95": {name: m["interval_95"] for name, m in found["metrics"].items()}}
     evaluated = run_dir.evaluation_file(trained.out, row["split"], trained.step)
     judgement = {
         "model": str(trained.folder),
         "data": str(data),
         "row": row,
+        "unit": unit,
         **found,
         "seen": {**dataclasses.asdict(seen), "warning": warning},
         "baselines": _baselines(trained, data, split, rows, seen, options),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rating_train.config.task import PAPER
 from rating_train.log import text_table
 from rating_train.model.accounting import ces_line
 from rating_train.scoring.metrics import LABELS, LARGER_IS_BETTER, METRICS
@@ -20,17 +21,17 @@ def render(judgement: Mapping[str, Any], with_slices: bool = False) -> str:
         judgement: of :func:`rating_train.evaluation.run.evaluate_model`.
         with_slices: whether to add the tables by category, number of ratings, rating and text length.
     """
-    row = judgement["row"]
+    row, unit = judgement["row"], unit_of(judgement)
     groups = "" if judgement["groups"] is None else f" in {judgement['groups']:,} product groups"
     lines = [
         f"step {row['step']}, split {row['split']}, {row['n']:,} items{groups}, {row['items_per_second']} items/s",
         "",
         *_metric_table(judgement),
         "",
-        *_baseline_lines(judgement["baselines"]),
+        *_baseline_lines(judgement["baselines"], unit),
         ces_line(row),
-        _calibration_line(judgement),
-        *_bias_lines(judgement["bias"]),
+        _calibration_line(judgement, unit),
+        *_bias_lines(judgement["bias"], unit),
     ]
     if judgement["seen"]["warning"]:
         lines.append(f"warning: {judgement['seen']['warning']}")
@@ -44,6 +45,12 @@ def render(judgement: Mapping[str, Any], with_slices: bool = False) -> str:
     return "\n".join(lines)
 
 
+def unit_of(judgement: Mapping[str, Any]) -> str:
+    """Return the unit of the target after a number: a space and its name, or nothing."""
+    unit = judgement.get("unit", PAPER.target.unit)  # an older judgement is one of stars
+    return f" {unit}" if unit else ""
+
+
 def shown(value: float | None) -> str:
     """Return a metric in four decimals, or "undefined"."""
     return "undefined" if value is None else f"{value:.4f}"
@@ -54,13 +61,24 @@ def interval(ends: list[float] | None) -> str:
     return "-" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
 
 
+def label_of(metric: str, judgement: Mapping[str, Any]) -> str:
+    """Return what a metric is called, with the unit of the target where it has one."""
+    unit = unit_of(judgement).strip()
+    return LABELS[metric].replace(" (stars)", f" ({unit})" if unit else "")
+
+
 def _metric_table(judgement: Mapping[str, Any]) -> list[str]:
     """The model's metrics with their intervals, and each baseline's beside them; reasons below."""
     metrics, compared = judgement["metrics"], judgement["baselines"]["scores"]
     compared = [b for b in compared if "n" in b]
     header = ["metric", "value", "95% interval", *(b["name"].split(" (")[0] for b in compared)]
     body = [
-        [LABELS[name], shown(m["value"]), interval(m["interval_95"]), *(shown(b[name]) for b in compared)]
+        [
+            label_of(name, judgement),
+            shown(m["value"]),
+            interval(m["interval_95"]),
+            *(shown(b[name]) for b in compared),
+        ]
         for name, m in metrics.items()
     ]
     reasons: dict[str, list[str]] = {}
@@ -79,7 +97,7 @@ def _metric_table(judgement: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _baseline_lines(found: Mapping[str, Any]) -> list[str]:
+def _baseline_lines(found: Mapping[str, Any], unit: str) -> list[str]:
     """Say whether the model is better than each baseline, one sentence each."""
     if found["unavailable"]:
         return [f"no baselines: {found['unavailable']}", ""]
@@ -89,7 +107,7 @@ def _baseline_lines(found: Mapping[str, Any]) -> list[str]:
             lines.append(f"{baseline['name']}: {baseline['unavailable']}")
             continue
         told = [
-            against(name, baseline["model_minus_baseline"][name])
+            against(name, baseline["model_minus_baseline"][name], unit)
             for name in ("plcc", "rmse")
             if baseline["model_minus_baseline"][name] is not None
         ]
@@ -100,10 +118,10 @@ def _baseline_lines(found: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def against(metric: str, difference: Mapping[str, Any]) -> str:
+def against(metric: str, difference: Mapping[str, Any], unit: str = " stars") -> str:
     """Say a difference, for example ``better by 0.0813 PLCC (95% interval 0.0612 to 0.1031)``."""
     sign = 1 if LARGER_IS_BETTER[metric] else -1
-    unit = metric.upper() + (" stars" if metric in ("rmse", "mae") else "")
+    unit = metric.upper() + (unit if metric in ("rmse", "mae") else "")
     value = sign * difference["value"]
     if difference["interval_95"] is None:
         return f"{value:+.4f} {unit}, no interval"
@@ -116,20 +134,20 @@ def against(metric: str, difference: Mapping[str, Any]) -> str:
     return f"{word} by {abs(value):.4f} {unit} (95% interval {low:.4f} to {high:.4f})"
 
 
-def _calibration_line(judgement: Mapping[str, Any]) -> str:
+def _calibration_line(judgement: Mapping[str, Any], unit: str) -> str:
     found = judgement["calibration"]
     if found["slope"] is None:
         return f"calibration: undefined ({found['undefined']})"
     return (
-        f"calibration: mean gap {found['mean_gap']:.4f} stars over {len(found['bins'])} bins, "
+        f"calibration: mean gap {found['mean_gap']:.4f}{unit} over {len(found['bins'])} bins, "
         f"true = {found['slope']:.3f} x predicted {found['intercept']:+.3f}"
     )
 
 
-def _bias_lines(found: Mapping[str, Any]) -> list[str]:
+def _bias_lines(found: Mapping[str, Any], unit: str) -> list[str]:
     if "mean" not in found:
         return [f"bias: undefined ({found['undefined']})"]
-    lines = [f"bias: mean error {found['mean']:+.4f} stars, median {found['median']:+.4f}"]
+    lines = [f"bias: mean error {found['mean']:+.4f}{unit}, median {found['median']:+.4f}"]
     for side, word in (("over", "overestimated"), ("under", "underestimated")):
         tail = found[side]
         often = ", ".join(

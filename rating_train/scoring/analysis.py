@@ -37,7 +37,7 @@ _NORMAL_95 = 1.959964
 
 
 def analyse(
-    rows: Sequence[Prediction], resamples: int = bootstrap.RESAMPLES, seed: int = 0
+    rows: Sequence[Prediction], resamples: int = bootstrap.RESAMPLES, seed: int = 0, unit: str = "stars"
 ) -> dict[str, Any]:
     """Describe the agreement of predictions with true ratings.
 
@@ -45,6 +45,7 @@ def analyse(
         rows: predictions, each with a rating; resampled by their ``group`` where all have one.
         resamples: of the bootstrap; slices take at most :data:`SLICE_RESAMPLES`.
         seed: of the bootstrap.
+        unit: of the ratings; it names their slices.
 
     Returns:
         ``n``, ``groups``, ``resamples``, ``seed``, ``metrics``, ``slices``, ``calibration``, ``logistic``, ``bias``
@@ -71,7 +72,7 @@ def analyse(
         "resamples": resamples,
         "seed": seed,
         "metrics": metrics,
-        "slices": _sliced(rows, predicted, true, groups, min(resamples, SLICE_RESAMPLES), seed),
+        "slices": _sliced(rows, predicted, true, groups, min(resamples, SLICE_RESAMPLES), seed, unit),
         "calibration": calibration(predicted, true, groups),
         "logistic": logistic_plcc(predicted, true),
         "bias": bias(rows, predicted, true),
@@ -107,10 +108,11 @@ def _sliced(
     groups: list[str] | None,
     resamples: int,
     seed: int,
+    unit: str,
 ) -> dict[str, list[dict[str, Any]]]:
     """Score each slice, with intervals of :data:`SLICE_METRICS`."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for what, parts in slices(rows).items():
+    for what, parts in slices(rows, unit).items():
         for part in parts:
             x, y = predicted[part.members], true[part.members]
             own = [groups[i] for i in part.members] if groups is not None else None

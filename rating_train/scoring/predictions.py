@@ -63,8 +63,8 @@ def deduplicate(rows: Iterable[Prediction]) -> list[Prediction]:
         rows: predictions, duplicates included.
 
     Raises:
-        UserError: duplicates whose scores differ by more than :data:`DUPLICATE_TOLERANCE_STARS`, or whose
-            ratings or categories differ at all: they do not describe the same item.
+        UserError: duplicates whose scores differ by more than :data:`DUPLICATE_TOLERANCE_STARS` (beyond 5: 1 %), or
+            whose ratings or categories differ at all: they do not describe the same item.
     """
     first: dict[str, Prediction] = {}
     conflicts: list[str] = []
@@ -73,7 +73,10 @@ def deduplicate(rows: Iterable[Prediction]) -> list[Prediction]:
         if kept is row:
             continue
         # `not <=`, so that a NaN counts as a conflict.
-        if not abs(kept.score - row.score) <= DUPLICATE_TOLERANCE_STARS:
+        tolerance = DUPLICATE_TOLERANCE_STARS * max(
+            1.0, abs(kept.score) / _HIGHEST
+        )  # of other numbers: one percent
+        if not abs(kept.score - row.score) <= tolerance:
             conflicts.append(f"{row.id}: scores {kept.score:.6g} and {row.score:.6g}")
         elif kept.rating != row.rating:
             conflicts.append(f"{row.id}: ratings {kept.rating} and {row.rating}")
@@ -84,7 +87,8 @@ def deduplicate(rows: Iterable[Prediction]) -> list[Prediction]:
             f"{len(conflicts)} duplicate predictions disagree with the first of their id: "
             + _first_few(conflicts, "; "),
             where="predictions",
-            expected=f"equal ratings and categories, and scores within {DUPLICATE_TOLERANCE_STARS:g} stars",
+            expected="equal ratings and categories, and scores within "
+            f"{DUPLICATE_TOLERANCE_STARS:g} (beyond 5: one percent)",
             fix="look for two items under one id, or for weights that differ between ranks",
         )
     return list(first.values())

@@ -42,10 +42,11 @@ class Slice:
     members: npt.NDArray[np.int64]
 
 
-def slices(rows: Sequence[Prediction]) -> dict[str, list[Slice]]:
+def slices(rows: Sequence[Prediction], unit: str = "stars") -> dict[str, list[Slice]]:
     """Cut a split in each way that its rows allow: what -> its parts, none of them empty.
 
-    Keys: ``category`` (largest first), ``rating_count``, ``rating`` and ``text_chars`` (ascending).
+    ``unit`` is that of the ratings. Keys: ``category`` (largest first), ``rating_count``, ``rating`` and ``text_chars``
+    (ascending).
     """
     found: dict[str, list[Slice]] = {}
     if any(row.category for row in rows):
@@ -58,7 +59,9 @@ def slices(rows: Sequence[Prediction]) -> dict[str, list[Slice]]:
         if values and None not in values:
             found[key] = _binned(np.asarray(values, np.float64), ends, unit)
     if rows and all(row.rating is not None for row in rows):
-        found["rating"] = _by_rating(np.array([row.rating for row in rows], np.float64))
+        found["rating"] = _by_rating(
+            np.array([row.rating for row in rows], np.float64), f" {unit}" if unit else ""
+        )
     return found
 
 
@@ -82,11 +85,11 @@ def _binned(values: npt.NDArray[np.float64], ends: Sequence[int], unit: str) -> 
     return parts
 
 
-def _by_rating(ratings: npt.NDArray[np.float64]) -> list[Slice]:
+def _by_rating(ratings: npt.NDArray[np.float64], unit: str) -> list[Slice]:
     """Cut by fifths of the items: averages crowd together near 4, where bins of equal width would hold them all."""
     ends = np.unique(np.quantile(ratings, np.linspace(0, 1, _QUANTILES + 1)))
     if len(ends) < 3:
-        return [Slice(f"{ratings.min():.2f} stars", np.arange(len(ratings)))]
+        return [Slice(f"{ratings.min():.2f}{unit}", np.arange(len(ratings)))]
     place = np.clip(np.searchsorted(ends, ratings, side="right") - 1, 0, len(ends) - 2)
     parts = [np.flatnonzero(place == i) for i in range(len(ends) - 1)]
-    return [Slice(f"{ratings[p].min():.2f} to {ratings[p].max():.2f} stars", p) for p in parts if p.size]
+    return [Slice(f"{ratings[p].min():.2f} to {ratings[p].max():.2f}{unit}", p) for p in parts if p.size]

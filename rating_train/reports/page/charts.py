@@ -188,7 +188,7 @@ def density(title: str, points: Sequence[Point], low: float, high: float, names:
     return svg("".join(parts), title, LEFT + size + RIGHT, height)
 
 
-def calibration_chart(bins: Sequence[dict[str, object]]) -> Markup:
+def calibration_chart(bins: Sequence[dict[str, object]], unit: str = " (stars)") -> Markup:
     """Return the mean rating over the mean prediction of each bin, with intervals, and the diagonal."""
     points = [
         Place(f"{b['n']} items", float(b["mean_predicted"]), float(b["mean_true"]), b["interval_95"])  # type: ignore[arg-type]
@@ -200,7 +200,7 @@ def calibration_chart(bins: Sequence[dict[str, object]]) -> Markup:
     x = axis(ends, LEFT, WIDTH - RIGHT)
     y = axis(ends, HEIGHT - BOTTOM, TOP)
     ideal = _segment("ideal", x.at(x.low), y.at(y.low), x.at(x.high), y.at(y.high))
-    body = frame(x, y, "mean predicted (stars)", "mean true (stars)") + ideal + _places(points, x, y)
+    body = frame(x, y, f"mean predicted{unit}", f"mean true{unit}") + ideal + _places(points, x, y)
     return svg(body, "calibration: mean true rating over bins of the prediction")
 
 

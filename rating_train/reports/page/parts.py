@@ -72,10 +72,12 @@ def say(text: str, kind: str = "") -> dict[str, str]:
     return {"kind": kind, "text": text}
 
 
-def say_difference(name: str, other: str, metric: str, difference: Mapping[str, Any]) -> dict[str, str]:
+def say_difference(
+    name: str, other: str, metric: str, difference: Mapping[str, Any], unit: str = " stars"
+) -> dict[str, str]:
     """Say a difference (``value``, ``interval_95``) with its interval, and whether it is good news."""
     sign = 1 if LARGER_IS_BETTER[metric] else -1
-    unit = f"{metric.upper()}{' stars' if metric in ('rmse', 'mae') else ''}"
+    unit = f"{metric.upper()}{unit if metric in ('rmse', 'mae') else ''}"
     value, ends = sign * difference["value"], difference["interval_95"]
     if ends is None:
         return say(f"{name} and {other}: {value:+.4f} {unit}, no interval.")

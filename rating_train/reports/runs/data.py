@@ -15,6 +15,7 @@ import yaml
 
 from rating_train import run_dir
 from rating_train.config.schema import Config, to_dict
+from rating_train.config.task import PAPER
 from rating_train.errors import UserError
 from rating_train.files import read_json_lines
 from rating_train.scoring.analysis import analyse
@@ -57,6 +58,27 @@ class RunData:
     def name(self) -> str:
         """The run's name: of its folder."""
         return self.path.resolve().name
+
+    @property
+    def unit(self) -> str:
+        """The unit of what the run predicts; runs of older versions predict stars."""
+        return str(self.config.get("task.target.unit", PAPER.target.unit))
+
+    @property
+    def suffix(self) -> str:
+        """The unit after a number: a space and its name, or nothing."""
+        return f" {self.unit}" if self.unit else ""
+
+    @property
+    def label(self) -> str:
+        """The unit in brackets, after a space, or nothing."""
+        return f" ({self.unit})" if self.unit else ""
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The bounds of what the run predicts; ``None`` where there are not two."""
+        ends = [self.config.get(f"task.target.{k}", getattr(PAPER.target, k)) for k in ("lower", "upper")]
+        return None if None in ends else (float(ends[0]), float(ends[1]))
 
     @property
     def row(self) -> Mapping[str, Any]:

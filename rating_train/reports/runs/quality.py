@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ def top_cards(run: RunData) -> list[dict[str, str]]:
             ends = metric["interval_95"]
             value = "undefined" if metric["value"] is None else f"{metric['value']:.3f}"
             more = f"{ends[0]:.3f} to {ends[1]:.3f}" if ends else metric.get("undefined", "no interval")
-            found.append(card(LABELS[name], value, more))
+            found.append(card(LABELS[name].replace(" (stars)", run.label), value, more))
         found.append(card("items", f"{run.judgement['n']:,}", _groups(run.judgement)))
     row = run.row
     if row.get("ces_mac_linear") is not None:
@@ -75,7 +75,12 @@ def quality_section(run: RunData) -> Section:
     scores = [b for b in (found.get("baselines") or {}).get("scores", []) if "n" in b]
     head = ["metric", "value", "95 % from", "to", *(b["name"].split(" (")[0] for b in scores)]
     rows = [
-        [LABELS[name], m["value"], *(m["interval_95"] or (None, None)), *(b[name] for b in scores)]
+        [
+            LABELS[name].replace(" (stars)", run.label),
+            m["value"],
+            *(m["interval_95"] or (None, None)),
+            *(b[name] for b in scores),
+        ]
         for name, m in ((n, found["metrics"][n]) for n in METRICS)
     ]
     reasons = {m["undefined"] for m in found["metrics"].values() if "undefined" in m}
@@ -86,29 +91,38 @@ def quality_section(run: RunData) -> Section:
         note += f" PLCC after a 4-parameter logistic fit: {after['plcc']:.4f}."
     note += "".join(f" Undefined: {why}." for why in sorted(reasons))
     pairs = [(r.rating or 0.0, r.score) for r in run.rows]
-    low, high = min(1.0, *(min(p) for p in pairs)), max(5.0, *(max(p) for p in pairs))
-    near = min(min(p) for p in pairs)
-    low = max(low, min(near - 0.1, 4.0)) if near > 1.5 else low
+    low, high = _range(run, pairs)
     line = found["calibration"]
     told = "" if line["slope"] is None else (
-        f"true = {line['slope']:.2f} × predicted {line['intercept']:+.2f}; mean gap {line['mean_gap']:.3f} stars."
+        f"true = {line['slope']:.2f} × predicted {line['intercept']:+.2f}; mean gap {line['mean_gap']:.3f}{run.suffix}."
     )  # fmt: skip
+    axes = f"true rating{run.label}", f"predicted{run.label}"
+    drawing = charts.density("predicted against true", pairs, low, high, axes)
+    bins = charts.calibration_chart(line["bins"], run.label)
     figures = [
-        figure("Predicted against true", charts.density("predicted against true", pairs, low, high,
-               ("true rating (stars)", "predicted (stars)")), "Darker: more items (logarithmic). Dashed: y = x."),
-        figure("Calibration", charts.calibration_chart(line["bins"]), f"Bins of equally many predictions. {told}"),
-    ]  # fmt: skip
+        figure("Predicted against true", drawing, "Darker: more items (logarithmic). Dashed: y = x."),
+        figure("Calibration", bins, f"Bins of equally many predictions. {told}"),
+    ]
     return section(
         "quality",
         "How good it is",
         f"{run.predictions.stem}: {found['n']:,} items.",
-        says=_baseline_says(found),
+        says=_baseline_says(found, run.suffix),
         tables=[table(Table(head, rows, note=note))],
         figures=figures,
     )
 
 
-def _baseline_says(found: Mapping[str, Any]) -> list[dict[str, str]]:
+def _range(run: RunData, pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return the ends of the axes: the bounds, or the extremes; of stars without the part that is empty."""
+    lowest, highest = min(min(p) for p in pairs), max(max(p) for p in pairs)
+    if run.bounds is None:
+        return lowest, highest
+    low, high = min(run.bounds[0], lowest), max(run.bounds[1], highest)
+    return (max(low, min(lowest - 0.1, 4.0)) if run.bounds == (1.0, 5.0) and lowest > 1.5 else low), high
+
+
+def _baseline_says(found: Mapping[str, Any], unit: str) -> list[dict[str, str]]:
     """Say whether the model is better than each baseline."""
     said = []
     compared = found.get("baselines") or {}
@@ -122,7 +136,7 @@ def _baseline_says(found: Mapping[str, Any]) -> list[dict[str, str]]:
         differences = baseline["model_minus_baseline"]
         metric = "plcc" if differences["plcc"] is not None else "rmse"
         if differences[metric] is not None:
-            said.append(say_difference("The model", name, metric, differences[metric]))
+            said.append(say_difference("The model", name, metric, differences[metric], unit))
     return said
 
 
@@ -132,7 +146,7 @@ def slice_section(run: RunData) -> Section:
     assert found is not None
     figures, tables = [], []
     errors = np.array([r.score - (r.rating or 0.0) for r in run.rows])
-    parts = slices(run.rows)
+    parts = slices(run.rows, run.unit)
     overall = found["metrics"]["plcc"]["value"]
     for what, entries in ((w, found["slices"][w]) for w in SLICES if w in found["slices"]):
         if what in ("category", "rating_count"):
@@ -142,7 +156,9 @@ def slice_section(run: RunData) -> Section:
             ]  # fmt: skip
             note = "Box: middle half; line: 5 to 95 %. Right: items. Above 0 the model is too generous."
             title = f"Residuals by {SLICES[what]}"
-            figures.append(figure(title, charts.box_chart(title, boxes, "predicted − true (stars)"), note))
+            figures.append(
+                figure(title, charts.box_chart(title, boxes, f"predicted − true{run.label}"), note)
+            )
         if len(entries) > 1 and what != "rating":
             spreads = [
                 Spread(e["name"], [ends[0], e["plcc"], ends[1]], f"{e['plcc']:.2f}")
@@ -181,7 +197,7 @@ def error_section(run: RunData) -> Section:
     says = []
     if "mean" in bias:
         says.append(
-            {"kind": "", "text": f"Mean error {bias['mean']:+.4f} stars, median {bias['median']:+.4f}."}
+            {"kind": "", "text": f"Mean error {bias['mean']:+.4f}{run.suffix}, median {bias['median']:+.4f}."}
         )
         shrink = bias["correlation_with_true"]
         if shrink is not None and shrink < -0.2:
