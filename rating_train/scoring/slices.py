@@ -51,13 +51,13 @@ def slices(rows: Sequence[Prediction], unit: str = "stars") -> dict[str, list[Sl
     found: dict[str, list[Slice]] = {}
     if any(row.category for row in rows):
         found["category"] = _by_category([row.category or NO_CATEGORY for row in rows])
-    for key, ends, unit in (
+    for key, ends, what in (
         ("rating_count", RATING_COUNTS, "ratings"),
         ("text_chars", TEXT_CHARS, "characters"),
     ):
         values = [getattr(row, key) for row in rows]
         if values and None not in values:
-            found[key] = _binned(np.asarray(values, np.float64), ends, unit)
+            found[key] = _binned(np.asarray(values, np.float64), ends, what)
     if rows and all(row.rating is not None for row in rows):
         found["rating"] = _by_rating(
             np.array([row.rating for row in rows], np.float64), f" {unit}" if unit else ""
