@@ -60,6 +60,11 @@ class Target:
         return f" ({self.unit})" if self.unit else ""
 
     @property
+    def range_text(self) -> str:
+        """The bounds, as ``[1, 5]``."""
+        return f"[{_shown(self.lower, '-inf')}, {_shown(self.upper, 'inf')}]"
+
+    @property
     def suffix(self) -> str:
         """The unit after a number: `` stars`` with a space before it, or nothing."""
         return f" {self.unit}" if self.unit else ""
@@ -86,7 +91,7 @@ class Target:
         """Return what is wrong with a value of the number, or ""."""
         low, high = self.lower, self.upper
         if not ((low is None or low <= value) and (high is None or value <= high)):  # refuses NaN as well
-            return f"outside [{_shown(low, '-inf')}, {_shown(high, 'inf')}]"
+            return f"outside {self.range_text}"
         if not abs(value) < 3e38:
             return "not a number that float32 holds"
         if (self.transform == "log" and value <= 0) or (self.transform == "log1p" and value <= -1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import yaml
 
 from rating_train import run_dir
 from rating_train.config.schema import Config
+from rating_train.config.task import Target
 from rating_train.export import check_scores
 from rating_train.export.check_scores import Compared, Items
 from rating_train.model.cost import count_forward, count_parameters
@@ -38,8 +40,8 @@ LICENCES = {
 _METRICS = {
     "plcc": ("PLCC", "pearsonr"),
     "srcc": ("SRCC", "spearmanr"),
-    "rmse": ("RMSE (stars)", "rmse"),
-    "mae": ("MAE (stars)", "mae"),
+    "rmse": ("RMSE", "rmse"),
+    "mae": ("MAE", "mae"),
 }
 
 
@@ -139,7 +141,8 @@ def _front_matter(facts: CardFacts, metrics: Metrics) -> dict[str, Any]:
     for key, (name, hub_name) in _METRICS.items():
         if (value := metrics.values[key]) is None:
             continue
-        found: dict[str, Any] = {"type": hub_name, "name": name, "value": round(value, 5)}
+        label = _in_unit(key, name, config.task.target)
+        found: dict[str, Any] = {"type": hub_name, "name": label, "value": round(value, 5)}
         if interval := metrics.intervals.get(key):
             found["args"] = {
                 "confidence": CONFIDENCE, "low": round(interval.low, 5), "high": round(interval.high, 5),
@@ -161,7 +164,10 @@ def _front_matter(facts: CardFacts, metrics: Metrics) -> dict[str, Any]:
                 "name": config.name,
                 "results": [
                     {
-                        "task": {"type": "image-text-regression", "name": "Average rating"},
+                        "task": {
+                            "type": "image-text-regression",
+                            "name": "Average rating" if config.task.is_default else config.task.target.name,
+                        },
                         "dataset": dataset,
                         "metrics": results,
                     }
@@ -184,7 +190,8 @@ def _values(facts: CardFacts, metrics: Metrics) -> dict[str, object]:
         "metrics_items": f"{metrics.items:,}",
         "split": facts.split,
         "confidence": f"{100 * CONFIDENCE:g}",
-        "metrics": _metric_table(metrics),
+        **_task_texts(config),
+        "metrics": _metric_table(metrics, config.task.target),
         "metrics_note": ""
         if metrics.complete
         else "These are only the items that the export was compared on: the run has no evaluation of this step.",
@@ -208,6 +215,47 @@ def _values(facts: CardFacts, metrics: Metrics) -> dict[str, object]:
     }
 
 
+_STARS = "the average star rating of a product, from 1 to 5, from {inputs}"
+_STAR_LIMITS = """\
+- It predicts what buyers' ratings average to in catalogues like that of its training. It does not judge the quality or
+  safety of a product, and must not be used to judge people.
+- Ratings are skewed towards 4 to 5 stars and differ by category. Compare scores within a category.
+- A score is a point estimate in (1, 5). For items with few ratings the true average varies more than the score
+  suggests.
+"""
+_OTHER_LIMITS = """\
+- A score is a point estimate{range}. It holds for items like those of its training, and must not be used to judge
+  people.
+"""
+_EXAMPLE = {
+    "title": "Brush",
+    "description": "A soft brush.",
+    "features": ["soft"],
+    "main_category": "All Beauty",
+}
+
+
+def _task_texts(config: Config) -> dict[str, object]:
+    """Return what the card says of the number, in the words of the task."""
+    task, target = config.task, config.task.target
+    fields = (
+        f"its text ({', '.join(task.field_names).replace('_', ' ')})" if "text" in config.model.inputs else ""
+    )
+    inputs = " and ".join(filter(None, ["one image" if "image" in config.model.inputs else "", fields]))
+    listing = {name: _EXAMPLE.get(name, "...") for name in task.field_names}
+    lines = "".join(f"    {json.dumps(name)}: {json.dumps(value)},\n" for name, value in listing.items())
+    return {
+        "predicts": _STARS.format(inputs=inputs)
+        if task.is_default
+        else f'a number from {inputs}: {target.name}{target.label}. The prompt asks: "{task.question}"',
+        "listing": f"{{\n{lines}}}",
+        "unit": f": {target.unit}" if target.unit else "",
+        "limits": _STAR_LIMITS.strip()
+        if task.is_default
+        else _OTHER_LIMITS.format(range=f" in {target.range_text}" if target.bounded else "").strip(),
+    }
+
+
 def _onnx_text(facts: CardFacts) -> str:
     if not facts.onnx:
         return ""
@@ -219,11 +267,17 @@ def _onnx_text(facts: CardFacts) -> str:
     )
 
 
-def _metric_table(metrics: Metrics) -> str:
+def _in_unit(key: str, name: str, target: Target) -> str:
+    """Return the name of a metric with the unit it has."""
+    return f"{name}{target.label}" if key in ("rmse", "mae") else name
+
+
+def _metric_table(metrics: Metrics, target: Target) -> str:
     rows = []
     for key, (name, _) in _METRICS.items():
         value, interval = metrics.values[key], metrics.intervals.get(key)
         shown = "undefined" if value is None else f"{value:.4f}"
+        name = _in_unit(key, name, target)
         rows.append((name, shown, f"{interval.low:.4f} to {interval.high:.4f}" if interval else "undefined"))
     return _markdown(("metric", "value", "interval"), rows)
 

@@ -288,10 +288,23 @@ def make_plan(options: PrepareOptions, folder: Path) -> dict[str, Any]:
         done[phase] = records
 
     try:
-        return planner.make_plan(options.source, folder, options.rules, on_progress, options.workers)
+        plan = planner.make_plan(options.source, folder, options.rules, on_progress, options.workers)
     finally:
         for bar in bars.values():
             bar.close(complete=False)
+    _warn_of_target_drops(plan, options)
+    return plan
+
+
+def _warn_of_target_drops(plan: Mapping[str, Any], options: PrepareOptions) -> None:
+    """Warn where records were dropped for the value of their target: what is left is another distribution."""
+    target, dropped = options.reading.task.target, plan["dropped"].get("bad_rating", 0)
+    if dropped:
+        logger.warning(
+            "%d of %d records were dropped for their %s, which is outside %s or no number: the dataset lacks that part "
+            "of the distribution. If the scale is another one, give it by --scale LOWER:UPPER or in the task file",
+            dropped, plan["read"], target.name, target.range_text,
+        )  # fmt: skip
 
 
 def split_items(items: Mapping[str, int]) -> dict[str, dict[str, int]]:

@@ -14,15 +14,18 @@ import numpy as np
 import yaml
 
 from rating_train import run_dir
+from rating_train.config.task import Target
 from rating_train.errors import UserError, one_error
 from rating_train.log import text_table
+from rating_train.reports.runs.data import target_of
 from rating_train.scoring import bootstrap
 from rating_train.scoring.analysis import item_groups
 from rating_train.scoring.bootstrap import Difference
 from rating_train.scoring.metrics import LARGER_IS_BETTER
 from rating_train.scoring.predictions import Prediction, deduplicate, read_predictions
 
-UNITS = {"rmse": " stars", "mae": " stars"}
+#: Metrics in the unit of what is predicted; the others have none.
+_IN_UNIT = ("rmse", "mae")
 
 #: Settings in which two runs differ without training differently.
 _PLACES = ("name", "runs_dir")
@@ -55,6 +58,7 @@ class Comparison:
         metrics: for each run, metric -> value; ``None`` where it is undefined.
         differences: for each run but the first, metric -> its difference from the first.
         settings: key -> value in each run, of the settings that are not the same everywhere.
+        target: what the runs predict.
     """
 
     split: str
@@ -64,6 +68,7 @@ class Comparison:
     metrics: Sequence[Mapping[str, float | None]]
     differences: Sequence[Mapping[str, Difference | None]]
     settings: Mapping[str, Sequence[Any]]
+    target: Target
 
 
 def compare_runs(
@@ -97,6 +102,7 @@ def compare_runs(
     predicted = [np.array([run.rows[i].score for i in common], np.float64) for run in runs]
     groups = item_groups([runs[0].rows[i] for i in common])
     differences = [bootstrap.compare(predicted[0], p, true, groups, resamples, seed) for p in predicted[1:]]
+    settings = [_settings(path) for path in paths]
     return Comparison(
         split=split,
         runs=runs,
@@ -104,7 +110,8 @@ def compare_runs(
         left_out={str(run.path): len(run.rows) - len(common) for run in runs},
         metrics=[bootstrap.point_metrics(p, true) for p in predicted],
         differences=differences,
-        settings=different_settings([_settings(path) for path in paths]),
+        settings=different_settings(settings),
+        target=target_of(settings[0]),
     )
 
 
@@ -186,9 +193,9 @@ def different_settings(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[
     return {key: found for key, found in values.items() if any(v != found[0] for v in found[1:])}
 
 
-def sentence(name: str, baseline: str, metric: str, difference: Difference | None) -> str:
+def sentence(name: str, baseline: str, metric: str, difference: Difference | None, target: Target) -> str:
     """Say a difference in words, for example ``B is better than A by 0.0120 PLCC (95% interval 0.0040 to 0.0210)``."""
-    label, unit = metric.upper(), UNITS.get(metric, "")
+    label, unit = metric.upper(), target.suffix if metric in _IN_UNIT else ""
     if difference is None:
         return f"{label} is undefined for {name} or {baseline}"
     if difference.interval is None:
@@ -220,7 +227,9 @@ def render(comparison: Comparison) -> str:
         if count:
             lines.append(f"{count:,} items of {path} are left out: another run did not score them")
     for name, found in zip(names[1:], comparison.differences):
-        lines += [sentence(name, names[0], metric, found[metric]) for metric in bootstrap.METRICS]
+        lines += [
+            sentence(name, names[0], metric, found[metric], comparison.target) for metric in bootstrap.METRICS
+        ]
         lines.append("")
     if comparison.settings:
         table = [[key, *(_shown(value) for value in values)] for key, values in comparison.settings.items()]

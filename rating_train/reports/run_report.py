@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rating_train.config.task import Target
 from rating_train.files import atomic_write_json
 from rating_train.reports import plots
 from rating_train.reports.rows import number
-from rating_train.reports.runs.data import read_results
+from rating_train.reports.runs.data import bounds_of, read_results, read_settings, target_of
 from rating_train.run_dir import EVAL_LOG, PREDICTIONS_DIR, REPORT_DIR, TRAIN_LOG
 from rating_train.scoring.metrics import Scores, per_group, score
 from rating_train.scoring.predictions import Prediction, deduplicate, read_predictions
@@ -49,14 +50,15 @@ def make_report(run_dir: Path) -> Path:
         UserError: a missing folder, a folder that is not a run, or a log that is not JSON lines.
     """
     train, evaluations, newest = read_results(run_dir)
+    target = target_of(read_settings(run_dir))
     report = run_dir / REPORT_DIR
     report.mkdir(exist_ok=True)
     skipped: dict[str, str] = {}
     if train or evaluations:
-        _draw_curves(report / CURVES_FILE, run_dir.name, train, evaluations)
+        _draw_curves(report / CURVES_FILE, run_dir.name, train, evaluations, target)
     else:
         skipped[CURVES_FILE] = f"neither {TRAIN_LOG} nor {EVAL_LOG} has rows"
-    predictions = _report_predictions(report, newest, skipped)
+    predictions = _report_predictions(report, newest, skipped, target)
     figures = [f for f in (CURVES_FILE, SCATTER_FILE, CATEGORIES_FILE) if f not in skipped]
     for name in skipped:
         (report / name).unlink(missing_ok=True)
@@ -72,7 +74,9 @@ def make_report(run_dir: Path) -> Path:
     return report
 
 
-def _report_predictions(report: Path, newest: Path | None, skipped: dict[str, str]) -> dict[str, Any] | None:
+def _report_predictions(
+    report: Path, newest: Path | None, skipped: dict[str, str], target: Target
+) -> dict[str, Any] | None:
     """Draw and summarize one file of predictions; note in ``skipped`` what could not be drawn."""
     if newest is None:
         skipped[SCATTER_FILE] = skipped[CATEGORIES_FILE] = f"no files in {PREDICTIONS_DIR}/"
@@ -82,10 +86,11 @@ def _report_predictions(report: Path, newest: Path | None, skipped: dict[str, st
         skipped[SCATTER_FILE] = skipped[CATEGORIES_FILE] = f"{newest.name} has no rows with a rating"
         return {"file": newest.name, "scores": None, "by_category": None}
     scores = score([row.score for row in rows], _ratings(rows))
-    _draw_scatter(report / SCATTER_FILE, newest.stem, [row.score for row in rows], _ratings(rows), scores)
+    predicted = [row.score for row in rows]
+    _draw_scatter(report / SCATTER_FILE, newest.stem, predicted, _ratings(rows), scores, target)
     by_category = _by_category(rows)
     if by_category:
-        _draw_categories(report / CATEGORIES_FILE, newest.stem, by_category, scores)
+        _draw_categories(report / CATEGORIES_FILE, newest.stem, by_category, scores, target)
     else:
         skipped[CATEGORIES_FILE] = f"{newest.name} has no categories"
     table = {name: s.as_dict() for name, s in by_category.items()}
@@ -152,7 +157,7 @@ def _without_nan(value: Any) -> Any:
     return value
 
 
-def _draw_curves(path: Path, run: str, train: Rows, evaluations: Mapping[str, Rows]) -> None:
+def _draw_curves(path: Path, run: str, train: Rows, evaluations: Mapping[str, Rows], target: Target) -> None:
     figure = plots.new_figure(13.5, 7.2)
     grid = figure.subplots(2, 3)
     figure.suptitle(plots.plain(run), fontweight="bold")
@@ -165,7 +170,7 @@ def _draw_curves(path: Path, run: str, train: Rows, evaluations: Mapping[str, Ro
     _panel(grid[1, 0], "PLCC and SRCC", plcc + srcc, colours=len(evaluations))
     rmse = [(f"{split} RMSE", rows, "rmse", "o-") for split, rows in splits]
     mae = [(f"{split} MAE", rows, "mae", "s--") for split, rows in splits]
-    _panel(grid[1, 1], "RMSE and MAE (stars)", rmse + mae, colours=len(evaluations))
+    _panel(grid[1, 1], f"RMSE and MAE{target.label}", rmse + mae, colours=len(evaluations))
     _panel(grid[1, 2], "Throughput (samples/s)", [("", train, "samples_per_second", "-")], smooth=True)
     grid[1, 2].set_ylim(bottom=0, top=1.1 * grid[1, 2].get_ylim()[1])
     grid[0, 1].yaxis.set_major_formatter("{x:.1e}")
@@ -227,11 +232,15 @@ def _moving_mean(values: Sequence[float]) -> list[float]:
     return [statistics.fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
-def _draw_scatter(path: Path, name: str, predicted: list[float], true: list[float], scores: Scores) -> None:
+def _draw_scatter(
+    path: Path, name: str, predicted: list[float], true: list[float], scores: Scores, target: Target
+) -> None:
     figure = plots.new_figure(6.6, 6.0)
     axes = figure.subplots()
-    # The rating scale, widened where a number lies outside it.
-    low, high = min(1.0, *predicted, *true) - 0.1, max(5.0, *predicted, *true) + 0.1
+    # The scale of the target, widened where a number lies outside it.
+    ends = [*(bounds_of(target) or ()), *predicted, *true]
+    margin = (max(ends) - min(ends)) / 40 or 1.0
+    low, high = min(ends) - margin, max(ends) + margin
     axes.plot([low, high], [low, high], "--", color="0.35", lw=1.2, label="y = x", zorder=3)
     if len(true) > 2000:
         square = (low, high, low, high)
@@ -242,21 +251,23 @@ def _draw_scatter(path: Path, name: str, predicted: list[float], true: list[floa
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
-    axes.set(xlabel="true rating (stars)", ylabel="predicted rating (stars)")
+    axes.set(xlabel=f"true {target.name}{target.label}", ylabel=f"predicted {target.name}{target.label}")
     shown = f"PLCC {_shown(scores.plcc)}   SRCC {_shown(scores.srcc)}   RMSE {_shown(scores.rmse)}"
     axes.set_title(f"{plots.plain(name)}\n{shown}   n = {scores.n:,}", fontsize=11)
     axes.legend(frameon=False, loc="upper left")
     plots.save(figure, path)
 
 
-def _draw_categories(path: Path, name: str, table: Mapping[str, Scores], overall: Scores) -> None:
+def _draw_categories(
+    path: Path, name: str, table: Mapping[str, Scores], overall: Scores, target: Target
+) -> None:
     """Draw RMSE and PLCC of the largest categories side by side, the worst RMSE at the top."""
     largest = list(table.items())[:MAX_CATEGORIES]
     shown = sorted(largest, key=lambda item: item[1].rmse or 0.0)
     figure = plots.new_figure(11.5, 1.5 + 0.29 * len(shown))
     left, right = figure.subplots(1, 2, sharey=True)
     places = range(len(shown))
-    for axes, metric, unit in ((left, "rmse", " (stars)"), (right, "plcc", "")):
+    for axes, metric, unit in ((left, "rmse", target.label), (right, "plcc", "")):
         values = [getattr(s, metric) for _, s in shown]
         axes.barh(places, [v or 0.0 for v in values], color=plots.COLOURS[0], alpha=0.85, height=0.7)
         # Print the numbers beside the bars: an undefined one has no bar and would otherwise read as zero.

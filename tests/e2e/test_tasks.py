@@ -155,6 +155,21 @@ def test_bad_input_is_one_clear_error(
     assert problem in str(e.value), e.value
 
 
+def test_records_dropped_for_their_target_are_a_warning_before_any_image_is_opened(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Film scores from 1 to 10 read as stars: everything above 5 would be missing."""
+    rows = "".join(f"{i},T{i},{score},f{i}.jpg\n" for i, score in enumerate((3, 8, 4, 9, 5), start=1))
+    (tmp_path / "a.csv").write_text(f"id,title,rating,image\n{rows}")
+    options = {"map": ("rating_count=",), "val_items": 1, "dry_run": True}
+    prepared(images, tmp_path / "data", tmp_path / "a.csv", **options)
+    assert "2 of 5 records were dropped for their rating, which is outside [1, 5]" in caplog.text
+    assert "--scale LOWER:UPPER" in caplog.text
+    caplog.clear()
+    prepared(images, tmp_path / "data", tmp_path / "a.csv", scale="1:10", **options)
+    assert "dropped for their" not in caplog.text
+
+
 def test_a_task_that_differs_from_the_manifests_is_refused(demo: Path, tmp_path: Path) -> None:
     values = {**settings(demo, demo / "data", tmp_path / "runs"), "task": {"target": {"upper": 10}}}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))

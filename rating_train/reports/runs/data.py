@@ -5,6 +5,7 @@ Everything may be missing or torn: a run that is training, was killed, or is of 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import yaml
 
 from rating_train import run_dir
 from rating_train.config.schema import Config, to_dict
-from rating_train.config.task import PAPER
+from rating_train.config.task import PAPER, Target
 from rating_train.errors import UserError
 from rating_train.files import read_json_lines
 from rating_train.scoring.analysis import analyse
@@ -60,25 +61,24 @@ class RunData:
         return self.path.resolve().name
 
     @property
-    def unit(self) -> str:
-        """The unit of what the run predicts; runs of older versions predict stars."""
-        return str(self.config.get("task.target.unit", PAPER.target.unit))
+    def target(self) -> Target:
+        """What the run predicts."""
+        return target_of(self.config)
 
     @property
     def suffix(self) -> str:
         """The unit after a number: a space and its name, or nothing."""
-        return f" {self.unit}" if self.unit else ""
+        return self.target.suffix
 
     @property
     def label(self) -> str:
         """The unit in brackets, after a space, or nothing."""
-        return f" ({self.unit})" if self.unit else ""
+        return self.target.label
 
     @property
     def bounds(self) -> tuple[float, float] | None:
         """The bounds of what the run predicts; ``None`` where there are not two."""
-        ends = [self.config.get(f"task.target.{k}", getattr(PAPER.target, k)) for k in ("lower", "upper")]
-        return None if None in ends else (float(ends[0]), float(ends[1]))
+        return bounds_of(self.target)
 
     @property
     def row(self) -> Mapping[str, Any]:
@@ -135,12 +135,31 @@ def read_run(path: Path) -> RunData:
         train,
         evaluations,
         curves,
-        flat(_mapping(_yaml(path / run_dir.CONFIG_FILE))),
+        read_settings(path),
         _mapping(_json(path / run_dir.PROVENANCE_FILE)),
         newest,
         rows,
         _judgement(path, newest, rows),
     )
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a run's configuration as flat keys; empty where there is none."""
+    return flat(_mapping(_yaml(path / run_dir.CONFIG_FILE)))
+
+
+def target_of(settings: Mapping[str, Any]) -> Target:
+    """Return what is predicted, from flat settings; runs of older versions predict stars."""
+    names = ("name", "unit", "lower", "upper")
+    given = {name: settings[key] for name in names if (key := f"task.target.{name}") in settings}
+    return dataclasses.replace(PAPER.target, **given)
+
+
+def bounds_of(target: Target) -> tuple[float, float] | None:
+    """Return both bounds of a target, or ``None``."""
+    if target.lower is None or target.upper is None:
+        return None
+    return float(target.lower), float(target.upper)
 
 
 def read_results(path: Path) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]], Path | None]:

@@ -146,7 +146,7 @@ def slice_section(run: RunData) -> Section:
     assert found is not None
     figures, tables = [], []
     errors = np.array([r.score - (r.rating or 0.0) for r in run.rows])
-    parts = slices(run.rows, run.unit)
+    parts = slices(run.rows, run.target.unit)
     overall = found["metrics"]["plcc"]["value"]
     for what, entries in ((w, found["slices"][w]) for w in SLICES if w in found["slices"]):
         if what in ("category", "rating_count"):

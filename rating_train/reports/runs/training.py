@@ -94,7 +94,7 @@ def training_section(run: RunData) -> Section:
         note="Faint: as logged; bold: moving mean." if len(run.train) > 20 else "")  # fmt: skip
     for title, keys, unit in (
         ("Correlation on validation", ("plcc", "srcc"), ""),
-        ("Error on validation", ("rmse", "mae"), run.unit),
+        ("Error on validation", ("rmse", "mae"), run.target.unit),
     ):
         lines = [
             Line(f"{split} {key.upper()}", points(rows, key), True, 2 * i + j, dashed=j > 0)

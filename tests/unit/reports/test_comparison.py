@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from rating_train import cli, run_dir
+from rating_train.config.task import Target
 from rating_train.errors import UserError
 from rating_train.reports.comparison import compare_runs, different_settings, render, sentence
 from rating_train.scoring.bootstrap import Difference, Interval
@@ -78,14 +79,17 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
         compare_runs([a, b], "test")
 
 
+PRICE = Target(column="price", unit="USD")
+
+
 def test_sentences() -> None:
     interval = Interval(0.004, 0.021, 2000)
-    better = sentence("B", "A", "plcc", Difference(0.012, interval))
+    better = sentence("B", "A", "plcc", Difference(0.012, interval), PRICE)
     assert better == "B is better than A by 0.0120 PLCC (95% interval 0.0040 to 0.0210)"
-    worse = sentence("B", "A", "rmse", Difference(0.012, interval))
-    assert worse == "B is worse than A by 0.0120 RMSE stars (95% interval 0.0040 to 0.0210)"
-    assert "undefined" in sentence("B", "A", "plcc", None)
-    assert "too few items" in sentence("B", "A", "plcc", Difference(0.1, None))
+    worse = sentence("B", "A", "rmse", Difference(0.012, interval), PRICE)
+    assert worse == "B is worse than A by 0.0120 RMSE USD (95% interval 0.0040 to 0.0210)"
+    assert "undefined" in sentence("B", "A", "plcc", None, PRICE)
+    assert "too few items" in sentence("B", "A", "plcc", Difference(0.1, None), PRICE)
 
 
 def test_settings_that_only_one_run_has_are_shown() -> None:
