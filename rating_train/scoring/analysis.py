@@ -188,7 +188,8 @@ def logistic_plcc(predicted: Float64Array, true: Float64Array) -> dict[str, Any]
     f(x) = b2 + (b1 - b2) / (1 + exp(-(x - b3) / |b4|)), fitted to the true ratings by least squares.
 
     Returns:
-        ``plcc`` and ``rmse`` after the fit, and ``parameters`` b1 to b4.
+        ``plcc`` and ``rmse`` after the fit, and ``parameters`` b1 to b4. The asymptotes b1 and b2 lie within twice the
+        range of the true ratings beyond it.
     """
     from scipy.optimize import curve_fit
 
@@ -202,11 +203,19 @@ def logistic_plcc(predicted: Float64Array, true: Float64Array) -> dict[str, Any]
     def logistic(x: Float64Array, b1: float, b2: float, b3: float, b4: float) -> Float64Array:
         return b2 + (b1 - b2) / (1 + np.exp(-(x - b3) / max(abs(b4), 1e-12)))
 
-    start = (float(true.max()), float(true.min()), float(predicted.mean()), float(predicted.std()))
+    low, high = float(true.min()), float(true.max())
+    middle, width, spread = (low + high) / 2, high - low, float(predicted.std())
+    start = (high, low, float(predicted.mean()), spread)
+    # Where the data show only one bend of the curve, the far asymptote has no best value: without bounds it runs away.
+    far, centre = 2 * width, 10 * spread
+    bounds = (
+        (middle, low - far, start[2] - centre, spread / 100),
+        (high + far, middle, start[2] + centre, 100 * spread),
+    )
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # the covariance, which is not used, may not exist
         try:
-            parameters, _ = curve_fit(logistic, predicted, true, p0=start, maxfev=4000)
+            parameters, _ = curve_fit(logistic, predicted, true, p0=start, bounds=bounds, max_nfev=4000)
             fitted = logistic(predicted, *parameters)
             after = score(fitted, true)
         except (RuntimeError, UserError) as e:

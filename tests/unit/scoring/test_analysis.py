@@ -94,6 +94,15 @@ def test_the_interval_of_a_calibration_bin_is_that_of_a_mean_and_wider_for_group
     assert wide == pytest.approx(width * np.sqrt(5), rel=0.01), "five equal items say what one says"
 
 
+def test_a_relation_with_one_bend_is_fitted_too() -> None:
+    """Its upper asymptote has no best value; a fit without bounds followed it until it gave up."""
+    x = np.random.default_rng(0).uniform(3.5, 4.5, 60)
+    for seed in range(8):
+        y = 1.5 + np.exp(4 * (x - 4)) / 8 + np.random.default_rng(seed).normal(0, 0.02, 60)
+        found = logistic_plcc(x, y)
+        assert found["plcc"] is not None and found["plcc"] > 0.99, found
+
+
 def test_a_logistic_relation_is_made_straight() -> None:
     x = np.linspace(1, 5, 400)
     y = 1.5 + 3 / (1 + np.exp(-(x - 3) / 0.3))
