@@ -614,7 +614,9 @@ def test_command_line(
     assert f"prepared {out}" in printed and "dropped          0" in printed
     assert f"images: {N} of {N}" in caplog.text
     defaults = vars(parser.parse_args(least))
-    assert PrepareOptions(**defaults).rules == PlanRules(), "the same defaults"
+    rules, plain = PrepareOptions(**defaults).rules, PlanRules()
+    names = [field.name for field in dataclasses.fields(PlanRules)]
+    assert [getattr(rules, name) for name in names] == [getattr(plain, name) for name in names]
     assert set(defaults) == {f.name for f in dataclasses.fields(PrepareOptions)}, "every option has a flag"
     assert PrepareOptions(**{**defaults, "source": (source,)}) == PrepareOptions(
         source=(source,), images=str(catalogue), out=out
