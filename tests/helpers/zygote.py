@@ -20,6 +20,7 @@ import gc
 import glob
 import importlib
 import json
+import math
 import os
 import runpy
 import select
@@ -206,8 +207,9 @@ def wait_for(ranks: list[int]) -> NoReturn:
     for watch in watches:
         poller.register(watch, select.POLLIN)
     while watches:
-        wait = None if failed_at is None else max(0.0, failed_at + KILL_SECONDS - time.monotonic())
-        ready = poller.poll(None if wait is None else 1000 * wait)
+        left = math.inf if failed_at is None else max(0.0, failed_at + KILL_SECONDS - time.monotonic())
+        # At most a second: a signal that comes just before the call is handled after it.
+        ready = poller.poll(1000 * min(left, 1.0))
         for watch, _ in ready:
             _, status = os.waitpid(watches.pop(watch), 0)
             poller.unregister(watch)
@@ -215,7 +217,7 @@ def wait_for(ranks: list[int]) -> NoReturn:
             if status and failed_at is None:
                 failed_at = time.monotonic()
                 pass_on(signal.SIGTERM)
-        if not ready:
+        if not ready and not left:
             pass_on(signal.SIGKILL)
     os._exit(int(failed_at is not None))
 

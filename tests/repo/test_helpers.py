@@ -135,8 +135,9 @@ signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))
 os.write(1, f"rank {dist.get_rank()} of {dist.get_world_size()}\\n".encode())  # in one piece
 if sys.argv[1] == "fails" and dist.get_rank() == 1:
     sys.exit(3)
-if sys.argv[1] != "ends":
-    time.sleep(100)
+end = time.monotonic() + 100
+while sys.argv[1] != "ends" and time.monotonic() < end:
+    time.sleep(0.05)  # short: a signal that comes just before a sleep is handled after it
 """
 
 

@@ -163,7 +163,8 @@ class _Pool:
             for pipe in self._processes:
                 self._give(pipe, next(todo, None))
             while self._part:
-                for ready in connection.wait(list(self._part)):
+                # With a time-out: the handler of a signal that comes just before the wait runs after it.
+                for ready in connection.wait(list(self._part), timeout=1.0):
                     assert isinstance(ready, connection.Connection)
                     event = self._receive(ready)
                     self._on_event(event)
