@@ -8,9 +8,11 @@ from pathlib import Path
 from rating_train import log as logs
 from rating_train.commands.shared import add_set_option
 from rating_train.config.load import load_config
+from rating_train.data.lengths import text_tokens_of
 from rating_train.errors import UserError
 from rating_train.reports.cost_report import cost_report
 from rating_train.reports.planning import ASSUMED_MFU, GPUS, make_plan, render_plan
+from rating_train.shards.task import with_task_of_data
 
 #: Training items of the paper, for an epoch where --items is not given.
 PAPER_ITEMS = 16_455_671
@@ -70,21 +72,22 @@ def run(args: argparse.Namespace) -> int:
         return _sweep(args)
     from rating_train.model.load import read_architecture
 
-    config = load_config(args.config, args.set)
+    config = with_task_of_data(load_config(args.config, args.set))
     if config.data.tiling_px and (args.memory or args.budget or args.items is not None):
         raise UserError(
             "memory, hours and budgets are not counted for tiled images",
             where="data.tiling_px",
             fix="leave out --memory, --budget and --items; the operations of an item are counted",
         )
-    arch, data = read_architecture(config.model), config.data
+    arch = read_architecture(config.model)
     if args.memory:
         from rating_train.reports.memory_report import measure_memory, render_memory
 
         logs.set_up()
         print(render_memory(measure_memory(config, arch, args.gpus, args.gpu_gib)), end="")
         return 0
-    print(cost_report(arch, data.image_px, data.text_tokens, args.plcc, data.tiles_per_side))
+    text_tokens = text_tokens_of(config)
+    print(cost_report(arch, config.model_px, text_tokens, args.plcc, config.data.tiles_per_side))
     if args.items is not None:
         print(render_plan(make_plan(config, arch, args.items, args.gpus, args.gpu, args.mfu, args.rate)))
     if args.network_gbit is not None:
@@ -98,8 +101,8 @@ def run(args: argparse.Namespace) -> int:
         from rating_train.reports.cost.sweep import measure_config
 
         measured, _ = measure_config(config, (50, 100, 200, 400))
-        print("\n".join(cost_budget.needed_lines(arch, config.data.image_px, config.data.text_tokens)), "\n")
-        print("\n".join(cost_budget.affordable_lines(arch, config.data.image_px, measured)))
+        print("\n".join(cost_budget.needed_lines(arch, config.model_px, text_tokens)), "\n")
+        print("\n".join(cost_budget.affordable_lines(arch, config.model_px, measured)))
     return 0
 
 

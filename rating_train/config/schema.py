@@ -13,7 +13,7 @@ from typing import Any, Literal
 from rating_train.config.data_schema import DataConfig
 from rating_train.config.data_schema import SourceConfig as SourceConfig
 from rating_train.config.fields import section, setting
-from rating_train.config.task import Task
+from rating_train.config.task import Task, TextField
 
 #: Parts of the model: each is trained or frozen, and has a learning rate of its own.
 PARTS = ("vision", "connector", "decoder", "head")
@@ -276,6 +276,11 @@ class Config:
     def model_px(self) -> int:
         """Side of the square image that the model reads, in pixels; 0 if it reads none."""
         return self.data.image_px if "image" in self.model.inputs else 0
+
+    @property
+    def model_fields(self) -> list[TextField]:
+        """Text fields that the model reads; none if it reads images alone."""
+        return self.task.fields if "text" in self.model.inputs else []
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Lengths of micro-batches: how far each is padded. Pure functions of the items' tokens, on the host.
+"""Lengths of micro-batches: how far each is padded. Functions of the items' tokens, on the host.
 
 Attention is causal, padding stands on the right, and the pooling leaves it out: no score depends on how much of it
 there is. So a micro-batch is cut to its longest item, rounded up to a multiple of a few tokens, so that only a small
@@ -8,6 +8,8 @@ set of lengths occurs (of a few dozen kernels and graphs, not of hundreds).
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from rating_train.config.schema import Config
 
 
 def cut_length(used: Sequence[int], full: int, multiple: int) -> int:
@@ -47,3 +49,18 @@ def cut_lengths(used: Sequence[int], micro_items: int, full: int, multiple: int)
         part = used[begin : begin + micro_items]
         result += [cut_length(part, full, multiple)] * len(part)
     return result
+
+
+def text_tokens_of(config: Config) -> int:
+    """Return the tokens of a sequence that are not visual: of a model that reads no field, those of the template.
+
+    Raises:
+        UserError: the template is to be counted, and the tokenizer cannot be loaded.
+    """
+    if config.model_fields:
+        return config.data.text_tokens
+    from rating_train.data.prompt import PromptEncoder, load_tokenizer, prompt_words  # late: imports torch
+
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.backbone, config.model.revision)
+    words = prompt_words(config.task, config.model.inputs)
+    return PromptEncoder(tokenizer, 0, 0, config.data.field_chars, words).layout.text_tokens

@@ -13,7 +13,7 @@ image's positions are constant and a field can be cut without touching the templ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from rating_train.config.task import Task
 from rating_train.errors import UserError
 
 BEFORE_TEXT = "<|im_start|>User:"
@@ -64,6 +65,12 @@ class PromptWords:
         words = [f", {words}" for _, words in self.fields]
         first = f" {words[0][2:]}" if words else ""
         return [(AFTER_IMAGE if self.image else "") + self.question + first, *words[1:]]
+
+
+def prompt_words(task: Task, inputs: Collection[str]) -> PromptWords:
+    """Return what the prompt of a task says to a model that reads ``inputs``: ``image``, ``text``, or both."""
+    fields = task.fields if "text" in inputs else []
+    return PromptWords(task.question, tuple((f.name, f.words) for f in fields), "image" in inputs)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ worker that finds it full dies of SIGBUS in the middle of training.
 
 from __future__ import annotations
 
-from rating_train.config.schema import Config, DataConfig
+from rating_train.config.schema import Config
 
 _PAGE_BYTES = 4096
 #: Beside the prefetched batches: the one in use, and the one that follows it while the loop still holds the first.
@@ -28,14 +28,15 @@ def shared_memory_need(config: Config, ranks: int, ranks_per_node: int, visual_t
     rank_items = -(-config.batch.global_items // ranks)
     evaluation_items = config.eval.micro_items or config.batch.micro_items or rank_items
     tokens = config.data.text_tokens + visual_tokens
-    per_rank = sum(_loader_bytes(config.data, items, tokens) for items in (rank_items, evaluation_items))
+    per_rank = sum(_loader_bytes(config, items, tokens) for items in (rank_items, evaluation_items))
     return per_rank * ranks_per_node
 
 
-def _loader_bytes(data: DataConfig, items: int, tokens: int) -> int:
+def _loader_bytes(config: Config, items: int, tokens: int) -> int:
+    data = config.data
     if data.workers == 0:
         return 0  # batches are made in the training process
-    return batch_bytes(items, data.image_px, tokens, data.tiles_per_side) * (
+    return batch_bytes(items, config.model_px, tokens, data.tiles_per_side) * (
         data.workers * data.prefetch_batches + _BATCHES_IN_USE
     )
 

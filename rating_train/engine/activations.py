@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rating_train.config.schema import Config
+from rating_train.data.lengths import text_tokens_of
 from rating_train.model.architecture import Architecture
 from rating_train.model.head import dropout_keys
 from rating_train.model.loss import rating_loss
@@ -149,7 +150,7 @@ def fill_with_fakes(model: nn.Module, dtype: torch.dtype, gradients: bool, devic
 
 def _loss(model: RatingRegressor, config: Config, items: int) -> Tensor:
     """Compute the loss of a fake micro-batch: the batch on the device, keys, forward pass and loss, as the engine."""
-    px, tokens = config.model_px, model.visual_tokens + config.data.text_tokens
+    px, tokens = config.model_px, model.visual_tokens + text_tokens_of(config)
     images = torch.empty(items, 3, px, px, dtype=torch.uint8)
     ids = torch.empty(items, tokens, dtype=torch.int64)
     used, hashes = torch.empty(items, dtype=torch.int64), torch.empty(items, dtype=torch.int64)

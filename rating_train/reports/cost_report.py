@@ -18,7 +18,7 @@ class CostReport:
     """The cost of one item.
 
     Attributes:
-        image_px: side of the square image, in pixels.
+        image_px: side of the square image, in pixels; 0 of a model that reads none.
         visual_tokens: tokens of the image.
         text_tokens: all other tokens of the fixed sequence: template, fields and padding.
         parameters: part -> number of parameters, with ``backbone_total`` and ``total``.
@@ -71,7 +71,9 @@ def render_cost(report: CostReport) -> str:
     """Return the report as plain text: one table after another, with a newline at the end."""
     sequence = report.visual_tokens + report.text_tokens
     image, side = f"image {report.image_px} x {report.image_px} px", report.tiles_per_side
-    if side:
+    if not report.image_px:
+        image = "no image"
+    elif side:
         image += f" and at most {side} x {side} tiles of that size, with their markers,"
     lines = [
         f"Input of one item: {image} = {report.visual_tokens} visual tokens, + {report.text_tokens} text tokens "

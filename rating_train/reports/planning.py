@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from rating_train.config.resolve import plan_batch, total_steps
 from rating_train.config.schema import Config
+from rating_train.data.lengths import text_tokens_of
 from rating_train.distributed.gpus import GPUS
 from rating_train.errors import UserError
 from rating_train.log import duration, text_table
@@ -128,9 +129,9 @@ def make_plan(
     """
     _check(items, gpus, gpu, mfu, rate)
     visual = visual_tokens(arch, config.model_px)
-    tokens = visual + config.data.text_tokens
+    tokens = visual + text_tokens_of(config)
     batch = plan_batch(config.batch.global_items, config.batch.micro_items, gpus)
-    counts = count_parameters(arch)
+    counts = count_parameters(arch, config.model_px)
     frozen = sum(counts[part] for part in config.model.freeze)
     trained = counts["total"] - frozen
     bf16 = config.train.precision == "bf16"

@@ -261,7 +261,7 @@ def check_memory(
     Raises:
         UserError: with the estimate, the memory that is there, and what to change.
     """
-    tokens = config.data.text_tokens + visual
+    tokens = (config.data.text_tokens if config.model_fields else 0) + visual
     host = batch_bytes(plan.rank_items, config.model_px, tokens, config.data.tiles_per_side)
     available = available_memory() // world.local_size
     if host > available:

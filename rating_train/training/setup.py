@@ -12,7 +12,7 @@ import torch
 
 from rating_train import log as logs
 from rating_train.config.schema import Config
-from rating_train.data.prompt import PromptEncoder, PromptWords, load_tokenizer
+from rating_train.data.prompt import PromptEncoder, load_tokenizer, prompt_words
 from rating_train.data.tiling.prompt import TiledPromptEncoder
 from rating_train.distributed import world as worlds
 from rating_train.distributed.collectives import on_main
@@ -55,7 +55,7 @@ def model_inputs_of(config: Config, architecture: Architecture) -> ModelInputs:
             where=where,
             fix="set model.tokenizer to the backbone's own",
         )
-    data, words = config.data, prompt_words(config)
+    data, words = config.data, prompt_words(config.task, config.model.inputs)
     if data.tiles_per_side and words.image:
         prompt: PromptEncoder = TiledPromptEncoder(
             tokenizer, visual, data.text_tokens, data.field_chars, data.tiles_per_side, words
@@ -63,14 +63,6 @@ def model_inputs_of(config: Config, architecture: Architecture) -> ModelInputs:
     else:
         prompt = PromptEncoder(tokenizer, visual, data.text_tokens, data.field_chars, words)
     return ModelInputs(config, architecture, prompt)
-
-
-def prompt_words(config: Config) -> PromptWords:
-    """Return what the prompt of a run says: its task's question and fields, as far as the model reads them."""
-    fields = config.task.fields if "text" in config.model.inputs else []
-    return PromptWords(
-        config.task.question, tuple((f.name, f.words) for f in fields), "image" in config.model.inputs
-    )
 
 
 def evaluation_row(

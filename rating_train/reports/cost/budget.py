@@ -33,10 +33,11 @@ def affordable_lines(
 
     Args:
         arch: the backbone and its head.
-        image_px: the configured side, which is marked.
+        image_px: the configured side, which is marked; 0 of a model that reads no image.
         measured: L -> lengths on the data; ``None`` leaves L out.
     """
-    sizes = [px for px in image_sizes(arch, _LARGEST_PX) if px >= 2 * arch.vision.patch * arch.scale_factor]
+    least = 2 * arch.vision.patch * arch.scale_factor
+    sizes = [px for px in image_sizes(arch, _LARGEST_PX) if px >= least] if image_px else [0]
     header = ["image (px)", "visual tokens"]
     for convention, name in SHOWN.items():
         header.append(f"text tokens, {name} [{convention}]")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from rating_train.shards.mds_read import iter_texts
 MOST_ITEMS = 20_000
 #: Share of the items that `data.text_tokens` is to hold without a cut.
 COVERED = 0.999
+INPUTS = ("image", "text")
 _ROOM = 8192  # text tokens: no item is cut while it is measured
 
 
@@ -42,7 +43,11 @@ class Lengths:
 
 
 def measure_lengths(
-    items: Iterable[Mapping[str, Any]], tokenizer: Any, field_chars: Sequence[int], task: Task = PAPER
+    items: Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    field_chars: Sequence[int],
+    task: Task = PAPER,
+    inputs: Collection[str] = INPUTS,
 ) -> dict[int, Lengths]:
     """Tokenize items as training does, at each L.
 
@@ -51,21 +56,27 @@ def measure_lengths(
         tokenizer: as :func:`rating_train.data.prompt.load_tokenizer` returns it.
         field_chars: each L, in characters.
         task: names the fields.
+        inputs: what the model reads.
     """
-    from rating_train.data.prompt import PromptEncoder, PromptWords
+    from rating_train.data.prompt import PromptEncoder, prompt_words
 
-    words = PromptWords(task.question, tuple((f.name, f.words) for f in task.fields), bool(task.images))
+    words = prompt_words(task, [name for name in inputs if name in task.inputs])
     encoders = {chars: PromptEncoder(tokenizer, 0, _ROOM, chars, words) for chars in field_chars}
     found: dict[int, list[int]] = {chars: [] for chars in field_chars}
     for item in items:
-        fields = {name: item[name] for name in task.field_names}
+        fields = {name: item[name] for name in words.names}
         for chars, encoder in encoders.items():
             found[chars].append(encoder.encode(fields).used)
     return {chars: Lengths(chars, np.sort(np.array(n, np.int64))) for chars, n in found.items()}
 
 
 def lengths_of_data(
-    data: Path, split: str, tokenizer: str, revision: str, field_chars: Sequence[int]
+    data: Path,
+    split: str,
+    tokenizer: str,
+    revision: str,
+    field_chars: Sequence[int],
+    inputs: Collection[str] = INPUTS,
 ) -> dict[int, Lengths]:
     """Measure a prepared dataset, or a random sample of :data:`MOST_ITEMS` of it.
 
@@ -76,4 +87,4 @@ def lengths_of_data(
 
     task = task_of(check_split(data, split))
     loaded = load_tokenizer(tokenizer, revision)
-    return measure_lengths(iter_texts(data / split, MOST_ITEMS), loaded, field_chars, task)
+    return measure_lengths(iter_texts(data / split, MOST_ITEMS), loaded, field_chars, task, inputs)

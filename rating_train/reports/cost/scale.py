@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rating_train.config.schema import Config
+from rating_train.data.lengths import text_tokens_of
 from rating_train.distributed.gpus import GPUS
 from rating_train.errors import UserError
 from rating_train.log import duration, text_table
@@ -102,7 +103,7 @@ def _scaled(
 ) -> Scaled:
     sheet, px = GPUS[gpu], config.model_px
     tiles = config.data.tiles_per_side
-    forward = count_forward(arch, px, image_tokens(arch, px, tiles) + config.data.text_tokens, tiles)
+    forward = count_forward(arch, px, image_tokens(arch, px, tiles) + text_tokens_of(config), tiles)
     speed = mfu * sheet.bf16_tflops * 1e12
     rank_items = config.batch.global_items // gpus
     compute = rank_items * training_flops(forward, config.model.freeze) / speed

@@ -12,6 +12,7 @@ from typing import Any
 
 from rating_train.config.load import load_config
 from rating_train.config.schema import Config
+from rating_train.data.lengths import text_tokens_of
 from rating_train.errors import UserError, one_error
 from rating_train.files import atomic_write_text
 from rating_train.log import text_table
@@ -21,6 +22,7 @@ from rating_train.model.cost import image_tokens
 from rating_train.reports import plots
 from rating_train.reports.cost.prompt_lengths import COVERED, Lengths, lengths_of_data
 from rating_train.scoring.ces import cost_factor, efficiency
+from rating_train.shards.task import with_task_of_data
 
 CSV_FILE = "cost_sweep.csv"
 PLOT_FILE = "cost_sweep.png"
@@ -36,7 +38,7 @@ class Setting:
 
     Attributes:
         values: key -> value, as given.
-        image_px: side of the image, in pixels.
+        image_px: side of the image, in pixels; 0 of a model that reads none.
         field_chars: L.
         visual_tokens: of the image.
         text_tokens: that the sequence is padded to: measured where the data are here, else as configured.
@@ -112,7 +114,8 @@ def run_sweep(config_file: str, overrides: list[str], swept: Mapping[str, Sequen
     combinations = [dict(zip(swept, values)) for values in itertools.product(*swept.values())]
     configs = []
     for values in combinations:
-        configs.append(load_config(config_file, [*overrides, *(f"{k}={v}" for k, v in values.items())]))
+        given = [*overrides, *(f"{k}={v}" for k, v in values.items())]
+        configs.append(with_task_of_data(load_config(config_file, given)))
     measured, why = _measure(configs)
     settings = [
         _setting(values, config, read_architecture(config.model), measured.get(config.data.field_chars))
@@ -136,7 +139,14 @@ def measure_config(config: Config, field_chars: Sequence[int]) -> tuple[dict[int
         return {}, f"no dataset at {data}"
     tokenizer = config.model.tokenizer or config.model.backbone
     try:
-        found = lengths_of_data(data, config.data.train_split, tokenizer, config.model.revision, field_chars)
+        found = lengths_of_data(
+            data,
+            config.data.train_split,
+            tokenizer,
+            config.model.revision,
+            field_chars,
+            config.model.inputs,
+        )
     except UserError as e:
         return {}, e.what
     return found, ""
@@ -147,11 +157,11 @@ def _setting(
 ) -> Setting:
     side = config.data.tiles_per_side
     visual = image_tokens(arch, config.model_px, side)
-    text = config.data.text_tokens if lengths is None else lengths.needed()
+    text = text_tokens_of(config) if lengths is None else lengths.needed()
     own = [] if lengths is None else [visual + min(int(n), text) for n in lengths.tokens]
     return Setting(
         values,
-        config.data.image_px,
+        config.model_px,
         config.data.field_chars,
         visual,
         text,
@@ -255,7 +265,7 @@ def _draw(path: Path, sweep: Sweep, plcc: float) -> None:
                 color=colour,
                 ms=5,
                 lw=1.4,
-                label=f"{px} px",
+                label=f"{px} px" if px else "no image",
             )
             for cx, cy, text in points:
                 axes.annotate(text, (cx, cy), xytext=(4, -10), textcoords="offset points", fontsize=7)
