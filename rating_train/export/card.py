@@ -158,14 +158,14 @@ def _front_matter(facts: CardFacts, metrics: Metrics) -> dict[str, Any]:
         "library_name": "transformers",
         "license": licence or "other",
         **({"base_model": config.model.backbone} if published else {}),
-        "tags": ["regression", "image-text", "product-ratings", "smolvlm"],
+        "tags": ["regression", _read(config), "product-ratings", "smolvlm"],
         "model-index": [
             {
                 "name": config.name,
                 "results": [
                     {
                         "task": {
-                            "type": "image-text-regression",
+                            "type": f"{_read(config)}-regression",
                             "name": "Average rating" if config.task.is_default else config.task.target.name,
                         },
                         "dataset": dataset,
@@ -184,7 +184,7 @@ def _values(facts: CardFacts, metrics: Metrics) -> dict[str, object]:
         "name": config.name,
         "folder": facts.folder,
         "project": PROJECT,
-        "parameters": f"{count_parameters(facts.inputs.architecture)['total']:,}",
+        "parameters": f"{_parameters(facts.inputs):,}",
         "backbone": f"the backbone `{backbone_name(config)}`",
         "onnx": _onnx_text(facts),
         "metrics_items": f"{metrics.items:,}",
@@ -196,8 +196,7 @@ def _values(facts: CardFacts, metrics: Metrics) -> dict[str, object]:
         if metrics.complete
         else "These are only the items that the export was compared on: the run has no evaluation of this step.",
         "tokens": layout.length,
-        "visual": layout.visual_tokens,
-        "image_px": config.data.image_px,
+        **_input_texts(config, layout.visual_tokens),
         "cost": _cost_table(facts.inputs, metrics.values["plcc"]),
         "compared_items": len(facts.items.scores),
         "compared": check_scores.render(facts.items, facts.own, facts.compared),
@@ -208,7 +207,6 @@ def _values(facts: CardFacts, metrics: Metrics) -> dict[str, object]:
         else f"without {', '.join(config.model.freeze)} (frozen)",
         "recipe": _recipe_table(config),
         "fingerprint": facts.fingerprint,
-        "field_chars": config.data.field_chars,
         "licence": f"{licence}: the backbone's, of which these weights are a fine-tuning."
         if licence
         else "The backbone's licence applies; it is not stated beside its weights. Look it up before you share this.",
@@ -238,22 +236,41 @@ _EXAMPLE = {
 def _task_texts(config: Config) -> dict[str, object]:
     """Return what the card says of the number, in the words of the task."""
     task, target = config.task, config.task.target
-    fields = (
-        f"its text ({', '.join(task.field_names).replace('_', ' ')})" if "text" in config.model.inputs else ""
+    names = ", ".join(field.name for field in config.model_fields).replace("_", " ")
+    inputs = " and ".join(
+        filter(None, ["one image" if config.model_px else "", names and f"its text ({names})"])
     )
-    inputs = " and ".join(filter(None, ["one image" if "image" in config.model.inputs else "", fields]))
-    listing = {name: _EXAMPLE.get(name, "...") for name in task.field_names}
+    listing = {field.name: _EXAMPLE.get(field.name, "...") for field in config.model_fields}
     lines = "".join(f"    {json.dumps(name)}: {json.dumps(value)},\n" for name, value in listing.items())
     return {
         "predicts": _STARS.format(inputs=inputs)
         if task.is_default
         else f'a number from {inputs}: {target.name}{target.label}. The prompt asks: "{task.question}"',
-        "listing": f"{{\n{lines}}}",
+        "listing": f"{{\n{lines}}}" if lines else "{}",
         "unit": f": {target.unit}" if target.unit else "",
         "limits": _STAR_LIMITS.strip()
         if task.is_default
         else _OTHER_LIMITS.format(range=f" in {target.range_text}" if target.bounded else "").strip(),
     }
+
+
+def _input_texts(config: Config, visual: int) -> dict[str, object]:
+    """Return what the card says of the image and the text, as far as the model reads them."""
+    px, fields = config.model_px, config.model_fields
+    sees = [f"one image, resized to a {px} px square without keeping its aspect ratio"] if px else []
+    sees += [f"the first {config.data.field_chars} characters of each field"] if fields else []
+    return {
+        "visual": f"{visual} of the image of {px} x {px} pixels" if px else "none of an image",
+        "sees": f"It sees {' and '.join(sees)}; it does not read the reviews.",
+        "picture_import": "from PIL import Image\n" if px else "",
+        "call": 'Image.open("brush.jpg"), listing' if px else "None, listing",
+        "score": "images, listings" if px else "None, listings",
+        "images": " --images DIR" if px else "",
+    }
+
+
+def _read(config: Config) -> str:
+    return "-".join(name for name in ("image", "text") if name in config.model.inputs)
 
 
 def _onnx_text(facts: CardFacts) -> str:
@@ -282,8 +299,12 @@ def _metric_table(metrics: Metrics, target: Target) -> str:
     return _markdown(("metric", "value", "interval"), rows)
 
 
+def _parameters(inputs: ModelInputs) -> int:
+    return count_parameters(inputs.architecture, inputs.config.model_px)["total"]
+
+
 def _cost_table(inputs: ModelInputs, plcc: float | None) -> str:
-    parameters = count_parameters(inputs.architecture)["total"]
+    parameters = _parameters(inputs)
     forward = count_forward(inputs.architecture, inputs.config.model_px, inputs.prompt.layout.length)
     rows = [
         (
@@ -301,10 +322,12 @@ def _recipe_table(config: Config) -> str:
         f"{part} {getattr(o.lr, part):g}" for part in ("vision", "connector", "decoder", "head")
     )
     rows = [
-        ("image", f"{config.data.image_px} px square, bilinear"),
+        ("image", f"{config.model_px} px square, bilinear" if config.model_px else "none"),
         (
             "text",
-            f"{config.data.field_chars} characters of each field, {config.data.text_tokens} text tokens",
+            f"{config.data.field_chars} characters of each field, {config.data.text_tokens} text tokens"
+            if config.model_fields
+            else "none",
         ),
         ("loss", config.loss.kind),
         ("global batch", f"{config.batch.global_items} items"),

@@ -49,19 +49,19 @@ class RatingModel:
         return str(self._scorer.predictor.device)
 
     @overload
-    def score(self, images: Picture, listings: Fields) -> float: ...
+    def score(self, images: Picture | None, listings: Fields) -> float: ...
 
     @overload
-    def score(self, images: Sequence[Picture], listings: Sequence[Fields]) -> list[float]: ...
+    def score(self, images: Sequence[Picture] | None, listings: Sequence[Fields]) -> list[float]: ...
 
     def score(
-        self, images: Picture | Sequence[Picture], listings: Fields | Sequence[Fields]
+        self, images: Picture | Sequence[Picture] | None, listings: Fields | Sequence[Fields]
     ) -> float | list[float]:
         """Predict average ratings.
 
         Args:
-            images: one picture, or a sequence of them.
-            listings: the listing of that picture, or a sequence, one for each.
+            images: one picture, or a sequence of them; ``None`` for a model that reads text alone.
+            listings: the listing of that picture, or a sequence, one for each; ``{}`` where no text is read.
 
         Returns:
             in the unit of the target (stars: in (1, 5)): one number, or a list in the order of the arguments.
@@ -71,34 +71,37 @@ class RatingModel:
                 used, each with its position.
         """
         if isinstance(listings, Mapping):
-            return self._score([images], [listings])[0]  # type: ignore[list-item]
+            return self._score(None if images is None else [images], [listings])[0]  # type: ignore[list-item]
         if isinstance(images, (str, bytes, os.PathLike, Image.Image)):
             raise UserError(
                 "one image for several listings", where="score", expected="as many images as listings"
             )
-        return self._score(list(images), list(listings))
+        return self._score(None if images is None else list(images), list(listings))
 
-    def _score(self, images: list[Picture], listings: list[Fields]) -> list[float]:
-        if len(images) != len(listings):
+    def _score(self, images: list[Picture] | None, listings: list[Fields]) -> list[float]:
+        if images is None and self._scorer.found.config.model_px:
+            raise UserError("this model reads an image", where="score", expected="as many images as listings")
+        if images is not None and len(images) != len(listings):
             raise UserError(
                 f"{len(images)} images for {len(listings)} listings",
                 where="score",
                 expected="as many images as listings",
             )
         scores: list[float] = []
-        for begin in range(0, len(images), self._batch_items):
+        pictures: list[Picture] = [b""] * len(listings) if images is None else images
+        for begin in range(0, len(listings), self._batch_items):
             end = begin + self._batch_items
-            samples = self._samples(images[begin:end], listings[begin:end], begin)
+            samples = self._samples(pictures[begin:end], listings[begin:end], begin)
             scores += self._scorer.predictor(self._scorer.collator(samples)).tolist()
         return scores
 
     def _samples(self, images: list[Picture], listings: list[Fields], first: int) -> list[dict[str, Any]]:
         squares, names = self._scorer.found.squares, self._scorer.inputs.prompt.words.names
-        samples, problems = [], []
+        looks, samples, problems = bool(self._scorer.found.config.model_px), [], []
         for number, (image, listing) in enumerate(zip(images, listings), start=first):
             try:
                 texts = {name: plain_text(listing.get(name), name) for name in names}
-                file = square_file(_read(image), squares.size_px, squares.jpeg_quality)
+                file = square_file(_read(image), squares.size_px, squares.jpeg_quality) if looks else b""
                 samples.append(sample_of(str(number), texts, file))
             except ImageProblem as e:
                 problems.append(f"image {number}: {e.reason} ({e.detail})")

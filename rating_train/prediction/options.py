@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -57,14 +58,15 @@ class PredictOptions:
         """What the name of ``out`` may end in."""
         return ".csv" if self.submission else ".csv or .parquet"
 
-    def reading(self, task: Task) -> Reading:
-        """How the sources are read for a model of this task: targets are not looked at.
+    def reading(self, task: Task, inputs: Collection[str] = ("image", "text")) -> Reading:
+        """How the sources are read for a model of this task and these inputs: targets are not looked at.
 
         Raises:
             UserError: ``map`` names something that the task does not have.
         """
         own = with_map(task, self.map) if self.map else task
-        return Reading(own, rated=False, delimiter=self.delimiter, encoding=self.encoding)
+        needs_text = "text" in inputs
+        return Reading(own, False, needs_text, delimiter=self.delimiter, encoding=self.encoding)
 
     def input_identity(self) -> dict[str, Any]:
         """Return what the rows and their order depend on, for comparison with that of an unfinished run."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rating_train.config.task import Task
+from rating_train.config.schema import Config
 from rating_train.distributed.collectives import all_gather, on_main
 from rating_train.distributed.world import World
 from rating_train.errors import UserError
@@ -64,7 +64,7 @@ def predict(options: PredictOptions) -> Summary | None:
         if plan is None:
             return None
         options = plan.options
-        rows = _open_rows(options, plan.found.config.task)
+        rows = _open_rows(options, plan.found.config)
         scorer = load_scorer(plan.found, device)
         _score_parts(plan, scorer, rows, work, world)
         return on_main(lambda: _finish(plan, scorer, work))
@@ -91,7 +91,7 @@ def _plan(options: PredictOptions, work: WorkDir, held: contextlib.ExitStack) ->
     rows = work.rows()
     if rows is None:
         log.info("counting the rows of the input")
-        rows = _open_rows(options, task).count()
+        rows = _open_rows(options, found.config).count()
         work.note_rows(rows)
     parts = math.ceil(rows / options.part_rows)
     finished = work.finished()
@@ -120,10 +120,10 @@ def _identity(options: PredictOptions, found: FoundModel) -> dict[str, Any]:
     }
 
 
-def _open_rows(options: PredictOptions, task: Task) -> Rows:
+def _open_rows(options: PredictOptions, config: Config) -> Rows:
     if options.data:
         return DatasetRows(options.data, options.split)
-    return SourceRows(options.source, options.reading(task))
+    return SourceRows(options.source, options.reading(config.task, config.model.inputs))
 
 
 def _score_parts(plan: Plan, scorer: Scorer, rows: Rows, work: WorkDir, world: World) -> None:

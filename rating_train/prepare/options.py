@@ -103,7 +103,7 @@ class PrepareOptions(PlanRules):
         """
         task = _task(self.task, self.map, self.scale)
         return Reading(
-            task, True, self.unrated, delimiter=self.delimiter, decimal=self.decimal, encoding=self.encoding
+            task, unrated=self.unrated, delimiter=self.delimiter, decimal=self.decimal, encoding=self.encoding
         )
 
     def stated(self) -> dict[str, Any]:

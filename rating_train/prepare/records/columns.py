@@ -33,12 +33,13 @@ def columns_or_check(
         UserError: columns are missing; names them, the sentence begins with ``what``.
     """
     if reading.is_native:
-        return _paper_columns(header, source, reading.rated, what)
+        return _paper_columns(header, source, reading, what)
     reading.check(header, source, what)
     return None
 
 
-def _paper_columns(header: Sequence[str], source: str, rated: bool, what: str) -> dict[str, int]:
+def _paper_columns(header: Sequence[str], source: str, reading: Reading, what: str) -> dict[str, int]:
+    rated = reading.rated
     columns: dict[str, int] = {}
     for field, names in _CSV_COLUMNS.items():
         found = [header.index(name) for name in names if name in header]
@@ -53,7 +54,7 @@ def _paper_columns(header: Sequence[str], source: str, rated: bool, what: str) -
             "listings without ratings can be neither trained on nor scored. Columns of other names: --map "
             "rating=score rating_count=votes; without any count: --map rating_count="
         )
-    if not {"title", "description", "features"} & columns.keys():
+    if reading.needs_text and not {"title", "description", "features"} & columns.keys():
         missing.append("title, description or features")
     if missing:
         raise UserError(

@@ -35,6 +35,7 @@ class Reading:
     Attributes:
         task: names the columns.
         rated: whether targets and weights are looked at; if not, every record is an item to score.
+        needs_text: whether a source must have columns of the task's fields.
         unrated: what becomes of a record without a target: it is dropped, or kept for the split ``predict``.
         delimiter, decimal, encoding: of CSV files; "" is found out.
         shown: whether what is found out, and the columns that are not read, are logged.
@@ -42,6 +43,7 @@ class Reading:
 
     task: Task = PAPER
     rated: bool = True
+    needs_text: bool = True
     unrated: Literal["drop", "predict"] = "drop"
     delimiter: str = ""
     decimal: str = ""
@@ -55,7 +57,9 @@ class Reading:
 
     def recorded(self) -> dict[str, Any]:
         """Return what decides the result; nothing of the default, so that older builds keep their fingerprint."""
-        return {} if self == Reading() else {"reading": dataclasses.asdict(self)}
+        if self == Reading():
+            return {}
+        return {"reading": {k: v for k, v in dataclasses.asdict(self).items() if k != "needs_text"}}
 
     def missing(self, header: Sequence[str]) -> list[str]:
         """Return what a source with these columns lacks, each with the nearest name."""
@@ -65,13 +69,14 @@ class Reading:
             wanted += [("target.column", task.target.column)] + (
                 [("weight", task.weight)] if task.weight else []
             )
-        for field in task.fields:
+        fields = task.fields if self.needs_text else []
+        for field in fields:
             wanted += [(f"field {field.name}", column) for column in field.columns]
         problems = [
             f"{what}: {name!r}{_near(name, header)}" for what, name in wanted if not _find(header, name)
         ]
-        own = [f.name for f in task.fields if not f.columns]
-        if own and not any(_find(header, name) for name in own) and not any(f.columns for f in task.fields):
+        own = [f.name for f in fields if not f.columns]
+        if own and not any(_find(header, name) for name in own) and not any(f.columns for f in fields):
             problems.append(f"fields: none of {', '.join(map(repr, own))}{_near(own[0], header)}")
         return problems
 
