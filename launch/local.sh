@@ -7,6 +7,7 @@ usage() {
 usage: launch/local.sh [-n N] train CONFIG [--set A.B=V]... [--resume auto|never|must|PATH]
        launch/local.sh [-n N] evaluate RUN [--checkpoint best|latest|STEP] [--split SPLIT] [--set A.B=V]...
        launch/local.sh [-n N] predict RUN --source FILE... --images DIR --out FILE
+       launch/local.sh [-n N] features|bench CONFIG [--set A.B=V]...
 
 Runs `rating-train VERB ...` in N processes on this machine, with torchrun.
 
@@ -46,7 +47,7 @@ done
 
 verb="${1:-}"
 case "$verb" in
-    train) what="configuration file" ;;
+    train | features | bench) what="configuration file" ;;
     evaluate | predict) what="run directory" ;;
     "") die_early "no verb given: train, evaluate or predict (launch/local.sh --help)" ;;
     *.yaml | *.yml) die_early "no verb given; for this file: launch/local.sh train $verb" ;;
@@ -61,7 +62,7 @@ subject="${1:-}"
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
 rt_read_config "$subject" "$@"
-rt_traces "$RT_RUN"
+case "$verb" in features | bench) ;; *) rt_traces "$RT_RUN" ;; esac # those have no run directory
 
 if [[ -z "$ranks" ]]; then
     ranks="$(rt_gpus)"

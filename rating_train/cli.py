@@ -39,6 +39,7 @@ VERBS = {
     "demo": "make the demo catalogue and a tiny model",
     "prepare": "turn a catalogue and its images into shards",
     "verify": "check every byte of a dataset",
+    "features": "store what a frozen vision tower computes, once",
     "train": "train a regressor (under torchrun, Slurm, or alone)",
     "evaluate": "score a model on a split: metrics, intervals, CES",
     "compare": "which run is better on the same items, by how much",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from rating_train.bench.features import measure_features
 from rating_train.bench.limits import decode_rate, matrix_flops, seconds_of, synchronize
 from rating_train.bench.result import Row
 from rating_train.checkpoint.state import TrainState
@@ -23,7 +24,7 @@ from rating_train.training.job import Job
 from rating_train.training.meters import Work, WorkCounter
 from rating_train.training.recording import Recorder
 
-PARTS = ("loader", "forward", "step", "train")
+PARTS = ("loader", "forward", "step", "train", "features")
 #: What of a step is the model's own work; the rest is spent around it.
 _MODEL = ("forward", "backward")
 
@@ -165,6 +166,10 @@ class Bench:
         rows += self._split("train", lambda: self._train(state, None), count)
         rows.append(Row("train", "pause of a save", 1000 * pause, "ms/save", larger_is_better=False))
         return rows
+
+    def features(self) -> list[Row]:
+        """Take steps on stored visual tokens, against the same steps on images."""
+        return measure_features(self.job, self.batches(), self._take, self.rounds)
 
     # --- what they share
 

@@ -18,7 +18,7 @@ class Row:
     """One figure.
 
     Attributes:
-        part: loader, forward, step or train.
+        part: loader, forward, step, train, or one that is measured where it is asked for.
         name: what was measured.
         value: the median of the rounds.
         unit: of the value and of the limit.

@@ -51,6 +51,12 @@ class DataConfig:
         "Items whose shards each DataLoader worker fetches ahead; 0 takes 8 batches. Only with `remote`.",
         low=0,
     )
+    features: str = setting(
+        "",
+        "Directory made by `rating-train features CONFIG --out DIR`: training and its evaluations read the visual "
+        "tokens of `path` from there in place of its images, and run the decoder alone. Needs `model.freeze: [vision, "
+        "connector]`; refused where the data or the weights are not those that it was made from.",
+    )
     verify: Literal["first_read", "size"] = setting(
         "first_read",
         "Check the hash of each shard before the first step that reads it (about 3.5 GB/s from memory; the ranks "

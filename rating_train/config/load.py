@@ -198,6 +198,31 @@ _RULES = (
         "`data.tiling_px` is {c.data.tiling_px}, expected a multiple of `data.image_px` {c.data.image_px}, or 0",
     ),
     Rule(
+        "data.features data.sources data.remote",
+        lambda c: not c.data.features or not (c.data.sources or c.data.remote),
+        "`data.features` are of one dataset on this machine, expected neither `data.sources` nor `data.remote`",
+    ),
+    Rule(
+        "data.features data.tiling_px",
+        lambda c: not c.data.features or not c.data.tiling_px,
+        "`data.features` holds the visual tokens of one square, expected `data.tiling_px` 0",
+    ),
+    Rule(
+        "data.features model.freeze",
+        lambda c: not c.data.features or {"vision", "connector"} <= set(c.model.freeze),
+        "`data.features` needs `model.freeze` with vision and connector: what is trained has no fixed output",
+    ),
+    Rule(
+        "data.features model.inputs",
+        lambda c: not c.data.features or "image" in c.model.inputs,
+        "`data.features` is given, and `model.inputs` has no image",
+    ),
+    Rule(
+        "data.features zero.stage",
+        lambda c: not c.data.features or c.zero.stage < 3,
+        "`data.features` needs `zero.stage` 0, 1 or 2: stage 3 divides the frozen weights, which are compared",
+    ),
+    Rule(
         "model.init_parts",
         lambda c: c.model.init_parts and set(c.model.init_parts) <= set(PARTS),
         f"`model.init_parts` is {{c.model.init_parts}}, expected at least one of {', '.join(PARTS)}",

@@ -41,6 +41,7 @@ class Batch:
     ids: list[str]
     categories: list[str]
     #: (B, 3, S, S) uint8; S is 0 where the model reads no images. With tiling (B, M, 3, S, S), M the most of an item.
+    #: With `data.features` (B, V, D), the visual tokens, in the dtype that they were computed in.
     images: Tensor
     input_ids: Tensor  # (B, T) int64
     used_tokens: Tensor  # (B,) int64: tokens before the padding
@@ -136,12 +137,12 @@ class Collator:
             samples, prompts = [samples[i] for i in places], [prompts[i] for i in places]
         lengths = [p.used for p in prompts]
         images = new_images(len(samples), *self._image_shape)
-        for image, s in zip(images, samples if self.image_px else ()):
+        for image, s in zip(images, samples if images.numel() else ()):
             self._fill(image, s)
         return Batch(
             ids=[s["id"] for s in samples],
             categories=[s.get("main_category", "") for s in samples],
-            images=images,
+            images=self._as_model_input(images),
             input_ids=torch.from_numpy(np.stack([p.ids for p in prompts])),
             used_tokens=torch.tensor(lengths, dtype=torch.int64),
             ratings=torch.tensor([float(s["rating"]) for s in samples], dtype=torch.float32),
@@ -161,6 +162,10 @@ class Collator:
 
     def _encode(self, samples: Sequence[Mapping[str, Any]]) -> list[EncodedPrompt]:
         return self.prompt.encode_all(samples)
+
+    def _as_model_input(self, images: Tensor) -> Tensor:
+        """Return the filled images as the model reads them, without a copy."""
+        return images
 
     def _fill(self, image: Tensor, sample: Mapping[str, Any]) -> None:
         """Decode a sample's image into its place, (3, S, S) uint8."""

@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader
 from rating_train.config.resolve import source_shares
 from rating_train.config.schema import DataConfig, SourceConfig
 from rating_train.data.collate import Batch, Collator
+from rating_train.data.features.collate import collator_of
+from rating_train.data.features.identity import check_features, features_of, refuse_features
 from rating_train.data.mixed_dataset import MixedDataset
 from rating_train.data.mixture import Mixture, mixed_epoch, source_seed
 from rating_train.data.order import FirstReads, Ids, SampleOrder, evaluation_batches, rank_part
@@ -25,7 +27,6 @@ from rating_train.data.prompt import PromptEncoder
 from rating_train.data.remote import Source
 from rating_train.data.shuffle import shuffled_epoch
 from rating_train.data.streaming_dataset import Request, SplitDataset, fetch_split
-from rating_train.data.tiling.collate import make_collator
 from rating_train.distributed.collectives import all_gather, on_main
 from rating_train.distributed.world import World
 from rating_train.errors import UserError
@@ -40,7 +41,7 @@ CPU = torch.device("cpu")
 _AHEAD_BATCHES = 8  # of a DataLoader worker, whose shards are fetched ahead where nothing else is asked for
 
 #: One batch of this rank: its sample ids, and the shards that this rank has to check before it reads them.
-_Row = tuple[Ids, Sequence[int]]
+Row = tuple[Ids, Sequence[int]]
 
 
 @dataclass
@@ -68,7 +69,7 @@ class OpenSplit:
     def __post_init__(self) -> None:
         self.first_reads = FirstReads(self.dataset.samples_per_shard, self.world.rank, self.sharers)
 
-    def rows(self, batches: Ids) -> Iterator[_Row]:
+    def rows(self, batches: Ids) -> Iterator[Row]:
         """Yield this rank's part of global batches, (K, G) sample ids, of which it keeps no more than that part."""
         checks = self.first_reads.of(batches, self.world.size)
         mine = rank_part(batches, self.world.rank, self.world.size)
@@ -102,9 +103,11 @@ class TrainingData:
 
         The number of completed steps is all the state there is: a resumed run calls this with it.
         """
-        return _load(self.split, self._rows(first_step, last_step), last_step - first_step, self.rank_items)
+        return load_rows(
+            self.split, self._rows(first_step, last_step), last_step - first_step, self.rank_items
+        )
 
-    def _rows(self, first_step: int, last_step: int) -> Iterator[_Row]:
+    def _rows(self, first_step: int, last_step: int) -> Iterator[Row]:
         for step, end in self.order.segments(first_step, last_step):
             rows = self.split.rows(self.order.batches(step, end))
             if end < last_step:
@@ -123,7 +126,7 @@ class EvaluationData:
     def batches(self) -> Generator[Batch, None, None]:
         """Yield this rank's batches; the last ones may repeat the last sample (see ``evaluation_batches``)."""
         every = evaluation_batches(self.samples, 0, 1, self.split.world.size * self.rank_items)
-        return _load(self.split, self.split.rows(every), len(every), self.rank_items)
+        return load_rows(self.split, self.split.rows(every), len(every), self.rank_items)
 
 
 def open_training(
@@ -162,13 +165,9 @@ def open_training(
         _alike(lambda: refuse_unlike(paths, manifests))
         _alike(lambda: mixture.refuse_tiny_shares(paths))
         epoch_ids = functools.partial(mixed_epoch, mixture, passes)
-    collator = make_collator(prompt, _model_px(config, prompt), config.tiling_px, by_length)
+    collator = collator_of(config, sources[0], prompt, by_length)
     split = _readable(dataset, config, collator, world, device)
     return TrainingData(split, SampleOrder(len(dataset), global_items, epoch_ids), rank_items, manifests)
-
-
-def _model_px(config: DataConfig, prompt: PromptEncoder) -> int:
-    return config.image_px if prompt.words.image else 0
 
 
 def _passes(part: SplitDataset, config: DataConfig, number: int) -> Callable[[int], Ids]:
@@ -194,7 +193,7 @@ def open_evaluation(
 ) -> EvaluationData:
     """Check and open a split for evaluation on ``device``. A collective. ``max_items`` 0 takes the complete split."""
     _, dataset = _open(config, config.eval_source, split, world)
-    collator = make_collator(prompt, _model_px(config, prompt), config.tiling_px)
+    collator = collator_of(config, config.eval_source, prompt)
     opened = _readable(dataset, config, collator, world, device)
     samples = len(dataset)
     if max_items and max_items < samples:
@@ -208,11 +207,15 @@ def _open(
 ) -> tuple[dict[str, Any], SplitDataset]:
     """Check a split, or fetch its index from the remote, and open it: (manifest, dataset). A collective."""
     source = Source(where.path, where.remote, where.cache_limit_mb << 20)
-    if source.remote:
+    if features_of(config, where) is not None:
+        source = Source(config.features)
+        manifest = on_main(lambda: check_features(config, split))
+    elif source.remote:
         fetched = _on_node_leaders(lambda: fetch_split(source, split), world)
         manifest = on_main(lambda: fetched or {})
     else:
         manifest = on_main(lambda: check_split(source.path, split))
+        _alike(lambda: refuse_features(source.path, manifest))
     return manifest, _alike(lambda: SplitDataset(source, split))
 
 
@@ -263,7 +266,7 @@ def _on_node_leaders(action: Callable[[], dict[str, Any]], world: World) -> dict
 
 
 def _requests(
-    dataset: SplitDataset | MixedDataset, rows: Iterable[_Row], workers: int, ahead: int
+    dataset: SplitDataset | MixedDataset, rows: Iterable[Row], workers: int, ahead: int
 ) -> Iterator[Request]:
     """Yield a request for each row, which names the shards of the next ``ahead`` rows of the same worker."""
     rows, stride = iter(rows), max(1, workers)
@@ -275,8 +278,8 @@ def _requests(
         yield Request(ids, check, list(dict.fromkeys(chain.from_iterable(coming))))
 
 
-def _load(split: OpenSplit, rows: Iterable[_Row], count: int, items: int) -> Generator[Batch, None, None]:
-    """Read ``count`` rows of ``items`` ids as so many batches, through ``data.workers`` processes."""
+def load_rows(split: OpenSplit, rows: Iterable[Row], count: int, items: int) -> Generator[Any, None, None]:
+    """Read ``count`` rows of ``items`` ids as what the collator makes of them, through ``data.workers`` processes."""
     config = split.config
     workers = min(config.workers, count)
     ahead = -(-config.predownload_items // items) or _AHEAD_BATCHES

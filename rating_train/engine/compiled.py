@@ -56,8 +56,7 @@ def compile_model(
 def warm_up(
     model: RatingRegressor,
     lengths: Sequence[int],
-    items: int,
-    image_px: int,
+    images: Tensor,
     autocast: bool,
     before: Callable[[int], None],
 ) -> None:
@@ -68,15 +67,14 @@ def warm_up(
     Args:
         model: on its device, in the dtype that it trains in.
         lengths: in tokens.
-        items: of a micro-batch.
-        image_px: side of an image, in pixels.
+        images: of a micro-batch, of the shape and dtype of every step's.
         autocast: whether the run's forward pass runs under bf16 autocast (ZeRO stage 0).
         before: called before each length, with it.
     """
     model.train()
     device = next(model.parameters()).device
     trained = [p for p in model.parameters() if p.requires_grad]
-    images = torch.zeros(items, 3, image_px, image_px, dtype=torch.uint8, device=device)
+    items = len(images)
     keys = torch.zeros(items, dtype=torch.int64, device=device)
     full = torch.zeros(items, max(lengths), dtype=torch.int64, device=device)
     for length in sorted(lengths, reverse=True):

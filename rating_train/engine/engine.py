@@ -126,8 +126,16 @@ class Engine:
         if config.train.compile == "none" or not self.lengths:
             return
         autocast = config.train.precision == "bf16" and config.zero.stage == 0
-        items = self.plan.micro_items
-        warm_up(self.model, self.lengths, items, config.model_px, autocast, before)
+        warm_up(self.model, self.lengths, self._blank_images(), autocast, before)
+
+    def _blank_images(self) -> Tensor:
+        """Return images of a micro-batch, or the visual tokens that stand for them (`data.features`): all zero."""
+        items, px = self.plan.micro_items, self.config.model_px
+        if not self.config.data.features:
+            return torch.zeros(items, 3, px, px, dtype=torch.uint8, device=self.device)
+        dtype = torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
+        width = self.model.head.inner.in_features
+        return torch.zeros(items, self.model.visual_tokens, width, dtype=dtype, device=self.device)
 
     def read_skipped(self, wait: bool) -> list[bool]:
         """Tell which steps since the last answer were skipped, on every rank alike, for a non-finite gradient.

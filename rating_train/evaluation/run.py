@@ -93,6 +93,8 @@ def evaluate_model(path: Path, config: Config, options: EvaluateOptions) -> dict
     split = options.split or config.data.eval_split
     world, device = setup.join_job(wanted=config.train.device)
     trained = on_main(lambda: _find(path, config, options))
+    # Of the pixels, whatever the training read: features are of its weights alone.
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, features=""))
     if options.data:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, eval_path=options.data))
     log.info("evaluating %s on %s of %s", trained.folder, split, config.data.eval_source.path)

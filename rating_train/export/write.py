@@ -224,6 +224,7 @@ def without_paths(config: Config) -> Config:
         remote="",
         cache_limit_mb=0,
         predownload_items=0,
+        features="",
     )
     model = dataclasses.replace(
         config.model, backbone=last(config.model.backbone), tokenizer=last(config.model.tokenizer)

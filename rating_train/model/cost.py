@@ -65,6 +65,14 @@ class ForwardCost:
         """Count the operations of one forward pass in ``convention``."""
         return sum(self.by_part(convention).values())
 
+    def without(self, *parts: str) -> ForwardCost:
+        """Return the same forward pass where these parts do not run."""
+        linear, attention = (
+            {name: 0 if name in parts else macs for name, macs in counts.items()}
+            for counts in (self.linear_macs, self.attention_macs)
+        )
+        return ForwardCost(linear, attention)
+
     def totals(self) -> dict[str, float]:
         """Count the operations of one forward pass in every convention."""
         return {convention: self.total(convention) for convention in CONVENTIONS}

@@ -73,7 +73,8 @@ class RatingRegressor(nn.Module):
         """Rate a batch.
 
         Args:
-            images: (B, 3, S, S) uint8; of tiled images (B, M, 3, S, S), the last ones of an item unused. Not looked
+            images: (B, 3, S, S) uint8; of tiled images (B, M, 3, S, S), the last ones of an item unused; or the
+                visual tokens themselves, (B, V, D) of :meth:`encode_images`, which runs the decoder alone. Not looked
                 at by a model without a vision tower.
             input_ids: (B, T) int64, padded on the right; visual tokens replace the V placeholders that begin at
                 ``image_start``, or with tiling all placeholders, in order.
@@ -87,12 +88,16 @@ class RatingRegressor(nn.Module):
         if images.ndim == 5:
             merged = self._merge_tiles(images, input_ids, merged)
         elif self.visual_tokens:
-            visual = self.family.encode_images(self.backbone, images, self.positions)  # (B, V, D)
+            visual = images if images.ndim == 3 else self.encode_images(images)  # (B, V, D)
             start, end = self.image_start, self.image_start + self.visual_tokens
             merged = torch.cat([merged[:, :start], visual.to(merged.dtype), merged[:, end:]], dim=1)
         hidden = self.family.decode(self.backbone, merged)
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             return self.head(masked_mean(hidden, used_tokens), dropout_keys)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Encode squares, (B, 3, S, S) uint8, as visual tokens (B, V, D) in the dtype of the computation."""
+        return self.family.encode_images(self.backbone, images, self.positions)
 
     def _merge_tiles(self, images: Tensor, input_ids: Tensor, text: Tensor) -> Tensor:
         """Return the embeddings (B, T, D) in which the n-th placeholder of an item is its n-th visual token.

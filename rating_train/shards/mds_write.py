@@ -38,6 +38,11 @@ def encode_sample(listing: Listing, image: bytes, columns: Mapping[str, str] = M
         **listing.texts,
     }
     own |= {"rating": listing.rating, "rating_count": listing.rating_count}
+    return encode_values(own, columns)
+
+
+def encode_values(own: Mapping[str, Any], columns: Mapping[str, str]) -> bytes:
+    """Encode one sample, column -> value."""
     values: list[bytes] = []
     sizes: list[int] = []
     for name in sorted(columns):

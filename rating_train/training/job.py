@@ -21,6 +21,7 @@ from rating_train.config.resolve import (
     total_steps,
 )
 from rating_train.config.schema import PARTS, Config
+from rating_train.data.features.identity import refuse_other_weights
 from rating_train.data.lengths import possible_lengths
 from rating_train.data.loader import EvaluationData, TrainingData, open_evaluation, open_training
 from rating_train.distributed.collectives import on_main
@@ -33,6 +34,7 @@ from rating_train.scoring.metrics import LARGER_IS_BETTER
 from rating_train.shards.task import check_manifests
 from rating_train.training import setup
 from rating_train.training.checks import check_batch_fits
+from rating_train.weights.fingerprint import tower_fingerprint
 from rating_train.weights.warm_start import find_source, warm_start
 
 log = logging.getLogger(__name__)
@@ -130,7 +132,7 @@ def assemble_job(
         config.data, prompt, world, config.data.eval_split, eval_items, config.eval.max_items, device
     )
     check_manifests(config, dict(zip((s.path for s in config.data.train_sources), data.manifests)))
-    model, warm = _build_model(config, model_inputs, fresh=resumed_from is None)
+    model, warm = build_model(config, model_inputs, fresh=resumed_from is None)
     layout = prompt.layout
     shortest = layout.length - prompt.field_budget  # the template alone
     lengths = possible_lengths(shortest, layout.length, config.batch.length_multiple_tokens)
@@ -156,7 +158,7 @@ def assemble_job(
     )
 
 
-def _build_model(
+def build_model(
     config: Config, inputs: setup.ModelInputs, fresh: bool
 ) -> tuple[RatingRegressor, dict[str, Any] | None]:
     """Build the model; of a fresh start, with the weights that ``model.init_from`` gives it, and what they were."""
@@ -172,6 +174,18 @@ def _build_model(
         own, inputs.architecture, config.model_px, start, config.train.seed, config.task.target
     )
     return model, warm_start(model, source, own.init_parts) if source is not None else None
+
+
+def check_features(job: Job) -> None:
+    """Refuse `data.features` that other weights than the job's computed. A collective, after :func:`restore`.
+
+    Raises:
+        UserError: on all ranks.
+    """
+    data = job.config.data
+    if data.features:
+        dtype = "bfloat16" if job.config.train.precision == "bf16" else "float32"
+        on_main(lambda: refuse_other_weights(data.features, tower_fingerprint(job.engine.model), dtype))
 
 
 def restore(job: Job, path: Path | None) -> TrainState:

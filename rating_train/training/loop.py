@@ -34,7 +34,7 @@ from rating_train.training.checks import (
     warn_of_missing_cores,
 )
 from rating_train.training.evaluation import evaluate
-from rating_train.training.job import Job, assemble_job, open_checkpoints, restore
+from rating_train.training.job import Job, assemble_job, check_features, open_checkpoints, restore
 from rating_train.training.provenance import record_start
 from rating_train.training.recording import Recorder
 from rating_train.training.saver import Saver
@@ -69,6 +69,7 @@ def train(config: Config, resume: str) -> str:
         path = checkpointer.find(resume)
         job = assemble_job(config, run, world, device, checkpointer, path, custom_loss)
         state = restore(job, path)
+        check_features(job)
         on_main(lambda: record(job, state, path))
         warm_up(job, state, supervisor)
         with Recorder(job, state) as recorder:

@@ -54,9 +54,10 @@ def flops_by_length(architecture: Architecture, config: Config) -> Callable[[int
 
     @functools.cache
     def flops(tokens: int) -> float:
-        return training_flops(
-            count_forward(architecture, config.model_px, tokens, data.tiles_per_side), config.model.freeze
-        )
+        forward = count_forward(architecture, config.model_px, tokens, data.tiles_per_side)
+        if data.features:
+            forward = forward.without("vision", "connector")
+        return training_flops(forward, config.model.freeze)
 
     return flops
 

@@ -28,7 +28,7 @@ LAYERS: dict[int, str] = {
     3: "prepare data model demo",
     4: "engine weights",
     5: "training",
-    6: "reports cluster prediction evaluation export bench",
+    6: "reports cluster prediction evaluation export bench features",
     7: "commands",
     8: "cli __main__",
 }
@@ -73,7 +73,7 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
 TORCH_FREE = (
     "cli errors files log processes run_dir commands. config. demo. prepare. reports. resilience.run_lock "
     "scoring. shards. cluster.site cluster.submission checkpoint.store data.remote data.shard_cache "
-    "data.lengths data.shared_memory_need model.architecture model.cost distributed.gpus "
+    "data.lengths data.features.identity data.shared_memory_need model.architecture model.cost distributed.gpus "
     "training.provenance export.options prediction.options prediction.output prediction.rows prediction.work_dir "
     "bench.result evaluation.baselines evaluation.gate evaluation.stored evaluation.text model.accounting "
 ).split()

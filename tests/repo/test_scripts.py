@@ -85,6 +85,7 @@ def refuses(fake: FakePython, script: str, arguments: list[str], message: str) -
         (["-n", "0", "train", "configs/demo_cpu.yaml"], "-n is '0'"),
         (["-n", "two", "train", "configs/demo_cpu.yaml"], "-n is 'two'"),
         (["--gpus", "2", "train", "configs/demo_cpu.yaml"], "unknown option --gpus"),
+        (["bench"], "the first argument of bench is its configuration file"),
         (["train"], "the first argument of train is its configuration file"),
         (["train", "--set", "a=b"], "the first argument of train is its configuration file"),
         (["train", "configs/none.yaml"], "configuration file not found: configs/none.yaml"),

@@ -335,6 +335,28 @@ def test_settings_that_exclude_each_other() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"freeze": ["vision"]}}, "needs `model.freeze` with vision and connector"),
+        ({"data": {"remote": "s3://a/b"}}, "expected neither `data.sources` nor `data.remote`"),
+        ({"data": {"sources": [{"path": "a"}], "path": ""}}, "expected neither `data.sources`"),
+        ({"data": {"tiling_px": 768}}, "expected `data.tiling_px` 0"),
+        ({"model": {"inputs": ["text"], "freeze": ["vision", "connector"]}}, "`model.inputs` has no image"),
+        ({"zero": {"stage": 3}}, "`data.features` needs `zero.stage` 0, 1 or 2"),
+    ],
+)
+def test_what_features_do_not_go_with(sections: dict[str, Any], message: str) -> None:
+    base: dict[str, dict[str, Any]] = {
+        "data": {"features": "f"},
+        "model": {"freeze": ["vision", "connector"]},
+    }
+    config_from_dict(base)
+    assert message in problem(
+        **{name: {**base.get(name, {}), **sections.get(name, {})} for name in {*base, *sections}}
+    )
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "../up", ".hidden"])
 def test_a_name_that_is_no_folder(name: str) -> None:
     assert "expected a plain folder name" in problem(name=name)

@@ -1,0 +1,1 @@
+"""Store the visual tokens of a frozen vision tower once, so that training runs the decoder alone."""
