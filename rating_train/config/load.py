@@ -265,6 +265,11 @@ _RULES = (
         "`train.compile` is {c.train.compile}, which knows one image for each item: with tiles it must be none",
     ),
     Rule(
+        "zero.communication_dtype train.precision",
+        lambda c: c.zero.communication_dtype == "fp32" or c.train.precision == "bf16",
+        "`zero.communication_dtype` is bf16, which needs `train.precision` bf16",
+    ),
+    Rule(
         "zero.stage zero.offload_optimizer",
         lambda c: c.zero.stage > 0 or not c.zero.offload_optimizer,
         "`zero.offload_optimizer` needs `zero.stage` 1, 2 or 3",

@@ -35,8 +35,8 @@ def build_ds_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
         "fp16": {"enabled": False},
         "torch_autocast": {"enabled": bf16 and stage == 0, "dtype": "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
-        # Reduce in the dtype of the accumulation: a bf16 sum over many ranks loses small gradients.
-        "communication_data_type": "fp32",
+        # By default in the dtype of the accumulation: a bf16 sum over many ranks loses small gradients.
+        "communication_data_type": config.zero.communication_dtype,
         "zero_optimization": _zero(config),
         # The tag is a constant: to compare it over ranks costs two collectives at every save.
         "checkpoint": {"tag_validation": "Ignore"},

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rating_train.config.lr_schedule import lr_factor
 from rating_train.config.resolve import BatchPlan
-from rating_train.config.schema import Config
+from rating_train.config.schema import Config, ZeroConfig
 from rating_train.data.collate import Batch
 from rating_train.distributed.groups import connect_groups, limit_collectives
 from rating_train.engine.clipping import Guarded
@@ -224,17 +224,18 @@ def build_engine(
     connect_groups(device)
     _decide_by_the_norm(ds.optimizer)
     check_fp32_buffers(ds.module)
-    buckets = _own_reduction(ds, config.zero.bucket_mb) if config.zero.stage == 0 else None
+    buckets = _own_reduction(ds, config.zero) if config.zero.stage == 0 else None
     return Engine(ds, groups, config, plan, device, custom_loss, buckets, lengths=tuple(lengths))
 
 
-def _own_reduction(ds: Any, bucket_mb: int) -> GradientBuckets:
+def _own_reduction(ds: Any, zero: ZeroConfig) -> GradientBuckets:
     """Put the gradients of stage 0 into buckets that are averaged during the backward pass, in place of DeepSpeed's.
 
     DeepSpeed averages them afterwards, through copies. What is switched off here is the reduction alone.
     """
     trained = [p for p in ds.module.parameters() if p.requires_grad]
-    buckets = GradientBuckets(trained, bucket_mb * 2**20)
+    dtype = torch.bfloat16 if zero.communication_dtype == "bf16" else None
+    buckets = GradientBuckets(trained, zero.bucket_mb * 2**20, dtype)
     ds.enable_backward_allreduce = False
     ds.zero_grad = buckets.zero  # DeepSpeed's own drops the gradients, and with them the views
     ds.optimizer.buckets = buckets

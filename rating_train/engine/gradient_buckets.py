@@ -25,17 +25,23 @@ class GradientBuckets:
             buckets are filled from the end.
         bucket_bytes: smallest size at which a bucket is closed; a larger one overlaps less, a smaller one takes more
             collectives.
+        sent_as: dtype in which a bucket is sent and summed; ``None`` for its own. What is left in the bucket has the
+            bucket's dtype.
 
     All ranks must build it from the same parameters. The buckets are sent in one fixed order, whatever the order in
     which a rank completes them, so that the collectives of the ranks always match.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], bucket_bytes: int) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], bucket_bytes: int, sent_as: torch.dtype | None = None
+    ) -> None:
         self.flats: list[Tensor] = []
+        self._sent_as = sent_as
         #: Of each bucket, gradients that the current backward pass has not completed.
         self._missing: list[int] = []
         self._sizes: list[int] = []
-        self._works: list[Any] = []
+        #: Of each bucket that was sent, what to wait for, and the tensor that is summed.
+        self._works: list[tuple[Any, Tensor]] = []
         self._active = False
         self._ranks = dist.get_world_size() if dist.is_initialized() else 1
         for members in _partition(list(parameters), bucket_bytes):
@@ -69,19 +75,23 @@ class GradientBuckets:
     def _send(self) -> None:
         flat = self.flats[len(self._works)]
         if self._ranks == 1:
-            self._works.append(None)
-        else:
-            self._works.append(dist.all_reduce(flat, async_op=True))
+            self._works.append((None, flat))
+            return
+        sent = flat.to(self._sent_as or flat.dtype)  # itself, where it has the dtype
+        self._works.append((dist.all_reduce(sent, async_op=True), sent))
 
     def finish(self) -> None:
         """Wait for the averages. Buckets with a parameter that got no gradient on this rank are sent now."""
         self._active = False
         while len(self._works) < len(self.flats):
             self._send()
-        for work, flat in zip(self._works, self.flats):
+        for (work, sent), flat in zip(self._works, self.flats):
             if work is not None:
                 work.wait()
+                if sent is not flat:
+                    flat.copy_(sent)
                 flat.div_(self._ranks)
+        self._works = []  # and the copies that were sent
 
     def zero(self) -> None:
         """Set all gradients to zero; they stay views of the buckets."""

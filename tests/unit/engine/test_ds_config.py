@@ -71,6 +71,13 @@ def test_bf16_is_master_weights_under_zero_and_autocast_at_stage_0(stage: int) -
         assert ds["data_types"]["grad_accum_dtype"] == ds["communication_data_type"] == "fp32"
 
 
+def test_gradients_are_sent_in_bf16_and_accumulated_in_fp32_where_that_is_asked_for() -> None:
+    ds = build_ds_config(config_from_dict({"zero": {"stage": 1, "communication_dtype": "bf16"}}), PLAN)
+    assert (ds["communication_data_type"], ds["data_types"]["grad_accum_dtype"]) == ("bf16", "fp32")
+    with pytest.raises(UserError, match=r"needs `train\.precision` bf16"):
+        config_from_dict({"zero": {"communication_dtype": "bf16"}, "train": {"precision": "fp32"}})
+
+
 def test_a_bucket_of_mib_is_counted_in_bf16_elements() -> None:
     zero = build_ds_config(config(2, zero={"bucket_mb": 50}), PLAN)["zero_optimization"]
     assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == 50 * 1024 * 1024 // 2
