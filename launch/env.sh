@@ -4,7 +4,7 @@
 # Sets   PYTHON             the interpreter to use, in this order: RATING_TRAIN_PYTHON, the active virtual
 #                           environment, .venv of this checkout, python3 (then python3.12, 3.11, 3.10)
 #        RATING_TRAIN_ROOT  this checkout; it is put first in PYTHONPATH, so its code is what runs
-# Gives  rt_install, rt_cores, rt_threads, rt_gpus, rt_read_config, rt_check_cores, rt_traces, rt_say, rt_die
+# Gives  rt_install, rt_cores, rt_threads, rt_gpus, rt_read_config, rt_check_cores, rt_traces, rt_start, rt_say, rt_die
 #
 # Every variable that is set already is left as it is.
 
@@ -163,6 +163,20 @@ rt_check_cores() {
 rt_traces() {
     mkdir -p -- "$1/logs"
     export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE:-$(cd -- "$1/logs" && pwd)/nccl_trace_rank_}"
+}
+
+# rt_start PROCESSES DEFAULT SUBJECT [WORDS...]: all that comes before torchrun on a machine: read the configuration, choose
+# the number of processes (PROCESSES; where that is empty one per GPU, and DEFAULT without GPUs) and their threads. Sets
+# RT_PROCESSES beside what rt_read_config sets.
+rt_start() {
+    RT_PROCESSES="$1"
+    local default="$2"
+    shift 2
+    rt_read_config "$@"
+    [[ -n "$RT_PROCESSES" ]] || RT_PROCESSES="$(rt_gpus)"
+    ((RT_PROCESSES > 0)) || RT_PROCESSES="$default"
+    rt_threads "$RT_PROCESSES"
+    rt_check_cores "$(($(rt_cores) / RT_PROCESSES))" "start fewer processes (-n)"
 }
 
 rt_pick_python

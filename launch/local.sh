@@ -61,14 +61,7 @@ subject="${1:-}"
 # shellcheck source=launch/env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
-rt_read_config "$subject" "$@"
+rt_start "$ranks" 2 "$subject" "$@"
 case "$verb" in features | bench) ;; *) rt_traces "$RT_RUN" ;; esac # those have no run directory
-
-if [[ -z "$ranks" ]]; then
-    ranks="$(rt_gpus)"
-    ((ranks > 0)) || ranks=2
-fi
-rt_threads "$ranks"
-rt_check_cores "$(($(rt_cores) / ranks))" "start fewer processes (-n)"
-exec "$PYTHON" -m rating_train.distributed.launcher "$RT_RUN" --standalone --nproc-per-node "$ranks" \
+exec "$PYTHON" -m rating_train.distributed.launcher "$RT_RUN" --standalone --nproc-per-node "$RT_PROCESSES" \
     -m rating_train "$verb" "$@"

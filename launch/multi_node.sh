@@ -82,20 +82,14 @@ subject="${1:-}"
 # shellcheck source=launch/env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
-rt_read_config "$subject" "$@"
+rt_start "$processes" 1 "$subject" "$@"
 rt_traces "$RT_RUN"
-if [[ -z "$processes" ]]; then
-    processes="$(rt_gpus)"
-    ((processes > 0)) || processes=1
-fi
-rt_threads "$processes"
-rt_check_cores "$(($(rt_cores) / processes))" "start fewer processes (-n)"
 # Only machine 0 hosts the rendezvous, even where torchrun cannot tell from the name that it is machine 0.
 is_host=0
 if ((rank == 0)); then
     is_host=1
     address="${address:-$host}"
 fi
-exec "$PYTHON" -m rating_train.distributed.launcher "$RT_RUN" --nnodes "$nodes" --nproc-per-node "$processes" \
+exec "$PYTHON" -m rating_train.distributed.launcher "$RT_RUN" --nnodes "$nodes" --nproc-per-node "$RT_PROCESSES" \
     --rdzv-backend c10d --rdzv-endpoint "$host:$port" --rdzv-id "rating_train" --rdzv-conf "is_host=$is_host" \
     ${address:+--local-addr "$address"} --max-restarts "$restarts" -m rating_train "$verb" "$@"

@@ -240,9 +240,9 @@ def _write_and_rename(path: Path, content: bytes) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException:  # left in a checkpoint, it would be a file that nobody described
         with contextlib.suppress(OSError):  # the first error counts
-            remove(temporary)  # left in a checkpoint, it would be a file that nobody described
+            remove(temporary)
         raise
     fsync_path(path.parent)
 
@@ -330,10 +330,20 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
 
 
+def claim_folder(file: Path, identity: Mapping[str, Any], work: str, fix: str) -> None:
+    """Record in ``file`` what the work in its folder depends on.
+
+    Raises:
+        UserError: an earlier start recorded another ``identity``; names each difference, and the ``fix``.
+    """
+    if not file.exists():
+        atomic_write_json(file, identity)
+    if changes := differences(read_json(file), identity):
+        what = f"an unfinished {work} with other options or sources exists: {'; '.join(changes)}"
+        raise UserError(what, where=file.parent, fix=f"{fix}, or remove {file.parent} to start over")
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Say of each key that differs, in order of the keys, what it was and what it is now."""
-    return [
-        f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]
+    changed = (name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name))
+    return [f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in changed]

@@ -86,7 +86,8 @@ def own_log_handlers() -> Iterator[None]:
     yield
     for handler in set(root.handlers) - set(handlers):
         root.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):  # its disk is full; logging.shutdown passes over it too
+            handler.close()
     for handler in set(handlers) - set(root.handlers):
         root.addHandler(handler)
     root.setLevel(level)

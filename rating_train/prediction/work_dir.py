@@ -29,7 +29,7 @@ from rating_train.errors import UserError
 from rating_train.files import (
     atomic_write_json,
     atomic_write_text,
-    differences,
+    claim_folder,
     fsync_path,
     hold_lock,
     read_json,
@@ -84,16 +84,12 @@ class WorkDir:
         Raises:
             UserError: names each difference.
         """
-        file = self.path / IDENTITY_NAME
-        if not file.exists():
-            atomic_write_json(file, identity)
-        before = read_json(file)
-        if changes := differences(before, identity):
-            raise UserError(
-                "an unfinished prediction with other options is there: " + "; ".join(changes),
-                where=self.path,
-                fix=f"give the options of that prediction to continue it, or remove {self.path} to start anew",
-            )
+        claim_folder(
+            self.path / IDENTITY_NAME,
+            identity,
+            "prediction",
+            "give the options of that prediction to resume it",
+        )
 
     def is_merged(self) -> bool:
         """Return whether the output is in place, and an earlier start was killed before it had tidied up."""

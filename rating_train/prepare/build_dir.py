@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rating_train.errors import UserError
-from rating_train.files import atomic_write_json, differences, hold_lock, read_json, sha256_json
+from rating_train.files import claim_folder, hold_lock, sha256_json
 from rating_train.prepare.full_disk import disk_full, is_full
 
 BUILD_NAME = "build.json"
@@ -89,16 +89,7 @@ class BuildDir:
         Raises:
             UserError: the build was started with other options or sources; the message has each difference.
         """
-        file = self.path / BUILD_NAME
-        if not file.exists():
-            atomic_write_json(file, identity)
-        before = read_json(file)
-        if changes := differences(before, identity):
-            raise UserError(
-                "an unfinished build with other options or changed sources exists: " + "; ".join(changes),
-                where=self.path,
-                fix=f"run with that build's options to resume it, or remove {self.path} to start over",
-            )
+        claim_folder(self.path / BUILD_NAME, identity, "build", "run with that build's options to resume it")
         return sha256_json(dict(identity))
 
     def remove(self) -> None:

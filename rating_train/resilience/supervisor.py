@@ -13,7 +13,7 @@ from rating_train.config.schema import TrainConfig
 from rating_train.distributed.collectives import on_main
 from rating_train.distributed.world import ScheduledJob, World
 from rating_train.errors import UserError
-from rating_train.files import atomic_write_text, make_folder, remove
+from rating_train.files import atomic_write_text, remove
 from rating_train.resilience.graceful_stop import REQUEUE_REASONS, StopFlag, Stopped
 from rating_train.resilience.run_lock import RunLock
 from rating_train.resilience.watchdog import Watchdog
@@ -87,7 +87,7 @@ def supervise(
     on_main(lock.acquire)
     reason = ""
     try:
-        on_main(lambda: _prepare(run))
+        on_main(lambda: _forget_hang(run / run_dir.HUNG_FILE))
         watchdog = Watchdog(
             60 * config.watchdog_minutes, run_dir.stacks_file(run, world.rank), run / run_dir.HUNG_FILE
         )
@@ -103,22 +103,12 @@ def supervise(
         lock.release(reason)
 
 
-def _prepare(run: Path) -> None:
-    """Make the directories of a run, and remove what an attempt that hung left. Rank 0.
-
-    Raises:
-        UserError: that is not possible.
-    """
+def _forget_hang(marker: Path) -> None:
+    """Remove what an attempt that hung left. Rank 0."""
     try:
-        for folder in run_dir.folders(run):
-            make_folder(folder)
-        remove(run / run_dir.HUNG_FILE)
+        remove(marker)
     except OSError as e:
-        raise UserError(
-            f"the run directory cannot be written ({e})",
-            where=run,
-            fix="free some space, or set runs_dir to a directory that this job can write to",
-        ) from e
+        raise UserError(f"cannot be removed ({e})", where=marker, fix="remove it, then start again") from e
 
 
 def leave_markers(run: Path, reason: str, step: int) -> None:

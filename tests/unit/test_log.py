@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from rating_train import log as logs
-
-
-@pytest.fixture(autouse=True)
-def own_handlers() -> Iterator[None]:
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
-    yield
-    for handler in set(root.handlers) - set(before):
-        with contextlib.suppress(OSError):  # as logging.shutdown does
-            handler.close()
-    root.handlers[:], root.level = before, level
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
