@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import importlib
 import logging
 import os
@@ -116,6 +117,7 @@ def leave(code: int) -> int:
     sometimes aborts the process ("terminate called without an active exception") after all its work is done. So the
     exit handlers run here, and the interpreter's own teardown is skipped.
     """
+    gc.unfreeze()  # an interpreter that ends frees what it imported; triton's bindings complain about what is left
     torch = sys.modules.get("torch")
     if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return code

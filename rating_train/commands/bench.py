@@ -10,6 +10,7 @@ from rating_train.commands.shared import add_set_option, load_config_once
 from rating_train.errors import EXIT_DONE, EXIT_REQUIREMENT
 from rating_train.files import atomic_write_json
 from rating_train.log import process_rank
+from rating_train.processes import without_collector
 
 _PARTS = ("loader", "forward", "step", "train")
 #: What is measured only where it is asked for.
@@ -45,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print, and compare; 3 where a figure is slower than before by more than the tolerance."""
     config = load_config_once(args.config, args.set)
     before = read_result(args.compare) if args.compare else {}
-    from rating_train.bench.run import run_bench
+    with without_collector():
+        from rating_train.bench.run import run_bench
 
     parts = [part for part in (*_PARTS, *_MORE_PARTS) if part in (args.part or _PARTS)]
     machine, rows = run_bench(config, parts, max(1, args.rounds), max(1, args.steps))

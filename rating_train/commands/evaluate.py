@@ -8,6 +8,7 @@ from pathlib import Path
 from rating_train.commands.shared import add_set_option, load_config_once, require_run
 from rating_train.config.schema import Config
 from rating_train.errors import EXIT_DONE, EXIT_REQUIREMENT
+from rating_train.processes import without_collector
 from rating_train.scoring.bootstrap import RESAMPLES
 
 
@@ -46,9 +47,10 @@ def run(args: argparse.Namespace) -> int:
 
     required = parse_requirements(args.require)
     config = _config(args)
-    from rating_train.distributed.collectives import on_main
-    from rating_train.evaluation.run import EvaluateOptions, evaluate_model
-    from rating_train.evaluation.text import render
+    with without_collector():
+        from rating_train.distributed.collectives import on_main
+        from rating_train.evaluation.run import EvaluateOptions, evaluate_model
+        from rating_train.evaluation.text import render
 
     options = EvaluateOptions(
         args.checkpoint, args.split, args.data, args.out, args.resamples, args.seed, not args.no_ridge

@@ -7,6 +7,7 @@ import argparse
 from rating_train.commands.shared import add_options, options_from
 from rating_train.errors import EXIT_DONE
 from rating_train.export.options import ExportOptions
+from rating_train.processes import without_collector
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export the checkpoint and print how its scores compare."""
     options = options_from(ExportOptions, args)
-    from rating_train.export.write import export
+    with without_collector():
+        from rating_train.export.write import export
 
     exported = export(options)
     print(f"{exported.folder}: {exported.bytes / 2**20:.1f} MiB\n{exported.table}")

@@ -7,6 +7,7 @@ import argparse
 from rating_train.commands.shared import add_options, options_from
 from rating_train.errors import EXIT_DONE
 from rating_train.prediction.options import PredictOptions
+from rating_train.processes import without_collector
 
 _METAVARS = {
     "out": "FILE",
@@ -26,8 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Score the rows on all ranks; rank 0 prints what was written."""
     options = options_from(PredictOptions, args)
-    from rating_train.distributed.collectives import on_main
-    from rating_train.prediction.run import predict
+    with without_collector():
+        from rating_train.distributed.collectives import on_main
+        from rating_train.prediction.run import predict
 
     summary = predict(options)
     if summary is not None:

@@ -6,6 +6,7 @@ import argparse
 
 from rating_train.commands.shared import add_set_option, load_config_once
 from rating_train.errors import EXIT_DONE
+from rating_train.processes import without_collector
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check the settings before torch is imported, so that a typo is answered at once; then train."""
     config = load_config_once(args.config, args.set)
-    from rating_train.training.loop import train
+    with without_collector():
+        from rating_train.training.loop import train
 
     train(config, args.resume)
     return EXIT_DONE

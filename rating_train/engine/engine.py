@@ -29,6 +29,7 @@ from rating_train.model.head import dropout_keys
 from rating_train.model.loss import rating_loss
 from rating_train.model.param_groups import ParamGroup, group_table, param_groups
 from rating_train.model.regressor import RatingRegressor
+from rating_train.processes import without_collector
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +201,8 @@ def build_engine(
     Raises:
         UserError: DeepSpeed is older than 0.19.5, which has silent gradient bugs at stages 0 and 1.
     """
-    import deepspeed  # not at the top: its import looks for accelerators and logs what it finds
+    with without_collector():
+        import deepspeed  # not at the top: its import looks for accelerators and logs what it finds
 
     found = tuple(int(x) for x in deepspeed.__version__.split("+")[0].split(".")[:3])
     if found < MIN_DEEPSPEED:

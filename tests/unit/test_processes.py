@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
 
 from rating_train.processes import allow_descriptors
+
+IMPORTS = """
+import gc
+from rating_train.processes import without_collector
+with without_collector():
+    assert not gc.isenabled()
+    kept = [[] for _ in range(1000)]
+assert gc.isenabled() and gc.get_freeze_count() > 1000
+gc.disable()
+with without_collector():
+    pass
+assert not gc.isenabled(), "as it was found"
+"""
 
 
 def test_the_limit_of_open_files_is_raised_to_what_is_allowed() -> None:
@@ -15,3 +30,7 @@ def test_the_limit_of_open_files_is_raised_to_what_is_allowed() -> None:
         assert allow_descriptors() == (lower, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_what_was_imported_without_the_collector_is_left_alone() -> None:
+    subprocess.run([sys.executable, "-c", IMPORTS], check=True, timeout=60)
