@@ -8,6 +8,7 @@ import json
 from rating_train.commands.shared import add_set_option, load_config_once
 from rating_train.errors import EXIT_DONE, UserError
 from rating_train.log import process_rank
+from rating_train.processes import without_collector
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
         error = UserError("no directory is given", where="--out", fix="add --out DIR")
         error.on_all_ranks = True
         raise error
-    from rating_train.features.run import make_features
+    with without_collector():
+        from rating_train.features.run import make_features
 
     manifest = make_features(config)
     if process_rank() == 0:
