@@ -26,7 +26,8 @@ class PredictOptions:
     checkpoint: str = setting("best", "of a run: best, latest or a step")
     settings: tuple[str, ...] = ()
     source: tuple[str, ...] = setting(
-        (), "catalogues, in this order: JSON lines, CSV (also .gz, .zst), Parquet"
+        (),
+        "catalogues, in this order: JSON lines, CSV (also .gz, .zst), Parquet, Arrow; folders and patterns of them",
     )
     map: tuple[str, ...] = setting(
         (),

@@ -25,8 +25,10 @@ from rating_train.prediction.options import PredictOptions, check_options
 from rating_train.prediction.output import Summary, merge, merge_submission, part_text
 from rating_train.prediction.rows import DatasetRows, Rows, SourceRows
 from rating_train.prediction.work_dir import WorkDir
+from rating_train.prepare.images.embedded import holds_images
 from rating_train.prepare.images.fetch_options import parse_fetch_options
 from rating_train.prepare.images.stores import open_store
+from rating_train.prepare.records.folders import expand_sources
 from rating_train.training import setup
 
 log = logging.getLogger(__name__)
@@ -71,6 +73,7 @@ def predict(options: PredictOptions) -> Summary | None:
 
 
 def _plan(options: PredictOptions, work: WorkDir, held: contextlib.ExitStack) -> Plan | None:
+    options = dataclasses.replace(options, source=expand_sources(options.source))
     check_options(options)
     held.enter_context(work.locked())
     if work.is_merged():
@@ -79,7 +82,8 @@ def _plan(options: PredictOptions, work: WorkDir, held: contextlib.ExitStack) ->
         return None
     found = find_model(Path(options.model), options.checkpoint, options.settings)
     task = found.config.task
-    if options.source and "image" in found.config.model.inputs and not (options.images or options.fetch):
+    named = options.images or options.fetch or any(map(holds_images, options.source))
+    if options.source and "image" in found.config.model.inputs and not named:
         raise UserError("neither --images nor --fetch is given", where="predict options")
     if options.submission and not task.is_default:
         raise UserError(
@@ -129,7 +133,8 @@ def _open_rows(options: PredictOptions, config: Config) -> Rows:
 def _score_parts(plan: Plan, scorer: Scorer, rows: Rows, work: WorkDir, world: World) -> None:
     """Score the missing parts, shared out among the ranks as they come free. A collective."""
     options = plan.options
-    store = open_store(options.images) if options.images else None
+    named = options.images or any(map(holds_images, options.source))
+    store = open_store(options.images, sources=options.source) if named else None
     decoder = Decoder(scorer.collator, plan.found.squares, store, plan.found.config.task)
     fetched = fetcher(work, parse_fetch_options(options.fetch_set)) if options.fetch else None
     parts = claimed_parts(work, plan.claims, plan.missing)

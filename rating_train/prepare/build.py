@@ -135,7 +135,8 @@ class Build:
             self._fetch(wanted)
         store: ImageStore = NoStore()
         if options.reading.task.images:
-            store = open_store(options.images, self.dir.cache if options.fetch else None)
+            cache = self.dir.cache if options.fetch else None
+            store = open_store(options.images, cache, sources=options.source)
         progress = Progress("images", todo, done=before, details=self.counts.line)
 
         def on_event(event: Event) -> None:

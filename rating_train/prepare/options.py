@@ -13,6 +13,7 @@ from typing import Any, Literal
 from rating_train.config.fields import Rule, bound_problems, broken_rules, setting
 from rating_train.config.task import PAPER, Task, load_task
 from rating_train.errors import UserError, one_error
+from rating_train.prepare.images.embedded import holds_images
 from rating_train.prepare.images.fetch_options import read_fetch_options
 from rating_train.prepare.plan.rules import PlanRules
 from rating_train.prepare.records.reading import Reading, with_map, with_scale
@@ -30,6 +31,7 @@ class _RulesOfTask(PlanRules):
         return self.how
 
 
+_SHOWN_SOURCES = 3  # of a folder of many, whose dialect and unread columns are shown
 _RANGE = re.compile(r"(\d+):(\d+)")
 _SHARE = re.compile(r"(\d+)/(\d+)")
 
@@ -39,7 +41,8 @@ class PrepareOptions(PlanRules):
     """What to make from which sources: the rules of the plan, and where and how the rest is done."""
 
     source: tuple[str, ...] = setting(
-        doc="catalogues, read in this order: JSON lines, CSV, TSV (also .gz, .zst), Parquet"
+        doc="catalogues, read in this order: JSON lines, CSV, TSV (also .gz, .zst), Parquet, Arrow; folders and "
+        "patterns of them; a folder saved by Hugging Face `datasets`"
     )
     task: str = setting(
         "", "YAML file that says what is predicted from what (docs/tasks.md); default: stars of products"
@@ -154,7 +157,7 @@ _RULES = (
     Rule("source", lambda c: len(set(c.source)) == len(c.source), "a source is given twice"),
     Rule(
         "images",
-        lambda c: c.images or c.fetch or not c.reading.task.images,
+        lambda c: c.images or c.fetch or not c.reading.task.images or any(map(holds_images, c.source)),
         "neither --images nor --fetch is given",
     ),
     Rule(
@@ -192,9 +195,9 @@ def check_options(options: PrepareOptions) -> None:
     Raises:
         UserError: all problems of the options; or the first source that is missing, unreadable or of no known kind.
     """
-    for path in options.source:
+    for number, path in enumerate(options.source):
         # A wrong kind or header is reported now, not after hours of the sources before it.
-        next(read_source(path, dataclasses.replace(options.reading, shown=True)), None)
+        next(read_source(path, dataclasses.replace(options.reading, shown=number < _SHOWN_SOURCES)), None)
     if options.images and not Path(options.images).exists():
         raise UserError("images folder not found", where=options.images, fix="check --images")
     invalid = bound_problems(options)

@@ -8,6 +8,7 @@ linked, manifest last, one rename). Run again after an interruption, the same co
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from rating_train.prepare.build import Build, make_plan, manifest_head, split_it
 from rating_train.prepare.full_disk import disk_full, is_full
 from rating_train.prepare.options import PrepareOptions, check_options
 from rating_train.prepare.parts.pool import stoppable
+from rating_train.prepare.records.folders import expand_sources
 
 
 def prepare(options: PrepareOptions) -> dict[str, Any]:
@@ -33,6 +35,7 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
         UserError: impossible options, unreadable sources, an existing ``out``, an unfinished build with other
             options, too many dropped records, no item to train on, SIGINT or SIGTERM, a full disk.
     """
+    options = dataclasses.replace(options, source=expand_sources(options.source))
     check_options(options)
     if options.dry_run:
         return _dry_run(options)

@@ -56,8 +56,9 @@ def test_a_model_of_one_input(
         with pytest.raises(UserError, match="this model reads an image"):
             model.score(None, {})
 
-    source = tmp_path / "rows.csv"  # what the model does not read need not be there
+    source = tmp_path / "rows" / "rows.csv"  # a folder; what the model does not read need not be there
     wanted = ["id", *(["title", "description", "features", "main_category"] if text else ["image"])]
+    source.parent.mkdir()
     with open(source, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(wanted)
@@ -68,7 +69,7 @@ def test_a_model_of_one_input(
     scored = tmp_path / "scores.csv"
     predict(
         PredictOptions(
-            model=str(out), source=(str(source),), out=str(scored), workers=0, device="cpu", **given
+            model=str(out), source=(str(source.parent),), out=str(scored), workers=0, device="cpu", **given
         )
     )
     rows = list(csv.DictReader(scored.open()))

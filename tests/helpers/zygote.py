@@ -79,6 +79,7 @@ def import_everything() -> dict[str, str]:
     before = dict(os.environ)
     # As distributed/world.py sets it before DeepSpeed is imported. With a GPU here, each rank imports it itself.
     gc.disable()
+    sys.modules["pyarrow"] = None  # type: ignore[assignment]  # MLflow would import it, and it starts threads
     for name in MODULES:
         importlib.import_module(name)
     if not glob.glob("/dev/nvidia[0-9]*"):
@@ -87,6 +88,7 @@ def import_everything() -> dict[str, str]:
             importlib.import_module(name)
         _ = sys.modules["deepspeed"].ops.__compatible_ops__  # looks for compilers, once
         os.environ.pop("DS_ACCELERATOR")
+    del sys.modules["pyarrow"]
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"{len(threads)} threads after the imports: their locks would be held for ever"
     assert not sys.modules["torch"].distributed.is_initialized()

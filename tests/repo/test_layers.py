@@ -64,6 +64,7 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
     "mlflow": ("training.trackers.mlflow_run",),
     "jinja2": ("reports.page.render",),
     "sklearn": ("evaluation.baselines",),
+    "pyarrow": ("prepare.records.arrow",),
     "yarl": ("prepare.images.http_client",),
     "duckdb": ("prepare.plan.planner", "prepare.records.parquet", "prediction.output"),
 }

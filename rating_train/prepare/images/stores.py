@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from rating_train.errors import UserError
 from rating_train.files import atomic_write_bytes, atomic_write_json, read_json
 from rating_train.prepare.images.archives import PACKED_TARS, TarStore, ZipStore
+from rating_train.prepare.images.embedded import EmbeddedStore, holds_images
 from rating_train.prepare.images.lookup import (
     DEFAULT_MAX_BYTES,
     FolderStore,
@@ -19,7 +21,10 @@ from rating_train.prepare.images.lookup import (
 
 
 def open_store(
-    spec: str | Path | None, cache: str | Path | None = None, max_bytes: int = DEFAULT_MAX_BYTES
+    spec: str | Path | None,
+    cache: str | Path | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    sources: Sequence[str] = (),
 ) -> ImageStore:
     """Return the store for a folder, a ``.zip`` or a ``.tar``; with ``cache``, URLs are read from there first.
 
@@ -27,10 +32,14 @@ def open_store(
         spec: the folder or archive; ``None`` or ``""`` if all images are URLs (``cache`` is then needed).
         cache: the folder that :func:`rating_train.prepare.images.fetch.fetch_all` fills.
         max_bytes: size limit of one image; a larger one is ``image_too_large`` and is not read to its end.
+        sources: of the listings; those that hold images themselves are read from.
 
     Raises:
         UserError: it is something else, or an archive that is damaged or has no random access.
     """
+    if embedded := [source for source in sources if holds_images(source)]:
+        outside = open_store(spec, cache, max_bytes) if spec or cache else NoStore()
+        return EmbeddedStore(embedded, outside, max_bytes)
     cached = CacheStore(cache, max_bytes) if cache else None
     if not spec:
         if cached is None:

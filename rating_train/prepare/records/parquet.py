@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator
-from decimal import Decimal
-from functools import partial
 from typing import Any
 
 from rating_train.errors import UserError
-from rating_train.prepare.records.columns import columns_or_check
 from rating_train.prepare.records.lines import Raw
-from rating_train.prepare.records.listing import to_listing
 from rating_train.prepare.records.reading import Reading
-from rating_train.shards.schema import Dropped, Listing
+from rating_train.prepare.records.table import read_table
 
 _ROWS_AT_ONCE = 2048
 _MEMORY = "1GiB"
@@ -59,28 +55,4 @@ def read_parquet(source: str, reading: Reading) -> Iterator[Raw]:
         UserError: it lacks columns, or cannot be read.
     """
     header, rows = parquet_rows(source)
-    columns = columns_or_check(header, source, reading, "Parquet schema lacks")
-    reading.show_unread(header, source)
-    if columns is not None and "images" in header:  # nested, as Amazon's own files have them
-        columns["images"] = header.index("images")
-    for number, row in enumerate(rows, start=1):
-        yield Raw(source, number, partial(_parse_row, row, header, columns, source, number, reading))
-
-
-def _parse_row(
-    row: tuple[Any, ...],
-    header: list[str],
-    columns: dict[str, int] | None,
-    source: str,
-    line: int,
-    reading: Reading,
-) -> Listing | Dropped:
-    if columns is None:
-        return to_listing(reading.record(dict(zip(header, map(_plain, row)))), source, line, reading)
-    record = {field: row[i] for field, i in columns.items()}
-    return to_listing({k: v for k, v in record.items() if v != ""}, source, line, reading)
-
-
-def _plain(value: Any) -> Any:
-    """Return a DECIMAL as a float."""
-    return float(value) if isinstance(value, Decimal) else value
+    yield from read_table(header, rows, source, reading, "Parquet schema lacks")

@@ -1,4 +1,4 @@
-"""Read product catalogues: Amazon-2023 metadata (JSON lines), CSV and Parquet, one record at a time.
+"""Read product catalogues: Amazon-2023 metadata (JSON lines), CSV, Parquet and Arrow, one record at a time.
 
 Nothing here holds more than one record in memory, and nothing that a *record* contains can raise: a corrupt line, a
 wrong type or an impossible rating becomes a :class:`Dropped` with a fixed reason. Only a source that cannot be read at
@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from rating_train.errors import UserError
+from rating_train.prepare.records.arrow import SUFFIX as ARROW_SUFFIX
+from rating_train.prepare.records.arrow import read_arrow
 from rating_train.prepare.records.csv_rows import read_csv
 from rating_train.prepare.records.lines import MAX_LINE_BYTES, Raw, read_lines, same
 from rating_train.prepare.records.listing import to_listing
@@ -35,6 +37,7 @@ AS_PUBLISHED = Reading()
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _CSV_SUFFIXES = (".csv", ".tsv")
 _PACKED_SUFFIXES = (".gz", ".zst")
+KINDS = "names that end in .jsonl, .ndjson, .json, .csv or .tsv, then perhaps .gz or .zst; or in .parquet or .arrow"
 
 #: Further kinds of source: suffix of a file's name -> function that yields its records as dictionaries with the keys
 #: of Amazon-2023 metadata. An extension adds to it (docs/extending.md).
@@ -50,7 +53,7 @@ class Record(NamedTuple):
 
 
 def read_source(path: str, reading: Reading = AS_PUBLISHED) -> Iterator[Record]:
-    """Yield every record of a JSON lines, CSV or TSV (also ``.gz``, ``.zst``) or Parquet file.
+    """Yield every record of a JSON lines, CSV or TSV (also ``.gz``, ``.zst``), Parquet or Arrow file.
 
     Args and errors: as :func:`read_raw`. Blank lines are not records.
     """
@@ -74,15 +77,15 @@ def read_raw(path: str, reading: Reading = AS_PUBLISHED) -> Iterator[Raw]:
         for number, record in enumerate(READERS[kind](path), start=1):
             yield Raw(path, number, partial(_parse_record, record, path, number, reading))
         return
-    if kind == "parquet":
-        yield from read_parquet(path, reading)
+    if kind in ("parquet", "arrow"):
+        yield from (read_parquet if kind == "parquet" else read_arrow)(path, reading)
         return
     with _open(path) as stream:
         yield from read_csv(stream, path, reading) if kind == "csv" else _read_jsonl(stream, path, reading)
 
 
 def source_kind(path: str) -> str:
-    """Return ``"jsonl"``, ``"csv"``, ``"parquet"`` or a suffix of :data:`READERS`, by the file's name.
+    """Return ``"jsonl"``, ``"csv"``, ``"parquet"``, ``"arrow"`` or a suffix of :data:`READERS`, by the file's name.
 
     Raises:
         UserError: the file is missing or of another kind.
@@ -91,24 +94,23 @@ def source_kind(path: str) -> str:
     if not file.exists():
         raise UserError("source file not found", where=path, fix="check --source")
     if not file.is_file():
-        raise UserError("source is not a file", where=path, expected="a .jsonl, .csv or .parquet file")
-    suffixes = [s.lower() for s in file.suffixes]
+        raise UserError("source is not a file", where=path, expected=KINDS)
+    if kind := kind_of_name(path):
+        return kind
+    raise UserError("unknown kind of source", where=path, expected=KINDS)
+
+
+def kind_of_name(path: str) -> str:
+    """Return the kind of a source by its name alone, as :func:`source_kind`; "" for any other name."""
+    suffixes = [s.lower() for s in Path(path).suffixes]
     if suffixes and suffixes[-1] in READERS:
         return suffixes[-1]
-    if suffixes and suffixes[-1] == ".parquet":
-        return "parquet"
+    if suffixes and suffixes[-1] in (".parquet", ARROW_SUFFIX):
+        return suffixes[-1][1:]
     if suffixes and suffixes[-1] in _PACKED_SUFFIXES:
         suffixes.pop()
     last = suffixes[-1] if suffixes else ""
-    if last in _JSON_SUFFIXES:
-        return "jsonl"
-    if last in _CSV_SUFFIXES:
-        return "csv"
-    raise UserError(
-        "unknown kind of source",
-        where=path,
-        expected="a name that ends in .jsonl, .ndjson, .json, .csv or .tsv, then perhaps .gz or .zst; or in .parquet",
-    )
+    return "jsonl" if last in _JSON_SUFFIXES else "csv" if last in _CSV_SUFFIXES else ""
 
 
 @contextmanager

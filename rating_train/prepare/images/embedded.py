@@ -1,0 +1,37 @@
+"""Images that are stored in the rows of Arrow sources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rating_train.errors import UserError
+from rating_train.prepare.images.lookup import DEFAULT_MAX_BYTES, ImageProblem, ImageStore, check_size
+from rating_train.prepare.records.arrow import SUFFIX, Place, image_at
+
+
+def holds_images(source: str) -> bool:
+    """Whether a source is of the kind that may hold images itself."""
+    return source.lower().endswith(SUFFIX)
+
+
+class EmbeddedStore:
+    """Images in the sources of a build, by their places; every other name is looked for in the store below.
+
+    Args:
+        sources: the only files that are opened: a listing's text cannot name another one.
+        below: for all other names.
+        max_bytes: size limit of one image.
+    """
+
+    def __init__(self, sources: Iterable[str], below: ImageStore, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+        self.sources, self.below, self.max_bytes = frozenset(sources), below, max_bytes
+
+    def read(self, image: str, item_id: str) -> bytes:
+        """See :meth:`ImageStore.read`."""
+        place = Place.of(image)
+        if place is None or place.file not in self.sources:
+            return self.below.read(image, item_id)
+        try:
+            return check_size(image_at(place), self.max_bytes)
+        except (UserError, LookupError) as e:
+            raise ImageProblem("image_unreadable", f"{image[:200]}: {e}") from e
