@@ -22,8 +22,8 @@ import torch
 from rating_train.config.load import load_config
 from rating_train.data.collate import Batch
 from rating_train.export.onnx_graph import FILES, open_graph, write_graphs
+from rating_train.model.architecture import read_architecture
 from rating_train.model.cost import visual_tokens
-from rating_train.model.load import read_architecture
 from rating_train.model.regressor import RatingRegressor, build_regressor
 
 

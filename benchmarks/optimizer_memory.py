@@ -13,7 +13,7 @@ import torch
 
 from rating_train.config.load import load_config
 from rating_train.engine.optimizer import build_optimizer
-from rating_train.model.load import read_architecture
+from rating_train.model.architecture import read_architecture
 from rating_train.model.param_groups import param_groups
 from rating_train.model.regressor import build_regressor
 

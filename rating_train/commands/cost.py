@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the costs of a configuration."""
     if args.sweep:
         return _sweep(args)
-    from rating_train.model.load import read_architecture
+    from rating_train.model.architecture import read_architecture
 
     config = with_task_of_data(load_config(args.config, args.set))
     if config.data.tiling_px and (args.memory or args.budget or args.items is not None):

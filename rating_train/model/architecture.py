@@ -7,12 +7,16 @@ given beside them.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from rating_train.config.schema import ModelConfig
 from rating_train.errors import UserError, one_error
+from rating_train.files import read_json
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,39 @@ KNOWN_ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": _smolvlm2(960, 32, 15, 5, 2560),
     }
 )
+
+
+def read_architecture(config: ModelConfig) -> Architecture:
+    """Return the architecture of a backbone: from its folder, else the table of known ids, else the hub.
+
+    Raises:
+        UserError: an unknown folder or id, or one of no known family.
+    """
+    folder = Path(config.backbone)
+    if folder.is_dir():
+        path = folder / "config.json"
+        return architecture_from_config(read_json(path), path, config.head_hidden)
+    if config.backbone in KNOWN_ARCHITECTURES:
+        return dataclasses.replace(KNOWN_ARCHITECTURES[config.backbone], head_hidden=config.head_hidden)
+    from transformers import AutoConfig  # only here: whoever asks for a cost need not wait for its import
+
+    try:
+        found = AutoConfig.from_pretrained(config.backbone, revision=config.revision or None)
+    except (OSError, ValueError) as e:
+        raise backbone_not_found(config, e) from e
+    return architecture_from_config(found.to_dict(), config.backbone, config.head_hidden)
+
+
+def backbone_not_found(config: ModelConfig, error: Exception) -> UserError:
+    """Return the error for a backbone that neither a folder nor the hub has."""
+    reason = " ".join(str(error).split())[:400] or type(error).__name__
+    return UserError(
+        f"the backbone could not be loaded ({reason})",
+        where=f"model.backbone={config.backbone}",
+        expected="a folder with config.json and model.safetensors, or a hub id that can be reached",
+        fix="check the path; without a network, download the model elsewhere and set "
+        "model.backbone=FOLDER (docs/troubleshooting.md, Offline nodes)",
+    )
 
 
 def architecture_from_config(

@@ -6,7 +6,6 @@ A hub id, a local folder and the folder that ``rating-train demo`` writes all go
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import pickle
 from pathlib import Path
@@ -15,35 +14,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForImageTextToText
 
 from rating_train.config.schema import ModelConfig
 from rating_train.errors import UserError
-from rating_train.files import read_json
-from rating_train.model.architecture import KNOWN_ARCHITECTURES, Architecture, architecture_from_config
+from rating_train.model.architecture import Architecture, backbone_not_found
 from rating_train.model.attention import register_attention
 from rating_train.model.backbones import BACKBONES
 
 log = logging.getLogger(__name__)
-
-
-def read_architecture(config: ModelConfig) -> Architecture:
-    """Return the architecture of a backbone: from its folder, else the table of known ids, else the hub.
-
-    Raises:
-        UserError: an unknown folder or id, or one of no known family.
-    """
-    folder = Path(config.backbone)
-    if folder.is_dir():
-        path = folder / "config.json"
-        return architecture_from_config(read_json(path), path, config.head_hidden)
-    if config.backbone in KNOWN_ARCHITECTURES:
-        return dataclasses.replace(KNOWN_ARCHITECTURES[config.backbone], head_hidden=config.head_hidden)
-    try:
-        found = AutoConfig.from_pretrained(config.backbone, revision=config.revision or None)
-    except (OSError, ValueError) as e:
-        raise _not_found(config, e) from e
-    return architecture_from_config(found.to_dict(), config.backbone, config.head_hidden)
 
 
 def load_backbone(config: ModelConfig, architecture: Architecture) -> nn.Module:
@@ -71,7 +50,7 @@ def load_backbone(config: ModelConfig, architecture: Architecture) -> nn.Module:
         SafetensorError,
         pickle.UnpicklingError,  # a pickle that asks for code; transformers 4 makes it an OSError
     ) as e:  # RuntimeError: tensors of another shape
-        raise _not_found(config, e) from e
+        raise backbone_not_found(config, e) from e
     check_loading_info(info, config.backbone, BACKBONES[architecture.family].unused_tensors)
     return model
 
@@ -95,17 +74,6 @@ def check_loading_info(info: dict[str, Any], where: str, unused: tuple[str, ...]
             where=where,
             expected=f"exactly the backbone's tensors, and {', '.join(unused) or 'nothing else'} at most",
         )
-
-
-def _not_found(config: ModelConfig, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:400] or type(error).__name__
-    return UserError(
-        f"the backbone could not be loaded ({reason})",
-        where=f"model.backbone={config.backbone}",
-        expected="a folder with config.json and model.safetensors, or a hub id that can be reached",
-        fix="check the path; without a network, download the model elsewhere and set "
-        "model.backbone=FOLDER (docs/troubleshooting.md, Offline nodes)",
-    )
 
 
 def save_random_backbone(architecture: Architecture, out: Path, seed: int) -> None:

@@ -23,10 +23,9 @@ from rating_train.distributed.collectives import all_gather
 from rating_train.distributed.world import World
 from rating_train.errors import UserError, one_error
 from rating_train.files import make_folder
-from rating_train.model.architecture import KNOWN_ARCHITECTURES, Architecture
+from rating_train.model.architecture import KNOWN_ARCHITECTURES, Architecture, read_architecture
 from rating_train.model.cost import activation_bytes, image_tokens
 from rating_train.model.custom_loss import CustomLoss, load_custom_loss
-from rating_train.model.load import read_architecture
 from rating_train.shards.manifest import read_manifest, refuse_squares, refuse_unlike
 from rating_train.shards.task import check_task_of_run
 from rating_train.training.trackers import PACKAGES

@@ -18,9 +18,8 @@ from rating_train.distributed import world as worlds
 from rating_train.distributed.collectives import on_main
 from rating_train.errors import UserError
 from rating_train.model.accounting import item_cost
-from rating_train.model.architecture import Architecture
+from rating_train.model.architecture import Architecture, read_architecture
 from rating_train.model.cost import visual_tokens
-from rating_train.model.load import read_architecture
 from rating_train.scoring.metrics import Scores
 
 log = logging.getLogger(__name__)

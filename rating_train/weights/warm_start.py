@@ -20,8 +20,7 @@ from rating_train.config.schema import PARTS, ModelConfig
 from rating_train.errors import UserError
 from rating_train.files import read_json, sha256_file
 from rating_train.log import text_table
-from rating_train.model.architecture import KNOWN_ARCHITECTURES, Architecture
-from rating_train.model.load import read_architecture
+from rating_train.model.architecture import KNOWN_ARCHITECTURES, Architecture, read_architecture
 from rating_train.model.regressor import RatingRegressor, part_of
 from rating_train.weights.exported import WEIGHTS_NAME, exported_architecture, exported_weights, is_exported
 

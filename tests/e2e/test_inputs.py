@@ -14,8 +14,8 @@ from rating_train.errors import UserError
 from rating_train.export.options import ExportOptions
 from rating_train.export.write import export
 from rating_train.files import read_json_lines
+from rating_train.model.architecture import read_architecture
 from rating_train.model.cost import count_parameters
-from rating_train.model.load import read_architecture
 from rating_train.prediction.options import PredictOptions
 from rating_train.prediction.run import predict
 from tests.helpers.ranks import Ranks

@@ -20,7 +20,8 @@ LOAD = """
 import sys
 from rating_train.config.schema import Config
 from rating_train.errors import UserError
-from rating_train.model.load import load_backbone, read_architecture
+from rating_train.model.architecture import read_architecture
+from rating_train.model.load import load_backbone
 from rating_train.data.prompt import load_tokenizer
 import dataclasses
 config = dataclasses.replace(Config().model, backbone=sys.argv[1], head_hidden=16)

@@ -137,7 +137,7 @@ def test_the_challenges_file(trained_run: Path, demo: Path, tmp_path: Path) -> N
     assert list(rows[0]) == ["item_id", "score", "params", "flops"]
     assert [(row["item_id"], row["score"]) for row in rows] == [(r.id, f"{r.score:.2f}") for r in plain]
     from rating_train.config.load import load_config
-    from rating_train.model.load import read_architecture
+    from rating_train.model.architecture import read_architecture
 
     config = load_config(trained_run / "config.yaml")
     architecture = read_architecture(config.model)

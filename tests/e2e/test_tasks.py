@@ -17,8 +17,8 @@ from rating_train.config.load import load_config
 from rating_train.config.task import Task, load_task, task_of
 from rating_train.data.prompt import load_tokenizer
 from rating_train.errors import UserError
+from rating_train.model.architecture import read_architecture
 from rating_train.model.cost import count_forward, count_parameters
-from rating_train.model.load import read_architecture
 from rating_train.model.regressor import build_regressor, starting_bias
 from rating_train.prediction.run import PredictOptions
 from rating_train.prepare.run import PrepareOptions, prepare

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,11 +39,10 @@ def script_env(**more: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Quickstart:
-    """A fresh checkout in which the (shortened) quickstart was run: what it printed, how long it took."""
+    """A fresh checkout in which the (shortened) quickstart was run, and what it printed."""
 
     folder: Path
     output: str
-    seconds: float
 
     @property
     def run(self) -> Path:
@@ -86,11 +84,9 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
     """The shortened quickstart, in a checkout of its own."""
     folder = tmp_path_factory.mktemp("checkout") / "rating_train"
     copy_checkout(folder)
-    started = time.monotonic()
     done = run_quickstart(folder)
-    seconds = time.monotonic() - started
     assert done.returncode == 0, done.stdout[-6000:]
-    return Quickstart(folder, done.stdout, seconds)
+    return Quickstart(folder, done.stdout)
 
 
 FAKE_PYTHON = """#!/usr/bin/env bash

@@ -150,6 +150,29 @@ def test_yaml_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "a configuration is a mapping" in one_line_error(capsys, "cost", str(path))
 
 
+def test_the_cost_of_a_known_backbone_needs_no_torch() -> None:
+    words = [
+        "cost",
+        str(REPO / "configs" / "full_ft_228m.yaml"),
+        "--gpus",
+        "8",
+        "--gpu",
+        "h100",
+        "--items",
+        "1000",
+    ]
+    program = (
+        "import sys\n"
+        "from rating_train.cli import main\n"
+        f"assert main({words!r}) == 0\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=REPO, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_run_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "not a run directory" in one_line_error(capsys, "evaluate", str(tmp_path))
     one_line_error(capsys, "report", str(tmp_path))

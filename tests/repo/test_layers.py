@@ -50,6 +50,7 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
     "transformers": (
         "model.attention",
         "model.backbones",
+        "model.architecture",
         "model.load",
         "data.prompt",
         "export.hub.",

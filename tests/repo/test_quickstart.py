@@ -36,10 +36,6 @@ def test_it_ends_in_plcc_upper_bounds_ces_and_a_report(quickstart: Quickstart) -
     assert not (quickstart.folder / "demo" / ".partial").exists()
 
 
-def test_the_short_one_is_short(quickstart: Quickstart) -> None:
-    assert quickstart.seconds < 150  # about 45 s on two idle cores
-
-
 def test_run_again_it_skips_what_is_done_and_enforces_the_comparison(quickstart: Quickstart) -> None:
     steps = [json.loads(line)["step"] for line in (quickstart.run / "train.jsonl").read_text().splitlines()]
     done = run_quickstart(quickstart.folder, QUICKSTART_CHECK="1")

@@ -109,7 +109,7 @@ def run_sweep(config_file: str, overrides: list[str], swept: Mapping[str, Sequen
     Raises:
         UserError: a combination that the configuration refuses; its values are in the message.
     """
-    from rating_train.model.load import read_architecture
+    from rating_train.model.architecture import read_architecture
 
     combinations = [dict(zip(swept, values)) for values in itertools.product(*swept.values())]
     configs = []

@@ -11,7 +11,8 @@ import torch
 
 from rating_train.config.schema import ModelConfig
 from rating_train.errors import UserError
-from rating_train.model.load import load_backbone, read_architecture
+from rating_train.model.architecture import read_architecture
+from rating_train.model.load import load_backbone
 from tests.conftest import REPO
 from tests.unit.checkpoint.test_safe_load import Hostile
 

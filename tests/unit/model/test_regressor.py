@@ -17,10 +17,15 @@ from transformers import AutoModel, Idefics3Model, SmolVLMModel
 from rating_train.config.schema import ModelConfig
 from rating_train.demo.model import demo_architecture
 from rating_train.errors import UserError
-from rating_train.model.architecture import KNOWN_ARCHITECTURES, Architecture, VisionArchitecture
+from rating_train.model.architecture import (
+    KNOWN_ARCHITECTURES,
+    Architecture,
+    VisionArchitecture,
+    read_architecture,
+)
 from rating_train.model.attention import ATTENTION
 from rating_train.model.backbones import BACKBONES
-from rating_train.model.load import load_backbone, read_architecture, save_random_backbone
+from rating_train.model.load import load_backbone, save_random_backbone
 from rating_train.model.regressor import RatingRegressor, build_regressor, part_of
 
 VOCAB, IMAGE_START = 300, 6

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from rating_train.config.schema import ModelConfig
-from rating_train.model.load import read_architecture
+from rating_train.model.architecture import read_architecture
 from rating_train.model.regressor import RatingRegressor, build_regressor
 from rating_train.weights.fingerprint import tower_fingerprint
 
