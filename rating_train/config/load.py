@@ -18,6 +18,7 @@ from rating_train.config.task import task_problems
 from rating_train.config.yaml_reader import parse_setting, parse_yaml
 from rating_train.errors import UserError, one_error
 from rating_train.extensions import load_extensions
+from rating_train.files import retry
 
 BASE_KEY = "base"
 _MAX_BASES = 16
@@ -102,15 +103,20 @@ def _chain(path: Path, seen: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
 def _read(path: Path) -> str:
     fix = "give the path of a YAML file"
     try:
-        if path.is_dir():
-            raise UserError("the configuration is a directory", where=path, fix=fix)
-        if path.exists() and not path.is_file():
-            raise UserError("the configuration is not a regular file", where=path, fix=fix)
-        return path.read_text("utf-8")
+        # Every rank reads it at a start, often from the disk of the checkpoints: a moment's error must not end that.
+        return retry(lambda: _content(path, fix), path)
     except FileNotFoundError as e:
         raise UserError("configuration file not found", where=path, fix=fix) from e
     except OSError as e:
         raise UserError(f"the configuration cannot be read ({e.strerror or e})", where=path, fix=fix) from e
+
+
+def _content(path: Path, fix: str) -> str:
+    if path.is_dir():
+        raise UserError("the configuration is a directory", where=path, fix=fix)
+    if path.exists() and not path.is_file():
+        raise UserError("the configuration is not a regular file", where=path, fix=fix)
+    return path.read_text("utf-8")
 
 
 def _merge(target: dict[str, Any], layer: Mapping[str, Any]) -> None:

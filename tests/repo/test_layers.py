@@ -37,6 +37,7 @@ LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split(
 #: Imports within one layer that are meant: (importer, imported).
 SAME_LAYER = {
     ("row_files", "files"),  # a row is appended as files are written: again after a transient error
+    ("config", "files"),  # a configuration is read again after a transient error
     ("config", "extensions"),  # a setting may name what an extension adds
     ("export", "prediction"),  # an export is compared with what the checkpoint predicts
     ("demo", "model"),  # the tiny model is a model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import re
 import time
@@ -517,3 +518,18 @@ def test_the_order_is_tied_to_what_decides_it_and_to_nothing_else() -> None:
         {"optim": {"clip_norm": 0}},
     ):
         assert order_fingerprint_inputs(config_from_dict(change), ["d"]) == reference
+
+
+def test_a_file_system_that_is_away_for_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run reads its own config.yaml when it resumes, on the disk that its checkpoints are on."""
+    (tmp_path / "run.yaml").write_text("name: x\ndata: {path: data}\n")
+    failures = [OSError(errno.ESTALE, "stale"), OSError(errno.EIO, "away")]
+    read = Path.read_text
+
+    def flaky(path: Path, *options: Any) -> str:
+        if failures:
+            raise failures.pop()
+        return read(path, *options)
+
+    monkeypatch.setattr(Path, "read_text", flaky)
+    assert load_config(tmp_path / "run.yaml").name == "x" and not failures
