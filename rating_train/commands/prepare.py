@@ -3,26 +3,61 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 from rating_train.commands.shared import add_options, options_from
+from rating_train.config.data_schema import DataConfig
 from rating_train.errors import EXIT_DONE
 from rating_train.extensions import load_extensions
+from rating_train.prepare.images.embedded import holds_images
 from rating_train.prepare.options import PrepareOptions
+from rating_train.prepare.propose import propose_task
 from rating_train.prepare.run import prepare
+
+FIELD_CHARS = DataConfig().field_chars  # of the rows that are shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one option for each field of :class:`PrepareOptions`."""
     add_options(parser, PrepareOptions, metavars={"source": "FILE", "images": "DIR", "out": "DATA"})
+    parser.add_argument(
+        "--init-task",
+        metavar="FILE",
+        default="",
+        help="only propose a task file from the columns of the source, and show how its first rows would read",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the dataset and print a short table. Exit code 0."""
     options = options_from(PrepareOptions, args)
     load_extensions(options.extension)
+    if args.init_task:
+        print(_proposal(args.init_task, options))
+        return EXIT_DONE
     print(summary_table(options.out, prepare(options)))
     return EXIT_DONE
+
+
+def _proposal(file: str, options: PrepareOptions) -> str:
+    """Write a task file; return how the first rows of the source would read."""
+    from rating_train.data.prompt import prompt_words, readable  # late: imports torch
+
+    task, listings = propose_task(file, options.source, options.reading)
+    words, unit = prompt_words(task, task.inputs), task.target.suffix
+    lines = [f"{file}, read from the first rows:"]
+    for listing in listings:
+        number = "not known" if math.isnan(listing.rating) else f"{listing.rating:g}{unit}"
+        lines.append(f"  {readable(words, listing.texts, FIELD_CHARS)}  ->  {number}")
+    images = " --images DIR" if task.images and not any(map(holds_images, options.source)) else ""
+    return "\n".join(
+        [
+            *lines,
+            f"Check the file, then: rating-train prepare --task {file} --source "
+            f"{' '.join(options.source)}{images} --out DATA",
+        ]
+    )
 
 
 def summary_table(out: str, manifest: dict[str, Any]) -> str:

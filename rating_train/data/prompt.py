@@ -73,6 +73,14 @@ def prompt_words(task: Task, inputs: Collection[str]) -> PromptWords:
     return PromptWords(task.question, tuple((f.name, f.words) for f in fields), "image" in inputs)
 
 
+def readable(words: PromptWords, texts: Mapping[str, str], field_chars: int) -> str:
+    """Return a prompt as a person reads it, each text cut to ``field_chars`` characters."""
+    parts = [piece.removeprefix(AFTER_IMAGE) for piece in words.pieces()]
+    said = [f" {text}" if (text := texts[name].strip()[:field_chars].strip()) else "" for name in words.names]
+    fields = "".join(part + text for part, text in zip(parts, said)) if said else parts[0]
+    return ("[image] " if words.image else "") + fields
+
+
 @dataclass(frozen=True)
 class PromptLayout:
     """Positions within the T tokens of an item."""

@@ -63,7 +63,7 @@ class PrepareOptions(PlanRules):
         "folder or archive (.zip, .tar) that holds the images; nothing outside it is opened. "
         "Not needed with --fetch if all images are URLs",
     )
-    out: str = setting(doc="dataset directory to make; it must not exist. OUT.build beside it holds the work")
+    out: str = setting("", "dataset directory to make; it must not exist. OUT.build beside it holds the work")
     image_size_px: int = setting(384, "side of the stored square, in pixels", low=16, high=4096)
     keep_aspect: bool = setting(
         False,
@@ -153,6 +153,7 @@ class PrepareOptions(PlanRules):
 
 
 _RULES = (
+    Rule("out", lambda c: c.out, "no dataset directory is given: --out DATA"),
     Rule("source", lambda c: c.source, "no source is given"),
     Rule("source", lambda c: len(set(c.source)) == len(c.source), "a source is given twice"),
     Rule(

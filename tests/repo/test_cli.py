@@ -93,7 +93,7 @@ def test_verbs_of_a_login_node_explain_themselves_without_torch(verb: str) -> No
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], ["no-such-verb"], ["cost"], ["prepare", "--source", "x"]])
+@pytest.mark.parametrize("arguments", [[], ["no-such-verb"], ["cost"], ["prepare", "--out", "x"]])
 def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         cli.main(arguments)

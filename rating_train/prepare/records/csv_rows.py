@@ -60,28 +60,48 @@ def read_csv(stream: BinaryIO, source: str, reading: Reading) -> Iterator[Raw]:
     Raises:
         UserError: its header lacks columns or cannot be read.
     """
+    header, decimal, rows = csv_rows(stream, source, reading)
+    reading = replace(reading, decimal=decimal)
+    columns = columns_or_check(header, source, reading, "CSV header lacks")
+    reading.show_unread(header, source)
+    for line, row in rows:
+        if isinstance(row, Dropped):
+            yield Raw(source, line, partial(same, row))
+        else:
+            yield Raw(source, line, partial(_parse_row, row, header, columns, source, line, reading))
+
+
+def csv_rows(
+    stream: BinaryIO, source: str, reading: Reading
+) -> tuple[list[str], str, Iterator[tuple[int, list[str] | Dropped]]]:
+    """Return the header of a CSV file, its decimal sign, and its rows with the lines where they start.
+
+    Raises:
+        UserError: its header cannot be read.
+    """
     buffered = cast(BinaryIO, stream if hasattr(stream, "peek") else io.BufferedReader(stream, _SAMPLE_BYTES))  # type: ignore[arg-type]
     dialect = _dialect(buffered, source, reading)
-    reading = replace(reading, decimal=reading.decimal or dialect.decimal)
     text = _Text(buffered if dialect.encoding == "utf-8" else _Recoded(buffered, dialect.encoding), source)
     reader = csv.reader(text, delimiter=dialect.delimiter)
     try:
         header = [name.strip() for name in next(reader, [])]
     except csv.Error as e:
         raise UserError(f"cannot read the CSV header ({e})", where=source) from e
-    columns = columns_or_check(header, source, reading, "CSV header lacks")
-    reading.show_unread(header, source)
-    while True:
-        text.start = line = reader.line_num + 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as e:
-            yield Raw(source, line, partial(same, Dropped(source, line, "", "bad_csv", str(e))))
-            continue
-        if row:
-            yield Raw(source, line, partial(_parse_row, row, header, columns, source, line, reading))
+
+    def rows() -> Iterator[tuple[int, list[str] | Dropped]]:
+        while True:
+            text.start = line = reader.line_num + 1
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as e:
+                yield line, Dropped(source, line, "", "bad_csv", str(e))
+                continue
+            if row:
+                yield line, row
+
+    return header, reading.decimal or dialect.decimal, rows()
 
 
 class _Text:

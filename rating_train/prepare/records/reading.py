@@ -208,8 +208,7 @@ def pick(record: Mapping[str, Any], path: str) -> Any:
     """Return the value at a path such as ``images.large[0]``; ``None`` where there is none."""
     if not path:
         return None
-    name = _find(record, path)
-    if name in record:
+    if name := _column(record, path):
         return record[name]
     value: Any = record
     for key, index in _STEP.findall(path):
@@ -226,9 +225,12 @@ def pick(record: Mapping[str, Any], path: str) -> Any:
 
 def _find(header: Iterable[str], path: str) -> str:
     """Return the column that a name or the beginning of a path means, whatever its case; "" if there is none."""
+    return _column(header, path) or _column(header, path.partition(".")[0].partition("[")[0])
+
+
+def _column(header: Iterable[str], path: str) -> str:
     names = list(header)
-    root = path.partition(".")[0].partition("[")[0]
-    for wanted in (*SYNONYMS.get(path, (path,)), root):
+    for wanted in SYNONYMS.get(path, (path,)):
         if wanted in names:
             return wanted
         folded = [name for name in names if name.casefold() == wanted.casefold()]

@@ -18,16 +18,17 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from rating_train.errors import UserError
 from rating_train.prepare.records.arrow import SUFFIX as ARROW_SUFFIX
-from rating_train.prepare.records.arrow import read_arrow
-from rating_train.prepare.records.csv_rows import read_csv
+from rating_train.prepare.records.arrow import arrow_rows, read_arrow
+from rating_train.prepare.records.csv_rows import csv_rows, read_csv
 from rating_train.prepare.records.lines import MAX_LINE_BYTES, Raw, read_lines, same
 from rating_train.prepare.records.listing import to_listing
-from rating_train.prepare.records.parquet import read_parquet
+from rating_train.prepare.records.parquet import parquet_rows, read_parquet
 from rating_train.prepare.records.reading import Reading
 from rating_train.shards.schema import Dropped, Listing
 
@@ -82,6 +83,36 @@ def read_raw(path: str, reading: Reading = AS_PUBLISHED) -> Iterator[Raw]:
         return
     with _open(path) as stream:
         yield from read_csv(stream, path, reading) if kind == "csv" else _read_jsonl(stream, path, reading)
+
+
+def first_records(path: str, count: int, reading: Reading = AS_PUBLISHED) -> list[dict[str, Any]]:
+    """Return the first records of a source as they are, by the names of its columns; broken ones are passed over.
+
+    Raises:
+        UserError: as :func:`read_raw`, but no column is needed.
+    """
+    kind = source_kind(path)
+    if kind in READERS:
+        return list(islice(READERS[kind](path), count))
+    if kind in ("parquet", "arrow"):
+        header, rows = (parquet_rows if kind == "parquet" else arrow_rows)(path)
+        return [dict(zip(header, row)) for row in islice(rows, count)]
+    with _open(path) as stream:
+        if kind == "csv":
+            header, _, cells = csv_rows(stream, path, reading)
+            good = (row for _, row in cells if not isinstance(row, Dropped) and len(row) == len(header))
+            return [{name: v for name, v in zip(header, row) if v != ""} for row in islice(good, count)]
+        values = (
+            _json_value(raw) for _, raw, complete in read_lines(stream, path) if complete and raw.strip()
+        )
+        return list(islice((value for value in values if isinstance(value, dict)), count))
+
+
+def _json_value(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
 
 
 def source_kind(path: str) -> str:
