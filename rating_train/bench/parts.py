@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from rating_train.bench.attention import measure_attention, shapes_of
 from rating_train.bench.features import measure_features
 from rating_train.bench.limits import decode_rate, matrix_flops, seconds_of, synchronize
 from rating_train.bench.result import Row
@@ -24,7 +25,7 @@ from rating_train.training.job import Job
 from rating_train.training.meters import Work, WorkCounter
 from rating_train.training.recording import Recorder
 
-PARTS = ("loader", "forward", "step", "train", "features")
+PARTS = ("loader", "forward", "step", "train", "features", "attention")
 #: What of a step is the model's own work; the rest is spent around it.
 _MODEL = ("forward", "backward")
 
@@ -170,6 +171,14 @@ class Bench:
     def features(self) -> list[Row]:
         """Take steps on stored visual tokens, against the same steps on images."""
         return measure_features(self.job, self.batches(), self._take, self.rounds)
+
+    def attention(self) -> list[Row]:
+        """Time the attention kernels for a micro-batch of the longest items."""
+        job, config = self.job, self.job.config
+        architecture, length = job.model_inputs.architecture, job.model_inputs.prompt.layout.length
+        items, freeze = job.plan.micro_items, config.model.freeze
+        shapes = shapes_of(architecture, config.model_px, length, items, freeze)
+        return measure_attention(shapes, self.device, self.dtype, self.rounds)
 
     # --- what they share
 

@@ -14,7 +14,7 @@ from rating_train.processes import without_collector
 
 _PARTS = ("loader", "forward", "step", "train")
 #: What is measured only where it is asked for.
-_MORE_PARTS = ("features",)
+_MORE_PARTS = ("features", "attention")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

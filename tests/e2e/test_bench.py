@@ -36,10 +36,12 @@ def test_the_table_of_a_gpu_in_its_form_for_a_cpu_and_a_slower_run(tmp_path: Pat
     for row in rows:
         row["value"] *= 1000 if row["unit"] == "items/s" else 1
     result.write_text(json.dumps({"rows": rows}))
-    words = ("--rounds", 1, "--steps", 1, "--part", "loader", "--compare", result)
+    parts = [word for part in ("loader", "features", "attention") for word in ("--part", part)]
+    words = ("--rounds", 1, "--steps", 1, *parts, "--compare", result)
     settings = ("data.path=none", "model.backbone=none", "batch.global_items=4", "train.device=cpu")
+    settings = (*settings, "model.freeze=[vision,connector]")
     sets = [word for setting in settings for word in ("--set", setting)]
-    ranks.run(
+    printed = ranks.run(
         1,
         "-m",
         "rating_train",
@@ -50,3 +52,5 @@ def test_the_table_of_a_gpu_in_its_form_for_a_cpu_and_a_slower_run(tmp_path: Pat
         cwd=tmp_path,
         code=1,
     )
+    assert "times as fast as from images" in printed and "collation of features" in printed
+    assert "vision, forward: flash" in printed and "the default: flash" in printed

@@ -127,10 +127,11 @@ def reduction_seconds(
     """Return the seconds of averaging the gradients of a step: (inside nodes, between nodes).
 
     A hierarchical all-reduce: each GPU sends 2 (g - 1) / g of the gradients to the g GPUs of its node, and each node
-    2 (n - 1) / n of them to the n nodes. Stages 0 and 1 reduce in fp32 once in a step.
+    2 (n - 1) / n of them to the n nodes. Stages 0 and 1 reduce once in a step, in `zero.communication_dtype`.
     """
     counts = count_parameters(arch, config.model_px)
-    sent = 4 * (counts["total"] - sum(counts[part] for part in config.model.freeze))
+    bytes_each = 2 if config.zero.communication_dtype == "bf16" else 4
+    sent = bytes_each * (counts["total"] - sum(counts[part] for part in config.model.freeze))
     local, nodes = min(gpus, GPUS_PER_NODE), -(-gpus // GPUS_PER_NODE)
     inside = 2 * (local - 1) / local * sent / (GPUS[gpu].link_gb * 1e9 * LINK_SHARE)
     between = 2 * (nodes - 1) / nodes * sent / (network_gbit * 1e9 / 8 * LINK_SHARE)

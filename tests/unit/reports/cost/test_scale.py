@@ -30,6 +30,8 @@ def test_gradients_cross_a_network_once_for_each_node() -> None:
     sent = 4 * 228_266_113
     assert inside == pytest.approx(2 * 7 / 8 * sent / (450e9 * 0.7))
     assert between == pytest.approx(2 * 1 / 2 * sent / (50e9 * 0.7))
+    halved = reduction_seconds(config("zero.communication_dtype=bf16"), ARCH, "h200", 16, 400)
+    assert halved == pytest.approx((inside / 2, between / 2))
     frozen = config("model.freeze=[vision, connector]")
     assert reduction_seconds(frozen, ARCH, "h200", 16, 400)[1] < 0.7 * between
 
