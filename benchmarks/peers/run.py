@@ -1,4 +1,4 @@
-"""Side by side: this project, a plain DDP loop, and the Hugging Face Trainer (alone, with DeepSpeed), in turn.
+"""Side by side: this project, a plain DDP loop, Lightning, the Hugging Face Trainer (alone, with DeepSpeed), in turn.
 
     python benchmarks/peers/run.py CONFIG [--ranks 2] [--rounds 5] [--steps 10] [--warmup 3] [--set A.B=V]...
                                           [--stages 0,1,2] [--only NAME,...] [--json FILE]
@@ -7,14 +7,15 @@ All of them train the same model on the same shards with the same batch and prec
 machine whose speed drifts does not favour one of them; what is compared is the ratio within a round, whose median is
 printed. Every item of a peer is padded to the full length, as a fixed `max_length` does. This project runs twice:
 padded alike, and as it trains by default (micro-batches cut to their longest item). The first --warmup steps do
-not count. The Trainer needs accelerate (extra `bench`). On a GPU, choose steps and warm-up equal: a row of the log
-waits for it.
+not count. The Trainer needs accelerate, and Lightning runs where it is installed (both: extra `bench`). On a GPU, choose
+steps and warm-up equal: a row of the log waits for it.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -123,6 +124,8 @@ def main() -> None:
     runs["DDP"] = functools.partial(peer, args, "ddp.py")
     runs["Trainer"] = functools.partial(peer, args, "hf_trainer.py")
     runs["Trainer + DeepSpeed"] = functools.partial(peer, args, "hf_trainer.py", "--deepspeed")
+    if importlib.util.find_spec("lightning") is not None:
+        runs["Lightning"] = functools.partial(peer, args, "lightning_fit.py")
     wanted = [name.strip() for name in args.only.split(",") if name.strip()] or list(runs)
     rates: dict[str, list[float]] = {name: [] for name in wanted}
     for turn in range(args.rounds):
@@ -134,7 +137,7 @@ def main() -> None:
         spread = f"{statistics.median(values):9.3f}  [{min(values):.3f}, {max(values):.3f}]"
         ratios = [
             f"{statistics.median(a / b for a, b in zip(values, rates[other])):.3f} x {other}"
-            for other in ("DDP", "Trainer", "Trainer + DeepSpeed")
+            for other in ("DDP", "Trainer", "Trainer + DeepSpeed", "Lightning")
             if other in rates and other != name and name.startswith("rating_train")
         ]
         print(f"{name:<24} {spread}  {', '.join(ratios)}")
