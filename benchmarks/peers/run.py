@@ -7,8 +7,8 @@ All of them train the same model on the same shards with the same batch and prec
 machine whose speed drifts does not favour one of them; what is compared is the ratio within a round, whose median is
 printed. Every item of a peer is padded to the full length, as a fixed `max_length` does. This project runs twice:
 padded alike, and as it trains by default (micro-batches cut to their longest item). The first --warmup steps do
-not count. The Trainer needs accelerate, and Lightning runs where it is installed (both: extra `bench`). On a GPU, choose
-steps and warm-up equal: a row of the log waits for it.
+not count. The Trainer needs accelerate, and Lightning runs where it is installed (both: extra `bench`). On a GPU,
+choose steps and warm-up equal: a row of the log waits for it.
 """
 
 from __future__ import annotations
