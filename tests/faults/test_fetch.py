@@ -268,8 +268,8 @@ def test_everything_a_server_may_do_ends_kept_or_named(server: HostileServer, tm
     assert all(detail for _, detail in problems.values())
     requests = {path: server.count["/" + path] for path in CASES}
     assert requests == {path: n for path, (_, n) in CASES.items()}
-    # 27 URLs, 16 at a time, each at most 2 requests of 1 s and a wait of 0.2 s: two rounds.
-    assert seconds < 8, "nothing hangs"
+    # 27 URLs, 16 at a time, each at most 2 requests of 1 s and a wait of 0.2 s: two rounds on an idle machine.
+    assert seconds < 30, "nothing hangs"
     assert server.flood < 20 * QUICK.max_bytes, "an endless body is stopped while it comes"
 
     store = CacheStore(tmp_path)
@@ -365,7 +365,7 @@ def test_retry_after_dates() -> None:
 def test_retry_after_is_honoured_up_to_the_bound(server: HostileServer, tmp_path: Path) -> None:
     began = time.monotonic()
     assert not fetch(server, tmp_path, ["retry/3600"], max_wait_s=0.5)
-    assert 0.5 <= time.monotonic() - began < 3
+    assert 0.5 <= time.monotonic() - began < 60, "not the hour that the server asks for"
 
 
 def test_options_are_checked() -> None:
@@ -390,7 +390,7 @@ def test_private_addresses_are_refused_by_default(server: HostileServer, tmp_pat
     trailing_dot = reasons.pop("127.0.0.1.")  # some resolvers take it for a name, and find none
     assert trailing_dot in ("fetch_address_refused", "fetch_failed")
     assert set(reasons.values()) == {"fetch_address_refused"}, reasons
-    assert not server.count and time.monotonic() - began < 8
+    assert not server.count and time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize(
@@ -451,7 +451,7 @@ def test_a_name_that_is_not_found_is_not_asked_for_by_everybody_in_turn(
     urls = [f"http://shop.invalid/{n}" for n in range(10)]
     problems = fetch_all([("-", url) for url in urls], tmp_path, options(connect_timeout_s=0.3))
     assert {p.reason for p in problems.values()} == {"fetch_failed"} and len(problems) == 10
-    assert len(asked) == 1 and time.monotonic() - began < 3
+    assert len(asked) == 1 and time.monotonic() - began < 25, "a look-up takes 30 s"
 
 
 def test_one_private_address_among_several_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def test_a_stopped_rank_ends_the_others_with_stacks_and_the_next_start_resumes(
     wait_for_end(job, first, 60 * WATCHDOG_MINUTES + 40, "the watchdog")
     assert (job.run / "HUNG").is_file()
     output = end(job, second)
-    assert set(stacks(job)) == {0}
+    assert 0 in stacks(job)
     assert COLLECTIVE.search(stacks(job)[0]), stacks(job)[0]
     assert re.search(r"no progress for \d+ s while \w+, step \d+", stacks(job)[0])
     assert "exitcode  : 75" in output
