@@ -63,40 +63,6 @@ def max_over_ranks(value: int) -> int:
     return int(tensor.item())
 
 
-class RankFailure(RuntimeError):
-    """Another rank failed where all had to succeed; the message holds every failing rank's error."""
-
-
-def all_or_none(action: Callable[[], T]) -> T:
-    """Run ``action`` on this rank; if it fails on any rank, raise on every rank.
-
-    Otherwise the ranks that succeeded would wait in the next collective for one that did not.
-
-    Returns:
-        This rank's result.
-
-    Raises:
-        Exception: this rank's own error.
-        RankFailure: this rank succeeded, but others failed.
-    """
-    result: T | None = None
-    error: BaseException | None = None
-    try:
-        result = action()
-    except Exception as e:  # re-raised below, on every rank
-        error = e
-    failures = [
-        (rank, text)
-        for rank, text in enumerate(all_gather(f"{type(error).__name__}: {error}" if error else ""))
-        if text
-    ]
-    if error is not None:
-        raise error
-    if failures:
-        raise RankFailure("; ".join(f"rank {rank}: {text}" for rank, text in failures))
-    return result  # type: ignore[return-value]
-
-
 def on_main(action: Callable[[], T]) -> T:
     """Run ``action`` on rank 0 and return its result on every rank; rank 0's exception is raised on every rank."""
     rank = 0 if _alone() else dist.get_rank()
