@@ -25,7 +25,16 @@ Float64Array = npt.NDArray[np.float64]
 #: Names that stored samples use for themselves.
 RESERVED = ("id", "image", "rating", "rating_count", "split")
 
-_FIXED_IMAGE_COLUMNS = ["image", "image_paths"]
+#: The paper's prompt: the question, and the fields with the words that introduce them.
+PAPER_QUESTION = (
+    "The average user rating of this product, from 1 to 5 stars, given its image and its metadata."
+)
+PAPER_FIELDS = (
+    ("title", "Title:"),
+    ("description", "Description:"),
+    ("features", "Features:"),
+    ("main_category", "Category:"),
+)
 
 
 @dataclass(frozen=True)
@@ -114,12 +123,7 @@ class TextField:
 
 
 def _paper_fields() -> list[TextField]:
-    return [
-        TextField("title", [], "Title:"),
-        TextField("description", [], "Description:"),
-        TextField("features", [], "Features:"),
-        TextField("main_category", [], "Category:"),
-    ]
+    return [TextField(name, [], words) for name, words in PAPER_FIELDS]
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ class Task:
     """What is predicted from what. Each field documents itself; docs/tasks.md shows examples."""
 
     question: str = setting(
-        "The average user rating of this product, from 1 to 5 stars, given its image and its metadata.",
+        PAPER_QUESTION,
         "The sentence of the prompt that asks for the number, after the image and before the fields.",
     )
     target: Target = section(Target, "The number that is predicted.")
@@ -158,7 +162,7 @@ class Task:
         "0 or more.",
     )
     images: list[str] = setting(
-        _FIXED_IMAGE_COLUMNS,
+        ["image", "image_paths"],
         "Source columns that name an item's images (paths or URLs), in the order in which they are tried. [] if there "
         "are no images.",
     )

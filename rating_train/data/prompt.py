@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from rating_train.config.task import Task
+from rating_train.config.task import PAPER_FIELDS, PAPER_QUESTION, Task
 from rating_train.errors import UserError
 
 BEFORE_TEXT = "<|im_start|>User:"
@@ -44,15 +44,8 @@ class PromptWords:
         image: whether the prompt holds an image.
     """
 
-    question: str = (
-        "The average user rating of this product, from 1 to 5 stars, given its image and its metadata."
-    )
-    fields: tuple[tuple[str, str], ...] = (
-        ("title", "Title:"),
-        ("description", "Description:"),
-        ("features", "Features:"),
-        ("main_category", "Category:"),
-    )
+    question: str = PAPER_QUESTION
+    fields: tuple[tuple[str, str], ...] = PAPER_FIELDS
     image: bool = True
 
     @property
