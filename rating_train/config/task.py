@@ -59,9 +59,14 @@ class Target:
     )
 
     @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Both bounds; ``None`` where there are not two."""
+        return None if self.lower is None or self.upper is None else (float(self.lower), float(self.upper))
+
+    @property
     def bounded(self) -> bool:
         """Whether scores lie between two bounds, by a sigmoid; otherwise they are standardised and unbounded."""
-        return self.lower is not None and self.upper is not None
+        return self.bounds is not None
 
     @property
     def label(self) -> str:

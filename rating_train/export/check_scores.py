@@ -86,9 +86,9 @@ class Items:
     @property
     def size(self) -> float:
         """The size of a difference that counts as much as one star does: a quarter of the scale, else of the scores."""
-        low, high = self.target.lower, self.target.upper
-        if low is None or high is None or self.target.transform != "none":
+        if self.target.bounds is None or self.target.transform != "none":
             return max(map(abs, self.scores), default=1.0) or 1.0
+        low, high = self.target.bounds
         return (high - low) / 4
 
     @property

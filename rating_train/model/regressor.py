@@ -127,8 +127,8 @@ def scale_of(target: Target) -> Scale:
     Raises:
         UserError: an unbounded target without the statistics of its training split.
     """
-    if target.lower is not None and target.upper is not None:
-        lower, upper = target.forward(target.lower), target.forward(target.upper)
+    if target.bounds:
+        lower, upper = map(target.forward, target.bounds)
         return Scale(lower, upper - lower, True, target.transform)
     if target.center is None or target.spread is None:
         raise UserError(
@@ -141,9 +141,9 @@ def scale_of(target: Target) -> Scale:
 
 def starting_bias(target: Target) -> float:
     """Return the head's bias at which training starts at the mean of the training split; 0 where it is not known."""
-    if target.center is None or target.lower is None or target.upper is None:
+    if target.center is None or target.bounds is None:
         return 0.0  # a standardised target starts at its mean
-    lower, upper = target.forward(target.lower), target.forward(target.upper)
+    lower, upper = map(target.forward, target.bounds)
     share = min(max((target.center - lower) / (upper - lower), 0.01), 0.99)
     return math.log(share / (1 - share))
 

@@ -15,8 +15,8 @@ def rating_edges(target: Target, ratings: Sequence[float]) -> list[float]:
     if target == PAPER.target:
         return np.arange(0.95, 5.1, 0.1).tolist()
     low, high = min(ratings), max(ratings)
-    if target.lower is not None and target.upper is not None and target.transform == "none":
-        low, high = target.lower, target.upper
+    if target.bounds and target.transform == "none":
+        low, high = target.bounds
     return np.linspace(low, max(high, low + 1e-6), 41).tolist()
 
 

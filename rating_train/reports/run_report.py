@@ -17,7 +17,7 @@ from rating_train.config.task import Target
 from rating_train.files import atomic_write_json
 from rating_train.reports import plots
 from rating_train.reports.rows import number
-from rating_train.reports.runs.data import bounds_of, read_results, read_settings, target_of
+from rating_train.reports.runs.data import read_results, read_settings, target_of
 from rating_train.run_dir import EVAL_LOG, PREDICTIONS_DIR, REPORT_DIR, TRAIN_LOG
 from rating_train.scoring.metrics import Scores, per_group, score
 from rating_train.scoring.predictions import Prediction, deduplicate, read_predictions
@@ -238,7 +238,7 @@ def _draw_scatter(
     figure = plots.new_figure(6.6, 6.0)
     axes = figure.subplots()
     # The scale of the target, widened where a number lies outside it.
-    ends = [*(bounds_of(target) or ()), *predicted, *true]
+    ends = [*(target.bounds or ()), *predicted, *true]
     margin = (max(ends) - min(ends)) / 40 or 1.0
     low, high = min(ends) - margin, max(ends) + margin
     axes.plot([low, high], [low, high], "--", color="0.35", lw=1.2, label="y = x", zorder=3)

@@ -66,21 +66,6 @@ class RunData:
         return target_of(self.config)
 
     @property
-    def suffix(self) -> str:
-        """The unit after a number: a space and its name, or nothing."""
-        return self.target.suffix
-
-    @property
-    def label(self) -> str:
-        """The unit in brackets, after a space, or nothing."""
-        return self.target.label
-
-    @property
-    def bounds(self) -> tuple[float, float] | None:
-        """The bounds of what the run predicts; ``None`` where there are not two."""
-        return bounds_of(self.target)
-
-    @property
     def row(self) -> Mapping[str, Any]:
         """The row of eval.jsonl of the newest predictions; empty where there is none."""
         if self.judgement and "row" in self.judgement:
@@ -153,13 +138,6 @@ def target_of(settings: Mapping[str, Any]) -> Target:
     names = ("name", "unit", "lower", "upper")
     given = {name: settings[key] for name in names if (key := f"task.target.{name}") in settings}
     return dataclasses.replace(PAPER.target, **given)
-
-
-def bounds_of(target: Target) -> tuple[float, float] | None:
-    """Return both bounds of a target, or ``None``."""
-    if target.lower is None or target.upper is None:
-        return None
-    return float(target.lower), float(target.upper)
 
 
 def read_results(path: Path) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]], Path | None]:

@@ -139,7 +139,7 @@ def _metrics(runs: Sequence[RunData], names: Sequence[str], found: Comparison | 
             if difference is not None:
                 ends = difference.interval
                 plain = {"value": difference.value, "interval_95": [ends.low, ends.high] if ends else None}
-                says.append(say_difference(name, names[0], metric, plain, runs[0].suffix))
+                says.append(say_difference(name, names[0], metric, plain, runs[0].target.suffix))
     note = "Differences: paired bootstrap on the items that all runs scored. CES at the padded length."
     return section("metrics", "Metrics", says=says, tables=[table(Table(head, rows, note=note))])
 
@@ -162,7 +162,7 @@ def _curves(runs: Sequence[RunData], names: Sequence[str]) -> Section:
     figures = []
     for title, key in (
         ("Validation PLCC", "plcc"),
-        (f"Validation RMSE{runs[0].label}", "rmse"),
+        (f"Validation RMSE{runs[0].target.label}", "rmse"),
         ("Training loss", "loss"),
     ):
         lines = []

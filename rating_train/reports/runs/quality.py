@@ -35,7 +35,7 @@ def top_cards(run: RunData) -> list[dict[str, str]]:
             ends = metric["interval_95"]
             value = "undefined" if metric["value"] is None else f"{metric['value']:.3f}"
             more = f"{ends[0]:.3f} to {ends[1]:.3f}" if ends else metric.get("undefined", "no interval")
-            found.append(card(LABELS[name].replace(" (stars)", run.label), value, more))
+            found.append(card(LABELS[name].replace(" (stars)", run.target.label), value, more))
         found.append(card("items", f"{run.judgement['n']:,}", _groups(run.judgement)))
     row = run.row
     if row.get("ces_mac_linear") is not None:
@@ -76,7 +76,7 @@ def quality_section(run: RunData) -> Section:
     head = ["metric", "value", "95 % from", "to", *(b["name"].split(" (")[0] for b in scores)]
     rows = [
         [
-            LABELS[name].replace(" (stars)", run.label),
+            LABELS[name].replace(" (stars)", run.target.label),
             m["value"],
             *(m["interval_95"] or (None, None)),
             *(b[name] for b in scores),
@@ -94,11 +94,12 @@ def quality_section(run: RunData) -> Section:
     low, high = _range(run, pairs)
     line = found["calibration"]
     told = "" if line["slope"] is None else (
-        f"true = {line['slope']:.2f} × predicted {line['intercept']:+.2f}; mean gap {line['mean_gap']:.3f}{run.suffix}."
+        f"true = {line['slope']:.2f} × predicted {line['intercept']:+.2f}; "
+        f"mean gap {line['mean_gap']:.3f}{run.target.suffix}."
     )  # fmt: skip
-    axes = f"true rating{run.label}", f"predicted{run.label}"
+    axes = f"true rating{run.target.label}", f"predicted{run.target.label}"
     drawing = charts.density("predicted against true", pairs, low, high, axes)
-    bins = charts.calibration_chart(line["bins"], run.label)
+    bins = charts.calibration_chart(line["bins"], run.target.label)
     figures = [
         figure("Predicted against true", drawing, "Darker: more items (logarithmic). Dashed: y = x."),
         figure("Calibration", bins, f"Bins of equally many predictions. {told}"),
@@ -107,7 +108,7 @@ def quality_section(run: RunData) -> Section:
         "quality",
         "How good it is",
         f"{run.predictions.stem}: {found['n']:,} items.",
-        says=_baseline_says(found, run.suffix),
+        says=_baseline_says(found, run.target.suffix),
         tables=[table(Table(head, rows, note=note))],
         figures=figures,
     )
@@ -116,10 +117,11 @@ def quality_section(run: RunData) -> Section:
 def _range(run: RunData, pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Return the ends of the axes: the bounds, or the extremes; of stars without the part that is empty."""
     lowest, highest = min(min(p) for p in pairs), max(max(p) for p in pairs)
-    if run.bounds is None:
+    bounds = run.target.bounds
+    if bounds is None:
         return lowest, highest
-    low, high = min(run.bounds[0], lowest), max(run.bounds[1], highest)
-    return (max(low, min(lowest - 0.1, 4.0)) if run.bounds == (1.0, 5.0) and lowest > 1.5 else low), high
+    low, high = min(bounds[0], lowest), max(bounds[1], highest)
+    return (max(low, min(lowest - 0.1, 4.0)) if bounds == (1.0, 5.0) and lowest > 1.5 else low), high
 
 
 def _baseline_says(found: Mapping[str, Any], unit: str) -> list[dict[str, str]]:
@@ -157,7 +159,7 @@ def slice_section(run: RunData) -> Section:
             note = "Box: middle half; line: 5 to 95 %. Right: items. Above 0 the model is too generous."
             title = f"Residuals by {SLICES[what]}"
             figures.append(
-                figure(title, charts.box_chart(title, boxes, f"predicted − true{run.label}"), note)
+                figure(title, charts.box_chart(title, boxes, f"predicted − true{run.target.label}"), note)
             )
         if len(entries) > 1 and what != "rating":
             spreads = [
@@ -197,7 +199,10 @@ def error_section(run: RunData) -> Section:
     says = []
     if "mean" in bias:
         says.append(
-            {"kind": "", "text": f"Mean error {bias['mean']:+.4f}{run.suffix}, median {bias['median']:+.4f}."}
+            {
+                "kind": "",
+                "text": f"Mean error {bias['mean']:+.4f}{run.target.suffix}, median {bias['median']:+.4f}.",
+            }
         )
         shrink = bias["correlation_with_true"]
         if shrink is not None and shrink < -0.2:
