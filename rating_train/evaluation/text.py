@@ -8,7 +8,7 @@ from typing import Any
 from rating_train.config.task import PAPER
 from rating_train.log import text_table
 from rating_train.model.accounting import ces_line
-from rating_train.scoring.metrics import LABELS, LARGER_IS_BETTER, METRICS
+from rating_train.scoring.metrics import LARGER_IS_BETTER, METRICS, metric_label
 from rating_train.scoring.slices import SLICES
 
 _SHOWN_CATEGORIES = 10
@@ -47,8 +47,12 @@ def render(judgement: Mapping[str, Any], with_slices: bool = False) -> str:
 
 def unit_of(judgement: Mapping[str, Any]) -> str:
     """Return the unit of the target after a number: a space and its name, or nothing."""
-    unit = judgement.get("unit", PAPER.target.unit)  # an older judgement is one of stars
+    unit = _unit(judgement)
     return f" {unit}" if unit else ""
+
+
+def _unit(judgement: Mapping[str, Any]) -> str:
+    return str(judgement.get("unit", PAPER.target.unit))  # an older judgement is one of stars
 
 
 def shown(value: float | None) -> str:
@@ -63,8 +67,7 @@ def interval(ends: list[float] | None) -> str:
 
 def label_of(metric: str, judgement: Mapping[str, Any]) -> str:
     """Return what a metric is called, with the unit of the target where it has one."""
-    unit = unit_of(judgement).strip()
-    return LABELS[metric].replace(" (stars)", f" ({unit})" if unit else "")
+    return metric_label(metric, _unit(judgement))
 
 
 def _metric_table(judgement: Mapping[str, Any]) -> list[str]:
@@ -84,7 +87,7 @@ def _metric_table(judgement: Mapping[str, Any]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for name in METRICS:
         if "undefined" in metrics[name]:
-            reasons.setdefault(metrics[name]["undefined"], []).append(LABELS[name])
+            reasons.setdefault(metrics[name]["undefined"], []).append(label_of(name, judgement))
     after = judgement["logistic"]
     fit = shown(after["plcc"]) if after["plcc"] is not None else f"undefined: {after['undefined']}"
     return [

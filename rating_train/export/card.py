@@ -22,7 +22,7 @@ from rating_train.model.cost import count_forward, count_parameters
 from rating_train.scoring.analysis import item_groups
 from rating_train.scoring.bootstrap import CONFIDENCE, Interval, intervals
 from rating_train.scoring.ces import CONVENTIONS, ces_table
-from rating_train.scoring.metrics import score
+from rating_train.scoring.metrics import metric_label, score
 from rating_train.scoring.predictions import read_predictions
 from rating_train.shards.titles import product_group
 from rating_train.training.setup import ModelInputs
@@ -36,13 +36,8 @@ LICENCES = {
     "HuggingFaceTB/SmolVLM2-256M-Video-Instruct": "apache-2.0",
     "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": "apache-2.0",
 }
-#: Metric -> (its name, its name on the hub).
-_METRICS = {
-    "plcc": ("PLCC", "pearsonr"),
-    "srcc": ("SRCC", "spearmanr"),
-    "rmse": ("RMSE", "rmse"),
-    "mae": ("MAE", "mae"),
-}
+#: Metric -> its name on the hub.
+_METRICS = {"plcc": "pearsonr", "srcc": "spearmanr", "rmse": "rmse", "mae": "mae"}
 
 
 @dataclass(frozen=True)
@@ -138,10 +133,10 @@ def _front_matter(facts: CardFacts, metrics: Metrics) -> dict[str, Any]:
     config = facts.inputs.config
     licence = facts.licence or backbone_licence(config)
     results = []
-    for key, (name, hub_name) in _METRICS.items():
+    for key, hub_name in _METRICS.items():
         if (value := metrics.values[key]) is None:
             continue
-        label = _in_unit(key, name, config.task.target)
+        label = metric_label(key, config.task.target.unit)
         found: dict[str, Any] = {"type": hub_name, "name": label, "value": round(value, 5)}
         if interval := metrics.intervals.get(key):
             found["args"] = {
@@ -284,18 +279,18 @@ def _onnx_text(facts: CardFacts) -> str:
     )
 
 
-def _in_unit(key: str, name: str, target: Target) -> str:
-    """Return the name of a metric with the unit it has."""
-    return f"{name}{target.label}" if key in ("rmse", "mae") else name
-
-
 def _metric_table(metrics: Metrics, target: Target) -> str:
     rows = []
-    for key, (name, _) in _METRICS.items():
+    for key in _METRICS:
         value, interval = metrics.values[key], metrics.intervals.get(key)
         shown = "undefined" if value is None else f"{value:.4f}"
-        name = _in_unit(key, name, target)
-        rows.append((name, shown, f"{interval.low:.4f} to {interval.high:.4f}" if interval else "undefined"))
+        rows.append(
+            (
+                metric_label(key, target.unit),
+                shown,
+                f"{interval.low:.4f} to {interval.high:.4f}" if interval else "undefined",
+            )
+        )
     return _markdown(("metric", "value", "interval"), rows)
 
 

@@ -21,11 +21,10 @@ from rating_train.reports.runs.data import target_of
 from rating_train.scoring import bootstrap
 from rating_train.scoring.analysis import item_groups
 from rating_train.scoring.bootstrap import Difference
-from rating_train.scoring.metrics import LARGER_IS_BETTER
+from rating_train.scoring.metrics import IN_UNIT, LARGER_IS_BETTER
 from rating_train.scoring.predictions import Prediction, deduplicate, read_predictions
 
 #: Metrics in the unit of what is predicted; the others have none.
-_IN_UNIT = ("rmse", "mae")
 
 #: Settings in which two runs differ without training differently.
 _PLACES = ("name", "runs_dir")
@@ -195,7 +194,7 @@ def different_settings(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[
 
 def sentence(name: str, baseline: str, metric: str, difference: Difference | None, target: Target) -> str:
     """Say a difference in words, for example ``B is better than A by 0.0120 PLCC (95% interval 0.0040 to 0.0210)``."""
-    label, unit = metric.upper(), target.suffix if metric in _IN_UNIT else ""
+    label, unit = metric.upper(), target.suffix if metric in IN_UNIT else ""
     if difference is None:
         return f"{label} is undefined for {name} or {baseline}"
     if difference.interval is None:

@@ -20,15 +20,18 @@ from rating_train.errors import UserError
 
 METRICS = ("plcc", "srcc", "kendall", "rmse", "mae", "r2")
 
-#: Name -> how tables and charts call it.
+#: Name -> how tables and charts call it; with its unit: :func:`metric_label`.
 LABELS = {
     "plcc": "PLCC",
     "srcc": "SRCC",
     "kendall": "Kendall tau-b",
-    "rmse": "RMSE (stars)",
-    "mae": "MAE (stars)",
+    "rmse": "RMSE",
+    "mae": "MAE",
     "r2": "R2",
 }
+
+#: Metrics in the unit of the target.
+IN_UNIT = ("rmse", "mae")
 
 #: Of every metric that a run selects by or a comparison reports.
 LARGER_IS_BETTER = {"plcc": True, "srcc": True, "kendall": True, "rmse": False, "mae": False, "r2": True}
@@ -38,6 +41,11 @@ Float64Array = npt.NDArray[np.float64]
 #: Further metrics: name -> function of (n,) float64 predictions and targets, n > 0, that returns ``None`` where it is
 #: undefined. An extension adds to it (docs/extending.md).
 EXTRA_METRICS: dict[str, Callable[[Float64Array, Float64Array], float | None]] = {}
+
+
+def metric_label(name: str, unit: str) -> str:
+    """Return how tables and charts call a metric of a target in ``unit``: ``RMSE (stars)``, ``PLCC``."""
+    return f"{LABELS[name]} ({unit})" if unit and name in IN_UNIT else LABELS[name]
 
 
 @dataclass(frozen=True)

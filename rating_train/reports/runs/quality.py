@@ -26,6 +26,10 @@ LABELS = {**metrics.LABELS, "r2": "R²"}
 _BOX = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
+def _label(metric: str, run: RunData) -> str:
+    return LABELS[metric] if metric == "r2" else metrics.metric_label(metric, run.target.unit)
+
+
 def top_cards(run: RunData) -> list[dict[str, str]]:
     """Return the numbers that a reader looks for first."""
     found = []
@@ -35,7 +39,7 @@ def top_cards(run: RunData) -> list[dict[str, str]]:
             ends = metric["interval_95"]
             value = "undefined" if metric["value"] is None else f"{metric['value']:.3f}"
             more = f"{ends[0]:.3f} to {ends[1]:.3f}" if ends else metric.get("undefined", "no interval")
-            found.append(card(LABELS[name].replace(" (stars)", run.target.label), value, more))
+            found.append(card(_label(name, run), value, more))
         found.append(card("items", f"{run.judgement['n']:,}", _groups(run.judgement)))
     row = run.row
     if row.get("ces_mac_linear") is not None:
@@ -76,7 +80,7 @@ def quality_section(run: RunData) -> Section:
     head = ["metric", "value", "95 % from", "to", *(b["name"].split(" (")[0] for b in scores)]
     rows = [
         [
-            LABELS[name].replace(" (stars)", run.target.label),
+            _label(name, run),
             m["value"],
             *(m["interval_95"] or (None, None)),
             *(b[name] for b in scores),

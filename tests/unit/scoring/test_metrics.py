@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rating_train.errors import UserError
-from rating_train.scoring.metrics import METRICS, Scores, per_group, score
+from rating_train.scoring.metrics import METRICS, Scores, metric_label, per_group, score
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
@@ -179,3 +179,9 @@ def test_a_value_that_is_not_finite_is_refused_wherever_it_stands(bad: float, si
         vectors[side][place] = bad
         with pytest.raises(UserError, match=rf"\[{place}\]"):
             score(*vectors)
+
+
+def test_a_label_has_the_unit_of_errors_alone() -> None:
+    labels = [metric_label(name, "stars") for name in METRICS]
+    assert labels == ["PLCC", "SRCC", "Kendall tau-b", "RMSE (stars)", "MAE (stars)", "R2"]
+    assert metric_label("rmse", "") == "RMSE" and metric_label("plcc", "INR") == "PLCC"
