@@ -15,6 +15,7 @@ import torch
 from rating_train.bench.attention import measure_attention, shapes_of
 from rating_train.bench.features import measure_features
 from rating_train.bench.limits import decode_rate, matrix_flops, seconds_of, synchronize
+from rating_train.bench.memory import family_bytes, memory_rows
 from rating_train.bench.result import Row
 from rating_train.checkpoint.state import TrainState
 from rating_train.config.schema import PARTS as SECTIONS
@@ -80,7 +81,7 @@ class Bench:
         chunks = [ids[i : i + items] for i in range(0, len(ids) // items * items, items)] or [ids]
         samples = split.dataset.__getitems__(Request(np.concatenate(chunks)))
         size_px = split.collator.image_px  # 0: the model reads text alone, and nothing is decoded
-        decoding, loading, through = [], [], []
+        decoding, loading, through, early, late = [], [], [], [], []
         for _ in range(self.rounds):
             if size_px:
                 decoding.append(decode_rate([s["image"] for s in samples], size_px, rounds=1))
@@ -88,31 +89,45 @@ class Bench:
             for chunk in chunks:
                 split.collator(split.dataset.__getitems__(Request(chunk)))
             loading.append(len(samples) / (time.perf_counter() - started))
-            through.append(self._loaded())
+            rate, memory = self._loaded()
+            through.append(rate)
+            early.append(memory[0])
+            late.append(memory[-1])
         workers = split.config.workers
         found = [
             Row("loader", "one process", statistics.median(loading), "items/s", _spread(loading)),
             Row("loader", f"DataLoader, {workers} workers", statistics.median(through), "items/s", _spread(through)),
         ]  # fmt: skip
+        held = memory_rows(early, late)
         if not decoding:
-            return found
+            return [*found, *held]
         ratio = statistics.median(
             a / b for a, b in zip(loading, decoding)
         )  # of rounds: a machine's speed drifts
         limits = (found[0].value / ratio, max(1, workers) * statistics.median(decoding))
         names = ("decoding alone", f"decoding alone, {max(1, workers)} cores")
-        return [
+        limited = [
             dataclasses.replace(row, limit=limit, limit_name=name)
             for row, limit, name in zip(found, limits, names)
         ]
+        return [*limited, *held]
 
-    def _loaded(self) -> float:
-        """Return the items that the DataLoader gives in a second, after its first batch."""
+    def _loaded(self) -> tuple[float, list[int]]:
+        """Return the items that the DataLoader gives in a second, after its first batch, and the memory it takes.
+
+        The memory is that after a tenth of the batches, and at the last one.
+        """
+        count, memory, looking = 0, [], 0.0
         with contextlib.closing(self.job.data.batches(0, self.steps + 1)) as batches:
             next(batches)
             started = time.perf_counter()
-            count = sum(len(batch) for batch in batches)
-            return count / (time.perf_counter() - started)
+            for number, batch in enumerate(batches, start=1):
+                count += len(batch)
+                if number in (-(-self.steps // 10), self.steps):
+                    looked = time.perf_counter()
+                    memory.append(family_bytes())
+                    looking += time.perf_counter() - looked
+            return count / (time.perf_counter() - started - looking), memory
 
     @torch.no_grad()
     def forward(self) -> list[Row]:
