@@ -1,4 +1,4 @@
-"""The memory that a rank and its DataLoader workers take, as loading goes on."""
+"""The memory that a rank and its DataLoader workers take, early and late."""
 
 from __future__ import annotations
 
