@@ -96,7 +96,7 @@ class PartsFolder:
             raise UserError(
                 f"the features of {len(samples):,} items do not fit into one shard of 4 GiB",
                 where=f"shard {shard} of {split}",
-                fix="prepare the dataset with smaller shards (--shard-mb)",
+                fix="prepare the dataset with smaller shards (--shard-size-mb)",
             )
         write_synced(temporary / _STATS_NAME, json.dumps(vars(stats)).encode())
         fsync_path(temporary)
