@@ -339,7 +339,7 @@ def claim_folder(file: Path, identity: Mapping[str, Any], work: str, fix: str) -
     if not file.exists():
         atomic_write_json(file, identity)
     if changes := differences(read_json(file), identity):
-        what = f"an unfinished {work} with other options or sources exists: {'; '.join(changes)}"
+        what = f"an unfinished {work} with other options or changed sources exists: {'; '.join(changes)}"
         raise UserError(what, where=file.parent, fix=f"{fix}, or remove {file.parent} to start over")
 
 

@@ -614,6 +614,7 @@ def test_command_line(
     assert f"prepared {out}" in printed and "dropped          0" in printed
     assert f"images: {N} of {N}" in caplog.text
     defaults = vars(parser.parse_args(least))
+    assert defaults.pop("init_task") == ""  # of the verb alone
     rules, plain = PrepareOptions(**defaults).rules, PlanRules()
     names = [field.name for field in dataclasses.fields(PlanRules)]
     assert [getattr(rules, name) for name in names] == [getattr(plain, name) for name in names]
