@@ -226,17 +226,17 @@ def alone() -> Iterator[None]:
 
 @pytest.fixture
 def tiny_config(demo: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Writes a YAML configuration on the small demo; arguments are nested sections to override."""
+    """Writes a YAML configuration on the small demo; arguments are sections, or settings, to override."""
     import yaml
 
-    def write(name: str = "run", **sections: dict[str, object]) -> Path:
+    def write(name: str = "run", **sections: Any) -> Path:
         base: dict[str, object] = {
             **tiny_settings(name, tmp_path / "runs", demo),
             "train": {"epochs": 1, "log_every_steps": 1, "eval_every_steps": 0, "log_sample_ids": True},
         }
         for section, values in sections.items():
             merged = base.get(section, {})
-            base[section] = {**merged, **values} if isinstance(merged, dict) else values
+            base[section] = {**merged, **values} if isinstance(values, dict) else values  # type: ignore[dict-item]
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(base))
         return path

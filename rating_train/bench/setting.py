@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from pathlib import Path
 
+from rating_train.config.phases import stage_configs
 from rating_train.config.schema import Config
 from rating_train.config.task import Task
 from rating_train.data.prompt import load_tokenizer
@@ -30,8 +31,10 @@ def bench_config(config: Config, folder: Path, items: int) -> Config:
         items: synthetic listings, where no data is there.
 
     Returns:
-        The same shape, batch and precision. Speed does not depend on the values of the weights.
+        The same shape, batch and precision; with ``stages`` that of the last phase. Speed does not depend on the
+        values of the weights.
     """
+    config = stage_configs(config)[-1]
     data, model, demo = config.data, config.model, folder / "demo"
     known = Path(model.backbone).is_dir() or model.backbone in KNOWN_ARCHITECTURES
     missing = not _has_data(config)

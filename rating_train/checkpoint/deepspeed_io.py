@@ -13,7 +13,7 @@ import copy
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,10 @@ log = logging.getLogger(__name__)
 ENGINE_DIR = "engine"
 MODEL_STATES = "mp_rank_00_model_states.pt"
 Shard = dict[str, Any]  # path within the checkpoint -> content
+
+#: (names of a group's parameters, key) -> the number of elements of each, and a function that reads it.
+_Readers = Callable[[list[str], str], Iterator[tuple[int, Any]]]
+_Fill = Callable[[_Readers, torch.Tensor | None], None]
 
 
 def capture_shards(ds: Any) -> Shard:
@@ -157,27 +161,66 @@ def _names_of(folder: Path) -> Iterator[Path]:
 @torch.no_grad()
 def _read_resharded(ds: Any, shards: Shards) -> None:
     """Fill this rank's parts of master weights and moments, then refresh the weights that the model computes with."""
+
+    def readers(names: list[str], key: str) -> Iterator[tuple[int, Any]]:
+        for name in names:
+            yield shards.places[name].shape.numel(), lambda name=name: shards.read(name, key)
+
+    with _open_masters(ds) as fill:
+        fill(readers, shards.steps())
+        _restore_frozen(ds, shards.frozen(), ds.zero_optimization_stage() == 3)
+    for name, value in shards.counters.items():
+        setattr(ds, name, value)
+
+
+@torch.no_grad()
+def write_masters(ds: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Set the master weights of a new engine of stages 1 to 3, and with them those that the model computes with.
+
+    DeepSpeed makes the masters from weights that it has rounded to bf16 before.
+
+    Args:
+        ds: the DeepSpeed engine.
+        weights: all trained weights, complete, fp32, on every rank.
+    """
+
+    def readers(names: list[str], _key: str) -> Iterator[tuple[int, Any]]:
+        for name in names:
+            yield weights[name].numel(), lambda name=name: weights[name]
+
+    with _open_masters(ds) as fill:
+        fill(readers, None)
+
+
+@contextlib.contextmanager
+def _open_masters(ds: Any) -> Iterator[_Fill]:
+    """Give a function that fills this rank's parts of the master weights; then copy them to the model's weights."""
     names = {id(p): name for name, p in ds.module.named_parameters()}
     optimizer, rank, ranks = ds.optimizer, dist.get_rank(), dist.get_world_size()
     stage3 = ds.zero_optimization_stage() == 3
+
+    def fill(readers: _Readers, steps: torch.Tensor | None) -> None:
+        """Fill from ``readers`` (names of a group, key): the masters, and the moments too where ``steps`` is given."""
+        for params, master in zip(*_groups_and_masters(optimizer), strict=True):
+            targets = {MASTER: master.data}
+            if steps is not None:
+                state = _adam_state(optimizer.optimizer, master, steps.clone())  # each group counts its own
+                targets |= {key: state[key] for key in MOMENTS}
+            for key, target in targets.items():
+                found = readers([names[id(p)] for p in params], key)
+                if stage3:
+                    write_per_parameter(target, rank, ranks, found)
+                else:
+                    write_flat(target, rank, found)
+
     if stage3:
         optimizer.checkpoint_event_prologue()  # partitions every parameter
-    for params, master in zip(*_groups_and_masters(optimizer), strict=True):
-        state = _adam_state(optimizer.optimizer, master, shards.steps())
-        for key, target in ((MASTER, master.data), *((key, state[key]) for key in MOMENTS)):
-            readers = _readers(shards, [names[id(p)] for p in params], key)
-            if stage3:
-                write_per_parameter(target, rank, ranks, readers)
-            else:
-                write_flat(target, rank, readers)
-    _restore_frozen(ds, shards.frozen(), stage3)
+    yield fill
     if stage3:
         _copy_masters_to_stage3_weights(optimizer)
         optimizer.checkpoint_event_epilogue()  # gathers small parameters again
     else:
         optimizer.update_lp_params()
-    for name, value in shards.counters.items():
-        setattr(ds, name, value)
 
 
 def _adam_state(adam: torch.optim.Optimizer, master: torch.Tensor, steps: torch.Tensor) -> dict[str, Any]:
@@ -201,12 +244,6 @@ def _groups_and_masters(optimizer: Any) -> tuple[list[Any], list[Any]]:
     raise RuntimeError(
         f"unknown ZeRO optimizer {type(optimizer).__name__}: a checkpoint of another topology cannot be loaded into it"
     )
-
-
-def _readers(shards: Shards, names: list[str], key: str) -> Iterator[tuple[int, Any]]:
-    """Yield the number of elements of each parameter, and a function that reads it."""
-    for name in names:
-        yield shards.places[name].shape.numel(), lambda name=name: shards.read(name, key)
 
 
 def _restore_frozen(ds: Any, frozen: dict[str, torch.Tensor], stage3: bool) -> None:

@@ -10,7 +10,11 @@ from rating_train.errors import UserError
 
 STATE_FILE = "state.json"
 #: What a checkpoint from before a key was recorded has.
-_UNRECORDED = {"optimizer": "adamw"}
+_UNRECORDED = {
+    "optimizer": "adamw",
+    "phase": "none",
+    "phase_first_step": "none",
+}  # without `stages` there is none
 
 
 @dataclass
@@ -66,7 +70,8 @@ class Identity:
     Args:
         order: every setting that decides which samples a step reads, and the dataset's fingerprint.
         order_digest: digest of the actual order of the epoch that contains the next step.
-        engine: precision and frozen parts, which determine the content of the engine's shards.
+        engine: precision and frozen parts, which determine the content of the engine's shards; and with ``stages`` the
+            phase, whose optimizer they hold.
         topology: number of ranks and ZeRO stage, which determine the layout of the shards. Other layouts are
             converted, see :func:`~.deepspeed_io.read_shards`.
     """

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from rating_train.config.fields import Rule, broken_rules, read
+from rating_train.config.phases import stage_problems
 from rating_train.config.schema import LOSSES, PARTS, Config, to_dict
 from rating_train.config.task import task_problems
 from rating_train.config.yaml_reader import parse_setting, parse_yaml
@@ -64,6 +65,7 @@ def config_from_dict(
     if not problems:
         load_extensions(config.extensions)
     found = [*problems.values(), *broken_rules(config, _RULES, problems)]
+    found += stage_problems(values.get("stages"), config, problems)
     if not any(key.startswith("task") for key in problems):
         found += [f"task: {problem}" for problem in task_problems(config.task)]
     if found:

@@ -71,9 +71,28 @@ def total_steps(config: Config, train_items: int) -> int:
 
     The last global batch is filled with the first samples of the following epoch.
     """
-    steps = math.ceil(config.train.epochs * train_items / config.batch.global_items - 1e-9)
-    steps = max(1, steps)
-    return min(steps, config.train.max_steps) if config.train.max_steps else steps
+    return phase_ends(config, train_items)[-1]
+
+
+def phase_ends(config: Config, train_items: int) -> list[int]:
+    """Return how many steps are done when each phase ends; one number for a run without ``stages``.
+
+    Epochs of several phases add up before they are rounded to steps: the phases of two runs of equal length end their
+    epochs at the same step. ``train.max_steps`` cuts off what follows it.
+    """
+    if config.stages is None:
+        lengths: list[tuple[float, int]] = [(config.train.epochs, 0)]
+    else:
+        lengths = [(stage.epochs or 0.0, stage.steps or 0) for stage in config.stages]
+    ends: list[int] = []
+    exact, most = 0.0, config.train.max_steps
+    for epochs, steps in lengths:
+        exact += steps + epochs * train_items / config.batch.global_items
+        end = max(1 + (ends[-1] if ends else 0), math.ceil(exact - 1e-9))
+        if most and end >= most:
+            return [*ends, most]
+        ends.append(end)
+    return ends
 
 
 def order_fingerprint_inputs(config: Config, data_fingerprints: Sequence[str]) -> dict[str, object]:

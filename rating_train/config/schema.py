@@ -13,6 +13,7 @@ from typing import Any, Literal
 from rating_train.config.data_schema import DataConfig
 from rating_train.config.data_schema import SourceConfig as SourceConfig
 from rating_train.config.fields import section, setting
+from rating_train.config.stage_schema import StageConfig
 from rating_train.config.task import Task, TextField
 
 #: Parts of the model: each is trained or frozen, and has a learning rate of its own.
@@ -263,6 +264,14 @@ class Config:
         ["jsonl", "tensorboard"],
         "Where the numbers of a run go, of: jsonl (train.jsonl and eval.jsonl, which are always written: status, "
         "report and a resumed run read them), tensorboard, wandb, mlflow (extra `tracking`; docs/usage.md).",
+    )
+    stages: list[StageConfig] | None = setting(
+        None,
+        "Phases that follow one another in one run, for example [{epochs: 1, freeze: [vision, connector, decoder]}, "
+        "{epochs: 4, lr: {decoder: 5e-5}}]: the head first, then everything. Each has a length, `epochs` or `steps`, "
+        "in place of `train.epochs`, and may override `freeze` (of `model`), `lr` and `warmup_fraction` (of `optim`). "
+        "Each starts with the weights of the one before and a new optimizer, and has a learning-rate schedule, a "
+        "checkpoint and an evaluation of its own at its end. null is a run without phases.",
     )
     data: DataConfig = section(DataConfig, "What is read, and in which order.")
     model: ModelConfig = section(ModelConfig, "The regressor.")

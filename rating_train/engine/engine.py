@@ -51,6 +51,7 @@ class Engine:
         phases: measures the parts of a step, in a benchmark. At stage 0 "reduction" is what of it is left after the
             backward pass; at the other stages DeepSpeed reduces within its backward pass and its optimizer step.
         lengths: all that micro-batches can have, in tokens.
+        first_step: steps of the run before those of this engine, at which its learning-rate schedule starts.
     """
 
     ds: Any
@@ -62,17 +63,18 @@ class Engine:
     buckets: GradientBuckets | None = None
     phases: Phases | None = None
     lengths: tuple[int, ...] = ()
+    first_step: int = 0
     _skipped: list[bool | Tensor] = field(default_factory=list)
 
     def step(
-        self, batch: Batch, step: int, total_steps: int, before_micro: Callable[[], None] | None = None
+        self, batch: Batch, step: int, last_step: int, before_micro: Callable[[], None] | None = None
     ) -> Tensor:
         """Take one optimizer step on this rank's batch, in micro-batches. Nothing here waits for the device.
 
         Args:
             batch: items of this rank, in host memory (pinned, where the device is a GPU).
-            step: optimizer steps done before this one.
-            total_steps: of the run, for the learning rate.
+            step: optimizer steps of the run done before this one.
+            last_step: those done when the learning-rate schedule ends: with the run, or with its phase.
             before_micro: called before each micro-batch. What it raises, on all ranks before the same micro-batch,
                 leaves the weights as they were.
 
@@ -80,7 +82,7 @@ class Engine:
             This rank's mean loss, a detached float32 scalar on the device. Reading it waits for the device, so the
             loop reads it only when it logs.
         """
-        self.set_lr(lr_factor(step, total_steps, self.config.optim))
+        self.set_lr(lr_factor(step - self.first_step, last_step - self.first_step, self.config.optim))
         self.ds.train()
         losses = []
         micros = batch.split(self.plan.micro_items)
@@ -187,6 +189,7 @@ def build_engine(
     device: torch.device,
     custom_loss: LossFunction | None = None,
     lengths: Sequence[int] = (),
+    first_step: int = 0,
 ) -> Engine:
     """Hand the model to DeepSpeed. A collective; the process group must exist.
 
@@ -197,6 +200,7 @@ def build_engine(
         device: this rank's device.
         custom_loss: the function that ``loss.kind`` names, if it is not a built-in loss.
         lengths: all that micro-batches can have, in tokens; for ``train.compile``.
+        first_step: as :class:`Engine` has it.
 
     Raises:
         UserError: DeepSpeed is older than 0.19.5, which has silent gradient bugs at stages 0 and 1.
@@ -227,7 +231,9 @@ def build_engine(
     _decide_by_the_norm(ds.optimizer)
     check_fp32_buffers(ds.module)
     buckets = _own_reduction(ds, config.zero) if config.zero.stage == 0 else None
-    return Engine(ds, groups, config, plan, device, custom_loss, buckets, lengths=tuple(lengths))
+    return Engine(
+        ds, groups, config, plan, device, custom_loss, buckets, lengths=tuple(lengths), first_step=first_step
+    )
 
 
 def _own_reduction(ds: Any, zero: ZeroConfig) -> GradientBuckets:

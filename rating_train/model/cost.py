@@ -18,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from rating_train.config.schema import PARTS
+from rating_train.config.phases import stage_configs
+from rating_train.config.schema import PARTS, Config
 from rating_train.errors import UserError
 from rating_train.model.architecture import Architecture, TextArchitecture, VisionArchitecture
 from rating_train.scoring.ces import CONVENTIONS
@@ -186,6 +187,14 @@ def training_flops(forward: ForwardCost, freeze: Collection[str]) -> float:
         needed = needed or part not in freeze
         backward += 2 * by_part[part] if needed else 0.0
     return sum(by_part.values()) + backward
+
+
+def largest_phase(config: Config, arch: Architecture) -> Config:
+    """Return the configuration of the phase that trains most parameters, which memory and networks must bear."""
+    counts = count_parameters(arch, config.model_px)
+    return max(
+        stage_configs(config), key=lambda c: sum(counts[part] for part in PARTS if part not in c.model.freeze)
+    )
 
 
 def activation_bytes(

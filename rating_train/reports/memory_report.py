@@ -12,6 +12,7 @@ from rating_train.config.schema import Config
 from rating_train.errors import UserError
 from rating_train.log import Progress, text_table
 from rating_train.model.architecture import Architecture
+from rating_train.model.cost import largest_phase
 
 if TYPE_CHECKING:
     from rating_train.engine.memory import RankMemory
@@ -62,6 +63,7 @@ def measure_memory(
     if ranks < 1 or gpu_gib < 0:
         raise UserError("numbers of GPUs and GiB are positive", where="cost --memory")
     plan = plan_batch(config.batch.global_items, config.batch.micro_items, ranks)
+    config = largest_phase(config, architecture)
     sizes = model_sizes(config, architecture)
     found: dict[int, RankMemory] = {}
     wanted = sorted({*TRACED_ITEMS, plan.micro_items})

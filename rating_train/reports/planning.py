@@ -11,7 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rating_train.config.resolve import plan_batch, total_steps
+from rating_train.config.phases import phases
+from rating_train.config.resolve import plan_batch
 from rating_train.config.schema import Config
 from rating_train.data.lengths import text_tokens_of
 from rating_train.distributed.gpus import GPUS
@@ -22,6 +23,7 @@ from rating_train.model.cost import (
     activation_bytes,
     count_forward,
     count_parameters,
+    largest_phase,
     training_flops,
     visual_tokens,
 )
@@ -75,7 +77,8 @@ class Plan:
         epochs: passes over the items.
         steps: optimizer steps.
         rank_items: items of a step on one GPU.
-        flops: of training on one item.
+        flops: of training on one item; with ``stages`` the mean over all steps, where all else is of the phase that
+            trains most.
         state: ZeRO stage -> bytes of the model's state on one GPU.
         item_bytes: what one item of a micro-batch keeps for the backward pass, at least.
         trained: trained parameters.
@@ -132,17 +135,24 @@ def make_plan(
     tokens = visual + text_tokens_of(config)
     batch = plan_batch(config.batch.global_items, config.batch.micro_items, gpus)
     counts = count_parameters(arch, config.model_px)
-    frozen = sum(counts[part] for part in config.model.freeze)
+    largest = largest_phase(config, arch)
+    frozen = sum(counts[part] for part in largest.model.freeze)
     trained = counts["total"] - frozen
     bf16 = config.train.precision == "bf16"
-    flops = training_flops(count_forward(arch, config.model_px, tokens), config.model.freeze)
+    forward, all_phases = count_forward(arch, config.model_px, tokens), phases(config, items)
+    steps = all_phases[-1].last_step
+    flops = sum(
+        (phase.last_step - phase.first_step) * training_flops(forward, phase.config.model.freeze)
+        for phase in all_phases
+    )
+    flops /= steps
     speed = GPUS[gpu].bf16_tflops * 1e12
     return Plan(
         items=items,
         gpus=gpus,
         gpu=gpu,
-        epochs=config.train.epochs,
-        steps=total_steps(config, items),
+        epochs=config.train.epochs if config.stages is None else steps * batch.global_items / items,
+        steps=steps,
         global_items=batch.global_items,
         rank_items=batch.rank_items,
         flops=flops,
@@ -151,7 +161,7 @@ def make_plan(
             arch,
             config.model_px,
             tokens,
-            freeze=config.model.freeze,
+            freeze=largest.model.freeze,
             bf16=bf16,
             gradient_checkpointing=config.model.gradient_checkpointing,
         ),

@@ -100,9 +100,12 @@ def _progress(
     known = [s for s in steps if isinstance(s, int)]
     total = next((t for s in (beat, state) if isinstance(t := s.get("total_steps"), int)), None)
     seconds, idle = number(row, "step_seconds"), _idle_seconds(beat, owner)
+    stages = _settings(run / run_dir.CONFIG_FILE).get("stages")
     progress = {
         "step": max(known, default=None),
         "total_steps": total,
+        "phase": row.get("phase"),
+        "phases": len(stages) if isinstance(stages, list) else None,
         "epoch": number(row, "epoch"),
         "loss": number(row, "loss"),
         "samples_per_second": number(row, "samples_per_second"),
@@ -298,13 +301,14 @@ def _progress_lines(status: dict[str, Any]) -> list[str]:
     if p["step"] is None:
         return ["progress     no step yet"]
     total = "" if p["total_steps"] is None else f" of {p['total_steps']}"
+    phase = "" if p["phase"] is None else f", phase {p['phase']} of {p['phases'] or '?'}"
     epoch = "" if p["epoch"] is None else f", epoch {p['epoch']:.3f}"
     last = (
         f", last progress {duration(p['idle_seconds'])} ago"
         if alive and p["idle_seconds"] is not None
         else ""
     )
-    lines = [f"progress     step {p['step']}{total}{epoch}{last}"]
+    lines = [f"progress     step {p['step']}{total}{phase}{epoch}{last}"]
     facts = [
         f"loss {p['loss']:.4f}" if p["loss"] is not None else "",
         f"{p['samples_per_second']:.1f} samples/s" if p["samples_per_second"] is not None else "",

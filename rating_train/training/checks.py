@@ -14,6 +14,7 @@ import torch
 from rating_train import run_dir
 from rating_train.checkpoint import store
 from rating_train.checkpoint.resume import named_checkpoint
+from rating_train.config.phases import check_stages, stage_configs
 from rating_train.config.resolve import BatchPlan, plan_batch, source_shares
 from rating_train.config.schema import Config
 from rating_train.data.mixture import Mixture
@@ -44,7 +45,8 @@ def check_job(config: Config, run: Path, resume: str, world: World, device: torc
     Raises:
         UserError: ``resume`` names no checkpoint; the run directory cannot be made; the dataset, a split, a custom loss
             or the backbone's folder is missing; the batch does not divide, is larger than the split or does not fit in
-            memory; the image does not divide; ``model.init_from`` is missing or has another width.
+            memory; the image does not divide; ``model.init_from`` is missing or has another width; a phase trains
+            nothing of a model that lacks a part.
     """
     problems: list[UserError] = []
 
@@ -70,6 +72,7 @@ def check_job(config: Config, run: Path, resume: str, world: World, device: torc
     visual = attempt(lambda: image_tokens(architecture, config.model_px, side)) if architecture else None
     if config.model.init_from and not store.steps_present(run / run_dir.CHECKPOINTS_DIR):
         attempt(lambda: check_source(config.model, architecture))
+    attempt(lambda: check_stages(config))
     if plan is not None and not problems:
         attempt(lambda: check_memory(config, plan, visual or 0, architecture, world, device))
     if len(problems) == 1:
@@ -272,14 +275,17 @@ def check_memory(
         )
     if architecture is None:
         return
-    kept = plan.micro_items * activation_bytes(
-        architecture,
-        config.model_px,
-        tokens,
-        freeze=config.model.freeze,
-        bf16=config.train.precision == "bf16",
-        gradient_checkpointing=config.model.gradient_checkpointing,
-        tiles_per_side=config.data.tiles_per_side,
+    kept = plan.micro_items * max(
+        activation_bytes(
+            architecture,
+            config.model_px,
+            tokens,
+            freeze=phase.model.freeze,
+            bf16=config.train.precision == "bf16",
+            gradient_checkpointing=config.model.gradient_checkpointing,
+            tiles_per_side=config.data.tiles_per_side,
+        )
+        for phase in stage_configs(config)
     )
     if device.type == "cuda":
         available = torch.cuda.get_device_properties(device).total_memory

@@ -1,9 +1,10 @@
-"""A training job, assembled: everything that stays the same while it trains, and the state that it starts from."""
+"""A training job, assembled: everything that stays the same while a phase trains, and the state that it starts from."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,23 @@ import torch
 from rating_train import run_dir
 from rating_train.checkpoint.manager import Checkpointer
 from rating_train.checkpoint.state import Identity, TrainState
+from rating_train.config.phases import Phase, phase_after, phases
 from rating_train.config.resolve import (
     BatchPlan,
     order_fingerprint_inputs,
     plan_batch,
     source_shares,
-    total_steps,
 )
-from rating_train.config.schema import PARTS, Config
+from rating_train.config.schema import PARTS, Config, ModelConfig
 from rating_train.data.features.identity import refuse_other_weights
 from rating_train.data.lengths import possible_lengths
 from rating_train.data.loader import EvaluationData, TrainingData, open_evaluation, open_training
+from rating_train.data.prompt import PromptEncoder
 from rating_train.distributed.collectives import on_main
 from rating_train.distributed.seeding import seed_everything
 from rating_train.distributed.world import World
 from rating_train.engine.engine import Engine, build_engine
+from rating_train.engine.handover import complete_weights, release, start_from
 from rating_train.model.custom_loss import CustomLoss
 from rating_train.model.regressor import RatingRegressor, build_regressor
 from rating_train.scoring.metrics import LARGER_IS_BETTER
@@ -40,9 +43,9 @@ from rating_train.weights.warm_start import find_source, warm_start
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
-    """Everything that stays the same while training."""
+    """Everything that stays the same while training; with ``stages``, engine and phase change at their boundaries."""
 
     config: Config
     run: Path
@@ -53,9 +56,15 @@ class Job:
     eval_data: EvaluationData
     engine: Engine
     checkpointer: Checkpointer
-    total_steps: int
+    phases: list[Phase]
+    phase: Phase  # the one that the engine trains
     custom_loss: CustomLoss | None = None
     warm_start: dict[str, Any] | None = None  # facts of the weights that another run gave to this start
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.phases[-1].last_step
 
     @property
     def larger_is_better(self) -> bool:
@@ -81,8 +90,9 @@ class Job:
             order_digest=self.data.order_digest(step),
             engine={
                 "precision": config.train.precision,
-                "freeze": sorted(config.model.freeze),
+                "freeze": sorted(self.phase.config.model.freeze),
                 "optimizer": config.optim.kind,
+                **self.phase.identity(),
             },
             topology={"ranks": self.world.size, "zero_stage": config.zero.stage},
         )
@@ -132,30 +142,40 @@ def assemble_job(
         config.data, prompt, world, config.data.eval_split, eval_items, config.eval.max_items, device
     )
     check_manifests(config, dict(zip((s.path for s in config.data.train_sources), data.manifests)))
-    model, warm = build_model(config, model_inputs, fresh=resumed_from is None)
-    layout = prompt.layout
-    shortest = layout.length - prompt.field_budget  # the template alone
-    lengths = possible_lengths(shortest, layout.length, config.batch.length_multiple_tokens)
-    engine = build_engine(model, config, plan, device, custom_loss.function if custom_loss else None, lengths)
-    steps = total_steps(config, data.samples)
+    all_phases = phases(config, data.samples)
+    done = checkpointer.read_state(resumed_from)["train_state"]["step"] if resumed_from is not None else 0
+    phase = phase_after(all_phases, done)
+    model, warm = build_model(phase.config, model_inputs, fresh=resumed_from is None)
+    lengths = _lengths(config, prompt)
+    engine = _engine(model, phase, plan, device, custom_loss, lengths)
     log.info(
         "%d items, %d steps of %d = %d ranks x %d x %d accumulation; evaluating %d items",
-        data.samples, steps, plan.global_items, plan.ranks, plan.micro_items, plan.accumulation, eval_data.samples,
+        data.samples, all_phases[-1].last_step, plan.global_items, plan.ranks, plan.micro_items, plan.accumulation,
+        eval_data.samples,
     )  # fmt: skip
-    return Job(
-        config,
-        run,
-        world,
-        plan,
-        model_inputs,
-        data,
-        eval_data,
-        engine,
-        checkpointer,
-        steps,
-        custom_loss,
-        warm,
-    )
+    if config.stages is not None:
+        log.info("%s", "\n".join(map(str, all_phases)))
+    parts = (config, run, world, plan, model_inputs, data, eval_data, engine, checkpointer)
+    return Job(*parts, all_phases, phase, custom_loss, warm)
+
+
+def _lengths(config: Config, prompt: PromptEncoder) -> list[int]:
+    """Return the lengths that micro-batches can have, in tokens."""
+    shortest = prompt.layout.length - prompt.field_budget  # the template alone
+    return possible_lengths(shortest, prompt.layout.length, config.batch.length_multiple_tokens)
+
+
+def _engine(
+    model: RatingRegressor,
+    phase: Phase,
+    plan: BatchPlan,
+    device: torch.device,
+    custom_loss: CustomLoss | None,
+    lengths: Sequence[int],
+) -> Engine:
+    """Build the engine of a phase. A collective."""
+    function = custom_loss.function if custom_loss else None
+    return build_engine(model, phase.config, plan, device, function, lengths, phase.first_step)
 
 
 def build_model(
@@ -169,11 +189,16 @@ def build_model(
         own = dataclasses.replace(
             own, weights="random"
         )  # all of them are replaced below: nothing to download
+    model = _model(config, own, inputs)
+    return model, warm_start(model, source, own.init_parts) if source is not None else None
+
+
+def _model(config: Config, own: ModelConfig, inputs: setup.ModelInputs) -> RatingRegressor:
+    """Build the regressor of a configuration with the section ``own`` in place of its ``model``."""
     start = inputs.prompt.layout.image_start
-    model = build_regressor(
+    return build_regressor(
         own, inputs.architecture, config.model_px, start, config.train.seed, config.task.target
     )
-    return model, warm_start(model, source, own.init_parts) if source is not None else None
 
 
 def check_features(job: Job) -> None:
@@ -201,5 +226,25 @@ def restore(job: Job, path: Path | None) -> TrainState:
             "the run now has %d steps, not %d: the learning rate follows the new total",
             job.total_steps, content["total_steps"],
         )  # fmt: skip
-    log.info("resuming from step %d of %d (%s)", state.step, job.total_steps, path)
+    inside = f", in phase {job.phase.number} of {job.phase.count}" if job.phase.count else ""
+    log.info("resuming from step %d of %d%s (%s)", state.step, job.total_steps, inside, path)
     return state
+
+
+def enter_next_phase(job: Job, state: TrainState) -> None:
+    """Train the next phase's parts from here on: the same weights, a new model, engine and optimizer. A collective.
+
+    The weights travel through the host's memory, not through the checkpoint of the boundary: an attempt that resumes
+    there comes by here too, with the engine that it restored.
+    """
+    phase, engine = job.phases[job.phase.number], job.engine
+    weights = complete_weights(engine)
+    release(engine)
+    bare = dataclasses.replace(phase.config.model, weights="random")  # all of them are replaced
+    model = _model(phase.config, bare, job.model_inputs)
+    model.load_state_dict(weights, strict=True)
+    job.engine = _engine(model, phase, job.plan, engine.device, job.custom_loss, engine.lengths)
+    start_from(job.engine, weights)
+    job.phase = phase
+    state.evals_since_best = 0
+    log.info("entering %s", phase)

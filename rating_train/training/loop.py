@@ -4,8 +4,9 @@
 
     restore -> loop { batch; forward, backward per micro-batch; step; record; log? save? evaluate? stop? } -> save
 
-All that changes from step to step is one ``TrainState``; all that a step needs is in one ``Job``. What is written down
-is in recording.py, when and how it is saved in saver.py.
+With ``stages`` the loop runs once for each phase, each time with another engine. All that changes from step to step is
+one ``TrainState``; all that a step needs is in one ``Job``. What is written down is in recording.py, when and how it
+is saved in saver.py.
 """
 
 from __future__ import annotations
@@ -34,7 +35,14 @@ from rating_train.training.checks import (
     warn_of_missing_cores,
 )
 from rating_train.training.evaluation import evaluate
-from rating_train.training.job import Job, assemble_job, check_features, open_checkpoints, restore
+from rating_train.training.job import (
+    Job,
+    assemble_job,
+    check_features,
+    enter_next_phase,
+    open_checkpoints,
+    restore,
+)
 from rating_train.training.provenance import record_start
 from rating_train.training.recording import Recorder
 from rating_train.training.saver import Saver
@@ -117,21 +125,40 @@ def loop(job: Job, state: TrainState, recorder: Recorder, supervisor: Supervisor
     supervisor.beat("training", state.step, job.total_steps)
     outcome = catch_up(job, state, recorder, saver, supervisor)
     if not outcome:
-        for batch in recorder.timed(job.data.batches(state.step, job.total_steps)):
-            outcome = take_step(batch, job, state, recorder, supervisor)
-            outcome = outcome or boundary(job, state, recorder, saver, supervisor)
-            if outcome:
-                break
+        outcome = train_phase(job, state, recorder, saver, supervisor)
+    while not outcome and not job.phase.is_last:
+        next_phase(job, state, recorder, saver, supervisor)
+        outcome = train_phase(job, state, recorder, saver, supervisor)
     record_skips(job, state, wait=True)
     saver.finish()
     return outcome or FINISHED
+
+
+def train_phase(job: Job, state: TrainState, recorder: Recorder, saver: Saver, supervisor: Supervisor) -> str:
+    """Train to the end of the phase; returns why to stop before that, or ""."""
+    for batch in recorder.timed(job.data.batches(state.step, job.phase.last_step)):
+        outcome = take_step(batch, job, state, recorder, supervisor)
+        outcome = outcome or boundary(job, state, recorder, saver, supervisor)
+        if outcome:
+            return outcome
+    return ""
+
+
+def next_phase(job: Job, state: TrainState, recorder: Recorder, saver: Saver, supervisor: Supervisor) -> None:
+    """Enter the next phase of a run with ``stages``, once the end of this one is on disk."""
+    saver.settle()
+    supervisor.beat("building the engine of the next phase", state.step, job.total_steps)
+    enter_next_phase(job, state)
+    warm_up(job, state, supervisor)
+    recorder.enter_phase()
+    supervisor.beat("training", state.step, job.total_steps)
 
 
 def take_step(batch: Batch, job: Job, state: TrainState, recorder: Recorder, supervisor: Supervisor) -> str:
     """Train on one global batch; returns why to stop, where the first step of an attempt was cut short, or ""."""
     try:
         before_micro = None if recorder.steps else supervisor.stop_if_urgent
-        loss = job.engine.step(batch, state.step, job.total_steps, before_micro)
+        loss = job.engine.step(batch, state.step, job.phase.last_step, before_micro)
     except Stopped as e:  # the weights are those of the step before, which is on disk
         return str(e)
     state.record_step(job.plan.global_items)
@@ -144,7 +171,7 @@ def take_step(batch: Batch, job: Job, state: TrainState, recorder: Recorder, sup
 
 def boundary(job: Job, state: TrainState, recorder: Recorder, saver: Saver, supervisor: Supervisor) -> str:
     """Do what is due between two steps: log, save, evaluate; returns why to stop, or ""."""
-    t, last = job.config.train, state.step == job.total_steps
+    t, last = job.config.train, state.step == job.phase.last_step
 
     def due(every_steps: int) -> bool:
         return bool(every_steps) and state.step % every_steps == 0
@@ -163,7 +190,7 @@ def boundary(job: Job, state: TrainState, recorder: Recorder, saver: Saver, supe
     if saving or evaluated:
         recorder.pause()  # the next interval's rate is that of training alone
     # After an evaluation or a save too: a signal that came meanwhile is honoured right after.
-    if not last and (saving or evaluated or due(t.stop_check_steps)):
+    if state.step < job.total_steps and (saving or evaluated or due(t.stop_check_steps)):
         return supervisor.agreed_to_stop()
     return ""
 
@@ -192,7 +219,7 @@ def evaluate_step(
 
 def catch_up(job: Job, state: TrainState, recorder: Recorder, saver: Saver, supervisor: Supervisor) -> str:
     """Do what an earlier attempt left undone at the step that it saved; returns why to stop, or ""."""
-    wanted = state.step == job.total_steps or job.config.train.eval_every_steps
+    wanted = state.step == job.phase.last_step or job.config.train.eval_every_steps
     if state.evaluation_due and wanted:
         row = recorder.replay_evaluation()
         if row is None:
@@ -202,9 +229,9 @@ def catch_up(job: Job, state: TrainState, recorder: Recorder, saver: Saver, supe
 
 
 def early_stop(job: Job, state: TrainState) -> str:
-    """Return "early stop" after too many evaluations without a better metric, else ""."""
+    """Return "early stop" after too many evaluations of the last phase without a better metric, else ""."""
     t = job.config.train
-    if not t.early_stop_evals or state.evals_since_best < t.early_stop_evals:
+    if not t.early_stop_evals or not job.phase.is_last or state.evals_since_best < t.early_stop_evals:
         return ""
     log.info("no better %s in %d evaluations", t.select_metric, state.evals_since_best)
     return EARLY_STOP

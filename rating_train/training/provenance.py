@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -32,6 +33,9 @@ _NOTES = {
     "model.init_from": "not loaded: weights are those of the checkpoint",
     "train.epochs": "the learning rate follows the new total",
     "train.max_steps": "the learning rate follows the new total",
+    "stages": "the learning rate follows the new phases",
+    "stages.epochs": "the learning rate of the phase follows its new length",
+    "stages.steps": "the learning rate of the phase follows its new length",
 }
 
 Changes = dict[str, list[Any]]  # key -> [old value, new value]
@@ -137,11 +141,20 @@ def _changed_loss(source: Path, now: dict[str, str] | None) -> Changes:
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> Changes:
     """Return the settings that both have, with other values, by their dotted keys."""
     old, new = flat(before), flat(now)
-    return {
-        key: [old[key], value]
-        for key, value in new.items()
-        if key in old and old[key] != value and key not in _PLACES
-    }
+    changes: Changes = {}
+    for key, value in new.items():
+        if key not in old or old[key] == value or key in _PLACES:
+            continue
+        if _sections(old[key]) and _sections(value) and len(old[key]) == len(value):
+            for index, (one, other) in enumerate(zip(old[key], value)):
+                changes |= changed_settings({f"{key}[{index}]": one}, {f"{key}[{index}]": other})
+        else:
+            changes[key] = [old[key], value]
+    return changes
+
+
+def _sections(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, dict) for one in value)
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -159,7 +172,8 @@ def describe(changes: Changes) -> str:
     """Return the changes as one line: ``optim.lr.head 0.0004 -> 0.001; ...``."""
     lines = []
     for key, (old, new) in changes.items():
-        note = f" ({_NOTES[key]})" if key in _NOTES else ""
+        found = _NOTES.get(re.sub(r"\[\d+\]", "", key))
+        note = f" ({found})" if found else ""
         lines.append(f"{key} {old!r} -> {new!r}{note}")
     return "; ".join(lines)
 

@@ -15,7 +15,6 @@ from rating_train import log as logs
 from rating_train import run_dir
 from rating_train.checkpoint import store
 from rating_train.checkpoint.state import TrainState
-from rating_train.config.lr_schedule import lr_factor
 from rating_train.data.collate import Batch
 from rating_train.distributed.collectives import on_main, sum_over_ranks
 from rating_train.errors import UserError
@@ -52,7 +51,7 @@ class Recorder:
         self._tracker = Tracker(job.run, state.step, job.world.is_main, job.config)
         self._sample_rows = RowFiles()
         self._meter = StepMeter()
-        self._counter = WorkCounter(job.model_inputs.architecture, job.config, job.plan.micro_items)
+        self._counter = self._work_counter()
         self._evaluations = self._earlier(state.step) if job.world.is_main else []
         self._left_seconds: float | None = None
         #: Steps of this attempt.
@@ -71,6 +70,15 @@ class Recorder:
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the same batches, and count the time spent waiting for them."""
         return self._meter.timed(batches)
+
+    def enter_phase(self) -> None:
+        """Count the work of the phase that begins: what is frozen takes less of it."""
+        self._counter = self._work_counter()
+        self.pause()
+
+    def _work_counter(self) -> WorkCounter:
+        job = self._job
+        return WorkCounter(job.model_inputs.architecture, job.phase.config, job.plan.micro_items)
 
     def pause(self) -> None:
         """Leave out of the step times what was done since the last step: a save, an evaluation."""
@@ -194,9 +202,10 @@ def training_row(job: Job, state: TrainState, meter: StepMeter) -> dict[str, Any
     loss = loss_sum / count
     peak = peak_flops(job.engine.device, job.config.train.precision)
     finite = abs(loss) < float("inf")  # False for NaN too
-    factor = lr_factor(state.step - 1, job.total_steps, job.config.optim)
+    factor = job.phase.lr_factor(state.step - 1)
     return {
         "step": state.step,
+        **({"phase": job.phase.number} if job.phase.count else {}),
         "epoch": round(state.samples / job.data.samples, 6),
         "samples": state.samples,
         "loss": loss if finite else None,

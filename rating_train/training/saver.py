@@ -63,6 +63,17 @@ class Saver:
             self._best = value
         return True
 
+    def settle(self) -> None:
+        """Return once this step is on disk, or has failed to be written: at the end of a phase, before the next.
+
+        Raises:
+            SaveFailed: saves failed at more steps in a row than ``train.max_failed_saves``.
+        """
+        self._wait()
+        if self._on_disk != self._state.step:
+            self._begin(None, final=False)
+            self._wait()
+
     def finish(self) -> None:
         """Return once this step is on disk, as the last thing of a run.
 

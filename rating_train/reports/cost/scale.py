@@ -18,7 +18,13 @@ from rating_train.distributed.gpus import GPUS
 from rating_train.errors import UserError
 from rating_train.log import duration, text_table
 from rating_train.model.architecture import Architecture
-from rating_train.model.cost import count_forward, count_parameters, image_tokens, training_flops
+from rating_train.model.cost import (
+    count_forward,
+    count_parameters,
+    image_tokens,
+    largest_phase,
+    training_flops,
+)
 from rating_train.reports.planning import STORED_BYTES, STORED_PX
 
 #: GPUs of a node, and the share of a link's data sheet speed that an all-reduce is assumed to reach.
@@ -89,6 +95,7 @@ def scale(
             where="--network-gbit, --mfu, --gpus",
             expected="above 0, above 0 and at most 1, 1 or more",
         )
+    config = largest_phase(config, arch)
     counts = [n for n in _doubled(gpus) if config.batch.global_items % n == 0]
     return [_scaled(config, arch, gpu, n, network_gbit, mfu) for n in counts]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -113,9 +114,11 @@ def training_section(run: RunData) -> Section:
     skipped = max((int(number(r, "skipped_steps") or 0) for r in run.train), default=0)
     starts = sum(m.kind == "mark" for m in marks)
     pauses = ", pauses between starts left out" if clock and starts else ""
+    inner = sum(m.kind == "phase" for m in marks)
+    boundaries = f"{inner + 1} phases (dotted lines between them), " if inner else ""
     intro = (
         f"One axis for all: {name}{pauses}. {starts} restart{'s' if starts != 1 else ''} (dashed lines), "
-        f"{skipped} skipped step{'s' if skipped != 1 else ''} (solid lines)."
+        f"{boundaries}{skipped} skipped step{'s' if skipped != 1 else ''} (solid lines)."
     )
     return section("training", "Training", intro, columns=3, figures=figures)
 
@@ -172,7 +175,7 @@ def _resumed(run: RunData) -> list[tuple[int, str]]:
 
 
 def _marks(run: RunData, x: Any, clock: _Clock | None, scale: float) -> list[Mark]:
-    """Return a line for each start after the first, and for each row in which steps were skipped."""
+    """Return a line for each start after the first, each boundary of phases, each row in which steps were skipped."""
     marks = []
     for step, told in _resumed(run):
         at = float(step)
@@ -181,6 +184,11 @@ def _marks(run: RunData, x: Any, clock: _Clock | None, scale: float) -> list[Mar
             place = sum(row["step"] <= step for row in run.train) - 1
             at = clock.elapsed[max(0, place)] / scale
         marks.append(Mark(at, f"resumed at step {step}, {told}"))
+    marks += [
+        Mark(x(earlier), f"phase {row.get('phase')} from step {earlier['step'] + 1} on", "phase")
+        for earlier, row in pairwise(run.train)
+        if row.get("phase") != earlier.get("phase")
+    ]
     before = 0
     for row in run.train:
         count = int(number(row, "skipped_steps") or 0)
