@@ -104,6 +104,23 @@ def trained_parts(config: Config) -> list[str]:
     return [part for part in PARTS if part not in config.model.freeze and part not in absent]
 
 
+def trained_in_words(config: Config) -> str:
+    """Return what a run trains: ``in full``, ``without vision (frozen)``, or that of each phase."""
+    told = [
+        f"without {', '.join(one.model.freeze)} (frozen)" if one.model.freeze else "in full"
+        for one in stage_configs(config)
+    ]
+    return told[0] if len(told) == 1 else f"in {len(told)} phases ({'; '.join(told)})"
+
+
+def length_in_words(config: Config) -> str:
+    """Return how long a run trains, or each of its phases."""
+    if config.stages is None:
+        return f"{config.train.epochs:g} epochs at most"
+    lengths = [f"{s.steps:,} steps" if s.steps else f"{s.epochs:g} epochs" for s in config.stages]
+    return f"phases of {', '.join(lengths)}; what each overrides is in `stages` of the run's config.yaml"
+
+
 def check_stages(config: Config) -> None:
     """Refuse phases that train nothing, once the task has said what the model reads.
 

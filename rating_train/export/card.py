@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from rating_train import run_dir
-from rating_train.config.phases import stage_configs
+from rating_train.config.phases import length_in_words, trained_in_words
 from rating_train.config.schema import Config
 from rating_train.config.task import Target
 from rating_train.export import check_scores
@@ -198,7 +198,7 @@ def _values(facts: CardFacts, metrics: Metrics) -> dict[str, object]:
         "compared": check_scores.render(facts.items, facts.own, facts.compared),
         "step": f"{facts.step:,}",
         "run": config.name,
-        "trained": _trained(config),
+        "trained": trained_in_words(config),
         "recipe": _recipe_table(config),
         "fingerprint": facts.fingerprint,
         "licence": f"{licence}: the backbone's, of which these weights are a fine-tuning."
@@ -310,15 +310,6 @@ def _cost_table(inputs: ModelInputs, plcc: float | None) -> str:
     return _markdown(("convention", "operations of one item", "C", "E", "CES"), rows)
 
 
-def _trained(config: Config) -> str:
-    """Return what was trained: in full, without some parts, or phase by phase."""
-    told = [
-        "in full" if not phase.model.freeze else f"without {', '.join(phase.model.freeze)} (frozen)"
-        for phase in stage_configs(config)
-    ]
-    return told[0] if len(told) == 1 else f"in {len(told)} phases ({'; '.join(told)})"
-
-
 def _recipe_table(config: Config) -> str:
     o, t = config.optim, config.train
     rates = ", ".join(
@@ -335,7 +326,7 @@ def _recipe_table(config: Config) -> str:
         ("loss", config.loss.kind),
         ("global batch", f"{config.batch.global_items} items"),
         ("peak learning rates", rates),
-        ("schedule", f"{o.schedule}, {100 * o.warmup_fraction:g} % warm-up, {_length(config)}"),
+        ("schedule", f"{o.schedule}, {100 * o.warmup_fraction:g} % warm-up, {length_in_words(config)}"),
         (
             "AdamW",
             f"betas {o.beta1:g}, {o.beta2:g}; weight decay {o.weight_decay:g}; clipping at {o.clip_norm:g}",
@@ -344,13 +335,6 @@ def _recipe_table(config: Config) -> str:
         ("checkpoint chosen by", t.select_metric),
     ]
     return _markdown(("setting", "value"), rows)
-
-
-def _length(config: Config) -> str:
-    if config.stages is None:
-        return f"{config.train.epochs:g} epochs at most"
-    lengths = [f"{s.steps:,} steps" if s.steps else f"{s.epochs:g} epochs" for s in config.stages]
-    return f"phases of {', '.join(lengths)}; what each overrides is in `stages` of the run's config.yaml"
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -20,6 +20,7 @@ from rating_train.errors import UserError
 from rating_train.log import duration, text_table
 from rating_train.model.architecture import Architecture
 from rating_train.model.cost import (
+    ForwardCost,
     activation_bytes,
     count_forward,
     count_parameters,
@@ -139,13 +140,7 @@ def make_plan(
     frozen = sum(counts[part] for part in largest.model.freeze)
     trained = counts["total"] - frozen
     bf16 = config.train.precision == "bf16"
-    forward, all_phases = count_forward(arch, config.model_px, tokens), phases(config, items)
-    steps = all_phases[-1].last_step
-    flops = sum(
-        (phase.last_step - phase.first_step) * training_flops(forward, phase.config.model.freeze)
-        for phase in all_phases
-    )
-    flops /= steps
+    steps, flops = _steps_and_flops(config, items, count_forward(arch, config.model_px, tokens))
     speed = GPUS[gpu].bf16_tflops * 1e12
     return Plan(
         items=items,
@@ -170,6 +165,17 @@ def make_plan(
         stored_bytes=STORED_BYTES * (config.data.image_px / STORED_PX) ** 2,
         gpu_rate=[(0.0, rate)] if rate else [(m, m * speed / flops) for m in ([mfu] if mfu else ASSUMED_MFU)],
     )
+
+
+def _steps_and_flops(config: Config, items: int, forward: ForwardCost) -> tuple[int, float]:
+    """Return the steps of a run, and the FLOPs of training on one item, as a mean over them."""
+    found = phases(config, items)
+    steps = found[-1].last_step
+    flops = (
+        (phase.last_step - phase.first_step) * training_flops(forward, phase.config.model.freeze)
+        for phase in found
+    )
+    return steps, sum(flops) / steps
 
 
 def _check(items: int, gpus: int, gpu: str, mfu: float | None, rate: float | None) -> None:

@@ -104,8 +104,7 @@ def _progress(
     progress = {
         "step": max(known, default=None),
         "total_steps": total,
-        "phase": row.get("phase"),
-        "phases": len(stages) if isinstance(stages, list) else None,
+        **({"phase": row.get("phase"), "phases": len(stages)} if isinstance(stages, list) else {}),
         "epoch": number(row, "epoch"),
         "loss": number(row, "loss"),
         "samples_per_second": number(row, "samples_per_second"),
@@ -126,12 +125,13 @@ def _progress(
         **dict.fromkeys(("epoch", "loss", "samples_per_second", "step_seconds", "logged_step"), why),
         **dict.fromkeys(("tokens_per_second", "padding_share", "tflops_per_rank"), f"{why}, or an older one"),
         "mfu": "the device's speed is not known",
+        "phase": why,
         "step": "no row, no heartbeat with a step, no valid checkpoint",
         "total_steps": "neither a heartbeat nor a valid checkpoint names it",
         "idle_seconds": "no heartbeat says when the last step was",
         "eta_seconds": "needs the step, the total, the seconds per step, and a run that moves",
     }
-    undefined.update({f"progress.{key}": reasons[key] for key in reasons if progress[key] is None})
+    undefined.update({f"progress.{key}": reasons[key] for key in reasons if progress.get(key, 0) is None})
     return progress
 
 
@@ -301,7 +301,7 @@ def _progress_lines(status: dict[str, Any]) -> list[str]:
     if p["step"] is None:
         return ["progress     no step yet"]
     total = "" if p["total_steps"] is None else f" of {p['total_steps']}"
-    phase = "" if p["phase"] is None else f", phase {p['phase']} of {p['phases'] or '?'}"
+    phase = "" if p.get("phase") is None else f", phase {p['phase']} of {p['phases']}"
     epoch = "" if p["epoch"] is None else f", epoch {p['epoch']:.3f}"
     last = (
         f", last progress {duration(p['idle_seconds'])} ago"

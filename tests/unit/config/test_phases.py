@@ -9,7 +9,14 @@ import pytest
 
 from rating_train.config.load import config_from_dict, dump_config, load_config
 from rating_train.config.lr_schedule import lr_factor
-from rating_train.config.phases import check_stages, phase_after, phases, stage_configs
+from rating_train.config.phases import (
+    check_stages,
+    length_in_words,
+    phase_after,
+    phases,
+    stage_configs,
+    trained_in_words,
+)
 from rating_train.config.resolve import total_steps
 from rating_train.config.schema import Config
 from rating_train.errors import UserError
@@ -154,3 +161,20 @@ def test_a_phase_of_parts_that_the_model_does_not_have_trains_nothing() -> None:
     check_stages(config)
     with pytest.raises(UserError, match=r"`stages\[0\]` trains nothing"):
         check_stages(dataclasses.replace(config, model=dataclasses.replace(config.model, inputs=["text"])))
+
+
+def test_a_phase_trains_no_part_whose_output_is_stored() -> None:
+    told = "`stages[1]` trains connector, whose output `data.features` holds fixed"
+    sections = {"data": {"path": "d", "features": "f"}, "model": {"freeze": ["vision", "connector"]}}
+    assert told in problem({"steps": 1}, {"steps": 1, "freeze": ["vision"]}, **sections)
+
+
+def test_a_run_is_told_in_words() -> None:
+    plain = config_from_dict({"model": {"freeze": ["vision"]}, "train": {"epochs": 2}})
+    assert (trained_in_words(plain), length_in_words(plain)) == (
+        "without vision (frozen)",
+        "2 epochs at most",
+    )
+    config = staged({"epochs": 0.5, "freeze": FROZEN}, {"steps": 2000, "freeze": []})
+    assert trained_in_words(config) == "in 2 phases (without vision, connector, decoder (frozen); in full)"
+    assert length_in_words(config).startswith("phases of 0.5 epochs, 2,000 steps; ")

@@ -88,3 +88,21 @@ def test_cores_and_micro_batches() -> None:
 def test_numbers_that_are_none_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         plan(**options)  # type: ignore[arg-type]
+
+
+def test_phases_are_planned_each_with_what_it_freezes() -> None:
+    frozen = ["vision", "connector", "decoder"]
+    stages = [
+        {"steps": 30, "freeze": frozen},
+        {"steps": 70, "freeze": ["vision"]},
+        {"steps": 20, "freeze": frozen},
+    ]
+    found = make_plan(
+        config_from_dict({"batch": {"global_items": 64}, "stages": stages}), ARCH, 10_000, 4, "a100"
+    )
+    forward = count_forward(ARCH, 384, 212)
+    assert found.steps == 120 and found.epochs == pytest.approx(120 * 64 / 10_000)
+    one, other = training_flops(forward, frozen), training_flops(forward, ["vision"])
+    assert found.flops == pytest.approx((50 * one + 70 * other) / 120)
+    counts = count_parameters(ARCH)
+    assert found.frozen == counts["vision"], "memory is that of the phase that trains most"

@@ -201,6 +201,17 @@ def test_the_last_complete_row_counts_and_a_loss_may_be_undefined(
     assert value["undefined"]["progress.loss"] == "the last row has none (not finite)"
 
 
+def test_the_phase_is_that_of_the_last_row(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("stages: null", "stages: [{steps: 1}, {steps: 1}]"))
+    rows = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
+    told = "".join(json.dumps({**row, "phase": number}) + "\n" for number, row in enumerate(rows, 1))
+    (run / "train.jsonl").write_text(told)
+    value, text = status_of(run, capsys)
+    assert (value["progress"]["phase"], value["progress"]["phases"]) == (2, 2)
+    assert "step 2 of 2, phase 2 of 2, epoch" in text
+
+
 def test_a_living_owner_and_how_far_it_is(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lock = RunLock(run, job="77", beat_seconds=0.1, stale_seconds=1)
     lock.update(step=5, total_steps=20, phase="saving")

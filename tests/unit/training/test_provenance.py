@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,7 +14,7 @@ import yaml
 from rating_train import run_dir
 from rating_train.config.schema import Config
 from rating_train.training import provenance
-from rating_train.training.provenance import changed_settings, record_start
+from rating_train.training.provenance import changed_settings, describe, record_start
 
 
 def start(run: Path, config: Config, step: int, checkpoint: Path | None = None) -> dict[str, list[object]]:
@@ -108,6 +109,18 @@ def test_a_damaged_record_is_said_and_does_not_stop_the_run(
 
 def test_a_setting_that_is_new_is_no_change() -> None:
     assert changed_settings({"train": {"seed": 1}}, {"train": {"seed": 1, "new": 2}, "newer": {}}) == {}
+
+
+def test_changed_phases_are_named_one_by_one_where_their_number_is_the_same() -> None:
+    def stages(*lengths: float) -> dict[str, Any]:
+        return {"stages": [{"epochs": length, "lr": {"head": 1e-3}} for length in lengths]}
+
+    changes = changed_settings(stages(1, 2), stages(1, 3))
+    assert changes == {"stages[1].epochs": [2, 3]}
+    assert describe(changes).endswith("(the learning rate of the phase follows its new length)")
+    added = changed_settings(stages(1), stages(1, 3))
+    assert added == {"stages": [stages(1)["stages"], stages(1, 3)["stages"]]}
+    assert changed_settings({"stages": None}, stages(1)).keys() == {"stages"}
 
 
 def test_the_commit_is_that_of_the_package_and_of_no_repository_around_it(

@@ -116,6 +116,15 @@ def test_what_others_wrote_is_shown_and_not_run(runs: list[Path], demo: Path, tm
     assert "<script>alert" not in text and "<img src=x" not in text and "onerror=alert(2)&gt;" in text
 
 
+def test_boundaries_of_phases_are_marked(demo: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", demo)
+    rows = [json.loads(line) for line in (run / TRAIN_LOG).read_text().splitlines()]
+    write_lines(run / TRAIN_LOG, [{**row, "phase": 1 + (row["step"] > 20)} for row in rows])
+    page = make_run_page(run).read_text()
+    assert page.count("<title>phase 2 from step 21 on</title>") == page.count('class="phase"') > 3
+    assert "2 phases (dotted lines between them)" in page
+
+
 def test_a_run_that_has_just_begun_or_lost_its_rest_has_a_page(tmp_path: Path, demo: Path) -> None:
     young = tmp_path / "young"
     write_lines(young / TRAIN_LOG, [{"step": 1, "loss": None}, {"step": 2, "loss": float("nan"), "lr": 1e-4}])
