@@ -24,19 +24,23 @@ def die_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def without_collector() -> Iterator[None]:
-    """Import large libraries without the garbage collector of cycles, which then leaves alone what they have made.
+def without_collector(freeze: bool = True) -> Iterator[None]:
+    """Import large libraries without the garbage collector of cycles.
 
-    It would run hundreds of times over objects that stay to the end: a sixth of the CPU time of a start. Frozen, they
-    cost no later collection anything either, and DataLoader workers, which are forked, share their pages. Not for a
-    process that is not this project's own: what is garbage already is never collected.
+    It would run hundreds of times over objects that stay to the end: a sixth of the CPU time of a start.
+
+    Args:
+        freeze: leave all objects that are there at the end out of later collections too, which then cost less, and
+            DataLoader workers, which are forked, share their pages. Only for a process of this project's own, before
+            it has made anything that is ever to be freed.
     """
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
+        if freeze:
+            gc.freeze()
         if enabled:
             gc.enable()
 

@@ -205,7 +205,7 @@ def build_engine(
     Raises:
         UserError: DeepSpeed is older than 0.19.5, which has silent gradient bugs at stages 0 and 1.
     """
-    with without_collector():
+    with without_collector(freeze=False):  # the model is there already
         import deepspeed  # not at the top: its import looks for accelerators and logs what it finds
 
     found = tuple(int(x) for x in deepspeed.__version__.split("+")[0].split(".")[:3])

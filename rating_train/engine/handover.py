@@ -65,18 +65,9 @@ def release(engine: Engine) -> None:
     parameters.clear()
     if engine.config.train.compile != "none":
         torch.compiler.reset()  # graphs hold the parameters that they were made for
-    _collect()
+    gc.collect()
     if engine.device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _collect() -> None:
-    """Collect cycles, also among what was frozen when libraries were imported: the old model was there by then."""
-    frozen = gc.get_freeze_count() > 0
-    gc.unfreeze()
-    gc.collect()
-    if frozen:
-        gc.freeze()
 
 
 def _forget_modules() -> None:

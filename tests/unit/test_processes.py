@@ -19,6 +19,10 @@ gc.disable()
 with without_collector():
     pass
 assert not gc.isenabled(), "as it was found"
+frozen = gc.get_freeze_count()
+with without_collector(freeze=False):
+    kept += [[] for _ in range(1000)]
+assert gc.get_freeze_count() == frozen
 """
 
 
