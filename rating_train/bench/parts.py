@@ -21,7 +21,7 @@ from rating_train.checkpoint.state import TrainState
 from rating_train.config.schema import PARTS as SECTIONS
 from rating_train.data.collate import Batch
 from rating_train.data.streaming_dataset import Request
-from rating_train.engine.phases import Phases
+from rating_train.engine.step_timer import StepTimer
 from rating_train.training.job import Job
 from rating_train.training.meters import Work, WorkCounter
 from rating_train.training.recording import Recorder
@@ -228,12 +228,12 @@ class Bench:
             return time.perf_counter() - started, waited
 
     def _split(self, part: str, run: Callable[[], object], steps: int) -> list[Row]:
-        """Return what a step's time is spent on, from one more round with a clock around each phase."""
+        """Return what a step's time is spent on, from one more round with a clock around each part."""
         engine = self.job.engine
-        engine.phases = Phases(self.device)
+        engine.timer = StepTimer(self.device)
         total = seconds_of(run, self.device)
-        found = engine.phases.seconds()
-        engine.phases = None
+        found = engine.timer.seconds()
+        engine.timer = None
         found["outside forward and backward"] = total - sum(found.get(name, 0.0) for name in _MODEL)
         return [
             Row(part, name, 1000 * seconds / steps, "ms/step", limit=1000 * total / steps, limit_name="of the step",

@@ -22,7 +22,7 @@ from rating_train.engine.compiled import compile_model, warm_up
 from rating_train.engine.ds_config import build_ds_config
 from rating_train.engine.gradient_buckets import GradientBuckets
 from rating_train.engine.optimizer import build_optimizer
-from rating_train.engine.phases import Phases
+from rating_train.engine.step_timer import StepTimer
 from rating_train.errors import UserError
 from rating_train.model.custom_loss import LossFunction
 from rating_train.model.head import dropout_keys
@@ -48,7 +48,7 @@ class Engine:
         device: this rank's device.
         custom_loss: the function that ``loss.kind`` names, if it is not a built-in loss.
         buckets: the gradients at stage 0; at the other stages they are DeepSpeed's.
-        phases: measures the parts of a step, in a benchmark. At stage 0 "reduction" is what of it is left after the
+        timer: measures the parts of a step, in a benchmark. At stage 0 "reduction" is what of it is left after the
             backward pass; at the other stages DeepSpeed reduces within its backward pass and its optimizer step.
         lengths: all that micro-batches can have, in tokens.
         first_step: steps of the run before those of this engine, at which its learning-rate schedule starts.
@@ -61,7 +61,7 @@ class Engine:
     device: torch.device
     custom_loss: LossFunction | None = None
     buckets: GradientBuckets | None = None
-    phases: Phases | None = None
+    timer: StepTimer | None = None
     lengths: tuple[int, ...] = ()
     first_step: int = 0
     _skipped: list[bool | Tensor] = field(default_factory=list)
@@ -89,19 +89,19 @@ class Engine:
         for number, micro in enumerate(micros, start=1):
             if before_micro is not None:
                 before_micro()
-            with self._phase("host to device"):
+            with self._timed("host to device"):
                 micro = micro.to(self.device).cut(self.config.batch.length_multiple_tokens)
-            with self._phase("forward"):
+            with self._timed("forward"):
                 loss = self._loss(micro, step)
             reduced = self.buckets if number == len(micros) else None
             if reduced is not None:
                 reduced.start()
-            with self._phase("backward"):
+            with self._timed("backward"):
                 self.ds.backward(loss)
             if reduced is not None:
-                with self._phase("reduction"):
+                with self._timed("reduction"):
                     reduced.finish()
-            with self._phase("optimizer"):
+            with self._timed("optimizer"):
                 self.ds.step()  # updates the weights after the last micro-batch of the step
             losses.append(loss.detach().float())
         optimizer = self.ds.optimizer
@@ -120,8 +120,8 @@ class Engine:
             self.config.task.target.transform,
         )
 
-    def _phase(self, name: str) -> AbstractContextManager[None]:
-        return self.phases(name) if self.phases is not None else nullcontext()
+    def _timed(self, name: str) -> AbstractContextManager[None]:
+        return self.timer(name) if self.timer is not None else nullcontext()
 
     def warm_up(self, before: Callable[[int], None]) -> None:
         """Compile what ``train.compile`` asks for, before the first step; ``before`` is told each length."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 
-class Phases:
+class StepTimer:
     """Seconds of the parts of steps, on the device's own clock where it is a GPU: nothing is waited for meanwhile.
 
     Args:
@@ -36,7 +36,7 @@ class Phases:
             self._spans.append((name, started, time.perf_counter()))
 
     def seconds(self) -> dict[str, float]:
-        """Return the sum of each phase since the last reading. Waits for the device."""
+        """Return the sum of each part since the last reading. Waits for the device."""
         if self._cuda:
             torch.cuda.synchronize()
         sums: dict[str, float] = {}
