@@ -26,7 +26,6 @@ from rating_train.training.job import Job
 from rating_train.training.meters import Work, WorkCounter
 from rating_train.training.recording import Recorder
 
-PARTS = ("loader", "forward", "step", "train", "features", "attention")
 #: What of a step is the model's own work; the rest is spent around it.
 _MODEL = ("forward", "backward")
 

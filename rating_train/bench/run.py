@@ -33,7 +33,7 @@ def run_bench(
 
     Args:
         config: the configuration; what it lacks here is made up (:mod:`.setting`).
-        parts: of :data:`~.parts.PARTS`.
+        parts: of :data:`~.result.PARTS` and :data:`~.result.MORE_PARTS`.
         rounds: measurements of each figure.
         steps: optimizer steps of a round.
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rating_train.bench.result import as_json, compare, is_slower, read_result, render, render_comparison
+from rating_train.bench.result import (
+    MORE_PARTS,
+    PARTS,
+    as_json,
+    compare,
+    is_slower,
+    read_result,
+    render,
+    render_comparison,
+)
 from rating_train.commands.shared import add_set_option, load_config_once
 from rating_train.errors import EXIT_DONE, EXIT_REQUIREMENT
 from rating_train.files import atomic_write_json
 from rating_train.log import process_rank
 from rating_train.processes import without_collector
-
-_PARTS = ("loader", "forward", "step", "train")
-#: What is measured only where it is asked for.
-_MORE_PARTS = ("features", "attention")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--part",
         action="append",
-        choices=(*_PARTS, *_MORE_PARTS),
-        help=f"measure this part; may be repeated (default: {', '.join(_PARTS)})",
+        choices=(*PARTS, *MORE_PARTS),
+        help=f"measure this part; may be repeated (default: {', '.join(PARTS)})",
     )
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each figure (default: 5)")
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps of a round (default: 10)")
@@ -49,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     with without_collector():
         from rating_train.bench.run import run_bench
 
-    parts = [part for part in (*_PARTS, *_MORE_PARTS) if part in (args.part or _PARTS)]
+    parts = [part for part in (*PARTS, *MORE_PARTS) if part in (args.part or PARTS)]
     machine, rows = run_bench(config, parts, max(1, args.rounds), max(1, args.steps))
     if process_rank() != 0:
         return EXIT_DONE
