@@ -6,10 +6,10 @@ import dataclasses
 import logging
 from pathlib import Path
 
+from rating_train.bench.tokenizer import tokenizer_folder
 from rating_train.config.phases import stage_configs
 from rating_train.config.schema import Config
 from rating_train.config.task import Task
-from rating_train.data.prompt import load_tokenizer
 from rating_train.demo.model import CATALOGUE_DIR, MODEL_DIR, make_demo
 from rating_train.errors import UserError
 from rating_train.model.architecture import KNOWN_ARCHITECTURES
@@ -38,13 +38,14 @@ def bench_config(config: Config, folder: Path, items: int) -> Config:
     data, model, demo = config.data, config.model, folder / "demo"
     known = Path(model.backbone).is_dir() or model.backbone in KNOWN_ARCHITECTURES
     missing = not _has_data(config)
-    try:
-        load_tokenizer(model.tokenizer or model.backbone, model.revision)
-        tokenizer = model.tokenizer
-    except UserError:
-        tokenizer = str(demo / MODEL_DIR)
-    if missing or tokenizer == str(demo / MODEL_DIR) or not known:
+    # The demo's tiny model has the demo's tokenizer: another one may have more ids than it embeds.
+    tokenizer = tokenizer_folder(model) if known else None
+    if missing or tokenizer is None:
         make_demo(demo, items=items, seed=_SEED)
+    if tokenizer is None:
+        tokenizer = str(demo / MODEL_DIR)
+        if known:
+            log.info("%s: no tokenizer here, the demo's is used", model.tokenizer or model.backbone)
     if missing:
         log.info("%s is no dataset: %d synthetic listings are made", data.path, items)
         data = dataclasses.replace(
