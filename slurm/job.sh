@@ -66,8 +66,8 @@ job_place() {
             "run sbatch --ntasks-per-node=$SLURM_GPUS_ON_NODE ..., or submit with rating-train submit"
     fi
     MASTER_ADDR="$(job_head)"
-    # A different port for each attempt, below the range of outgoing connections.
-    MASTER_PORT=$((10000 + (SLURM_JOB_ID + 7919 * job_restarts) % 20000))
+    # A different port for each attempt, below the range of outgoing connections; this script runs on the head.
+    MASTER_PORT="$(job_free_port $((10000 + (SLURM_JOB_ID + 7919 * job_restarts) % 20000)))"
     export MASTER_ADDR MASTER_PORT
     # Training stops by itself before it. Older versions of Slurm do not set it.
     job_end="$(squeue --noheader --jobs="$job_id" --format=%e 2>/dev/null | head -n 1)" || job_end=""
@@ -87,6 +87,15 @@ job_head() {
     else
         scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'
     fi
+}
+
+# Print the first port from $1 on at which no process of this node listens.
+job_free_port() {
+    local port="$1" last=$(($1 + 100))
+    while ((port < last)) && (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do
+        port=$((port + 1))
+    done
+    printf '%s\n' "$port"
 }
 
 job_pick() {

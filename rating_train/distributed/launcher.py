@@ -23,11 +23,14 @@ import time
 from types import FrameType
 
 import psutil
+from torch.distributed import DistNetworkError
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing import SignalException, api
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
-from rating_train.errors import EXIT_HUNG
+from rating_train.distributed.world import is_address_in_use
+from rating_train.errors import EXIT_HUNG, EXIT_USER_ERROR
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _RESTART_POLL_SECONDS = 0.5
@@ -100,6 +103,14 @@ def explain(rank: int, failure: ProcessFailure, run: str) -> str:
     return f"rank {rank} ended with exit code {failure.exitcode}; its message is above ({log})"
 
 
+def own_address(arguments: list[str]) -> str:
+    """Return the option of torchrun that says where its own store listens, with its value, for messages."""
+    for option in ("--rdzv-endpoint", "--master-port"):
+        if option in arguments[:-1]:
+            return f"{option} {arguments[arguments.index(option) + 1]}"
+    return "port 29500, torchrun's default"
+
+
 def main(run: str, arguments: list[str]) -> int:
     """Run torchrun with ``arguments``; return the exit code of the job."""
     forwarder = Forwarder()
@@ -114,6 +125,14 @@ def main(run: str, arguments: list[str]) -> int:
         stopped = f" after {forwarder.received.name}" if forwarder.received else ""
         say(f"error: {explain(rank, failure, run)}{stopped}")
         return 128 - failure.exitcode if failure.exitcode < 0 else failure.exitcode
+    except (DistNetworkError, RendezvousConnectionError) as e:
+        if not is_address_in_use(e):
+            raise
+        say(
+            "error: another process of this machine listens at the job's address | where: "
+            f"{own_address(arguments)} | fix: give another port on all machines (launch/multi_node.sh --head HOST:PORT)"
+        )
+        return EXIT_USER_ERROR
     except SignalException as e:
         say(f"ended by {e.sigval.name}: ranks that were still running were killed")
         return 128 + e.sigval

@@ -146,7 +146,7 @@ def connect(world: World, timeout_minutes: float = 10.0, wanted: str = "auto") -
         wanted: kind of device, see :func:`~.device.choose_device`.
 
     Raises:
-        UserError: there is no such device, or another rank uses it too.
+        UserError: there is no such device, or another rank uses it too; the address to meet at is in use.
     """
     export(world)
     allow_descriptors()
@@ -165,14 +165,39 @@ def connect(world: World, timeout_minutes: float = 10.0, wanted: str = "auto") -
         # There, DeepSpeed's import of torch's compiler starts up to 32 processes for every rank.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(
-            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            rank=world.rank,
-            world_size=world.size,
-            timeout=datetime.timedelta(minutes=timeout_minutes),
-        )
+        try:
+            torch.distributed.init_process_group(
+                backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                rank=world.rank,
+                world_size=world.size,
+                timeout=datetime.timedelta(minutes=timeout_minutes),
+            )
+        except torch.distributed.DistNetworkError as e:
+            if not is_address_in_use(e):
+                raise
+            raise _address_in_use(os.environ) from e
     _check_devices(device)
     return device
+
+
+def is_address_in_use(error: BaseException | None) -> bool:
+    """Whether torch could not listen because another process does; only the text of an error or its cause says so."""
+    return error is not None and ("EADDRINUSE" in str(error) or is_address_in_use(error.__cause__))
+
+
+def _address_in_use(env: Mapping[str, str]) -> UserError:
+    """Return the error of rank 0, which cannot listen at the ranks' meeting place."""
+    if "SLURM_JOB_ID" in env:
+        fix = "submit the job again, each has another port; under a bare srun, set MASTER_PORT to a free one"
+    elif "TORCHELASTIC_RUN_ID" in env:
+        fix = "start it again: torchrun takes another port for it"
+    else:
+        fix = "set MASTER_PORT to a free port; a single process finds one where it is not set"
+    return UserError(
+        "the ranks cannot meet: another process of this machine listens at their address",
+        where=f"MASTER_ADDR:MASTER_PORT={meeting_place()}",
+        fix=fix,
+    )
 
 
 def _check_devices(device: torch.device) -> None:

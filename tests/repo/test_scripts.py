@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -429,6 +430,25 @@ def test_a_job_checks_its_nodes_with_the_settings_that_it_trains_with() -> None:
         *("python", "-m", "rating_train", "preflight", "runs/a", "--config", "a.yaml"),
         *("--set=train.device=cpu", "--set=data.workers=2"),
     ]
+
+
+def test_a_job_meets_at_a_port_at_which_nothing_listens() -> None:
+    """The function of slurm/job.sh; a busy port would end the job before it starts."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+        script = [
+            "bash",
+            "-euc",
+            'source "$1"; job_free_port "$2"',
+            "test",
+            str(REPO / "slurm" / "job.sh"),
+            str(port),
+        ]
+        free = subprocess.run(script, capture_output=True, text=True, timeout=20)
+        other.listen()
+        busy = subprocess.run(script, capture_output=True, text=True, timeout=20)
+    assert free.stdout.split() == [str(port)] and int(busy.stdout) > port, (free, busy)
 
 
 def matrix(*words: str) -> subprocess.CompletedProcess[str]:

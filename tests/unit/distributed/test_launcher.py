@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 
 import pytest
 from torch.distributed.elastic.multiprocessing import SignalException, api
@@ -45,6 +46,30 @@ def test_each_kind_of_end_says_where_to_look() -> None:
     assert "killed by SIGKILL (out of memory?" in explain(0, failure(-9, 0), "runs/a")
     assert "killed by SIGSEGV (runs/a/logs/rank_00003.log)" in explain(3, failure(-11, 0), "runs/a")
     assert "no progress (exit code 75): stacks in runs/a/logs" in explain(0, failure(75, 0), "runs/a")
+
+
+@pytest.mark.parametrize("rendezvous", ["c10d", "static"])
+def test_an_address_of_torchrun_that_is_in_use_is_one_line(
+    rendezvous: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Forwarder, "install", lambda _: None)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        shared = [
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            f"localhost:{port}",
+            "--rdzv-conf",
+            "is_host=1",
+        ]
+        words = shared if rendezvous == "c10d" else ["--master-port", str(port)]
+        code = launcher.main("run", ["--nproc-per-node", "1", *words, "-m", "rating_train", "--version"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert code == 2 and last.startswith("launcher: error: another process of this machine listens")
+    assert f"localhost:{port} | " in last or f"--master-port {port} | " in last
 
 
 def test_torchrun_installs_the_forwarders_handler(monkeypatch: pytest.MonkeyPatch) -> None:

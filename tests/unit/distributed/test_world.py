@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from rating_train.distributed.world import ScheduledJob, World, detect, export, scheduled_job
+from rating_train.distributed.world import ScheduledJob, World, connect, detect, export, scheduled_job
 from rating_train.errors import UserError
 
 
@@ -150,3 +150,27 @@ def test_an_invalid_end_time_is_none(text: str) -> None:
     """Facts about the job are optional: an unexpected format must not prevent training."""
     env = {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": text, "SLURM_RESTART_COUNT": text}
     assert scheduled_job(env) == ScheduledJob("slurm 7", 0, None)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "fix"),
+    [
+        ({}, "set MASTER_PORT to a free port"),
+        ({"SLURM_JOB_ID": "7"}, "submit the job again"),
+        ({"TORCHELASTIC_RUN_ID": "a"}, "start it again"),
+    ],
+)
+def test_an_address_in_use_is_one_line_with_what_to_change(
+    alone: None, monkeypatch: pytest.MonkeyPatch, launcher: dict[str, str], fix: str
+) -> None:
+    for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(UserError, match=f"MASTER_PORT=127.0.0.1:{port} .* {fix}"):
+            connect(World(), wanted="cpu")
