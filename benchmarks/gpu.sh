@@ -58,4 +58,6 @@ else
         batch.length_multiple_tokens=64
     measure train_stage1_64 "loader train" zero.stage=1 batch.global_items=64
 fi
-"$PYTHON" "$root/benchmarks/bench_table.py" "$out"/*.json
+results=("$out"/*.json)
+[[ -e "${results[0]}" ]] || rt_die "nothing could be measured; why is in $out/*.log"
+"$PYTHON" "$root/benchmarks/bench_table.py" "${results[@]}"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
-from transformers import Idefics3ImageProcessor, Idefics3Processor, PreTrainedTokenizerFast
+from transformers import Idefics3Processor, PreTrainedTokenizerFast
 
 from rating_train.data.prompt import (
     AFTER_IMAGE,
@@ -27,6 +27,13 @@ from rating_train.demo.tokenizer import make_tokenizer
 from rating_train.errors import UserError
 from rating_train.model.cost import count_forward, image_tokens, visual_tokens
 from tests.unit.model.test_regressor import architecture, differences, our_outputs, regressor, stock_outputs
+
+try:  # transformers 5: Pillow's; the other one takes bicubic for Lanczos where torchvision is older than 0.27
+    from transformers.models.idefics3.image_processing_pil_idefics3 import (
+        Idefics3ImageProcessorPil as Idefics3ImageProcessor,
+    )
+except ImportError:
+    from transformers import Idefics3ImageProcessor
 
 #: (width, height) in pixels: squares and long ones, both ways, smaller and larger than the tiles, odd sides.
 SHAPES = [
