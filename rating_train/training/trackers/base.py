@@ -42,9 +42,7 @@ class TrackedRun:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def id_of(self, tracker: str) -> str | None:
-        """Return the id under which an earlier attempt is known to a tracker; ``None`` for a run that starts anew."""
-        if not self.first_step:
-            return None
+        """Return the id under which an earlier attempt is known to a tracker; ``None`` if no attempt told it."""
         try:
             ids = read_json(self.path / run_dir.TRACKERS_FILE)
         except (FileNotFoundError, UserError):

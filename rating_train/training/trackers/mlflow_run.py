@@ -32,7 +32,6 @@ class MlflowRun:
         self._client = MlflowClient(uri)
         known = tracked.id_of("mlflow")
         self._id = known if known and self._resumes(known) else self._create(tracked)
-        tracked.remember_id("mlflow", self._id)
         log.info("mlflow: %s run %s at %s", "resumed" if known == self._id else "new", self._id, uri)
 
     def train(self, row: Mapping[str, Any]) -> None:
@@ -60,11 +59,12 @@ class MlflowRun:
         name = mlflow.environment_variables.MLFLOW_EXPERIMENT_NAME.get() or _EXPERIMENT
         experiment = self._client.get_experiment_by_name(name)
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
-        run_id = self._client.create_run(experiment_id, run_name=tracked.name).info.run_id
+        run_id = str(self._client.create_run(experiment_id, run_name=tracked.name).info.run_id)
+        tracked.remember_id("mlflow", run_id)  # at once: an attempt that is killed must not be another run
         settings = [Param(k, str(v)[:_VALUE_CHARS]) for k, v in flat(tracked.settings).items()]
         for first in range(0, len(settings), _BATCH):
             self._client.log_batch(run_id, params=settings[first : first + _BATCH])
-        return str(run_id)
+        return run_id
 
     def _send(self, prefix: str, row: Mapping[str, Any]) -> None:
         now = int(time.time() * 1000)  # in milliseconds

@@ -26,7 +26,7 @@ class WandbRun:
     def __init__(self, tracked: TrackedRun) -> None:
         known = tracked.id_of("wandb")
         run_id = known or secrets.token_hex(4)
-        tracked.remember_id("wandb", run_id)
+        tracked.remember_id("wandb", run_id)  # at once: an attempt that is killed must not be another run
         # Without a key wandb would ask for one on a terminal, and training would wait for the answer.
         has_key = wandb.login(prompt=False, verify=False)
         settings = wandb.Settings(

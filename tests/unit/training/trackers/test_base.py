@@ -32,10 +32,9 @@ def test_ids_of_several_trackers_are_kept_beside_each_other(tmp_path: Path) -> N
     assert (resumed.id_of("wandb"), resumed.id_of("mlflow"), resumed.id_of("other")) == ("a1", "b2", None)
 
 
-def test_a_run_that_starts_over_is_another_one_for_trackers(tmp_path: Path) -> None:
-    """Its steps begin at 1 again, which would overlay the curves."""
+def test_a_run_killed_before_its_first_checkpoint_is_the_same_for_trackers(tmp_path: Path) -> None:
     TrackedRun(tmp_path).remember_id("wandb", "a1")
-    assert TrackedRun(tmp_path, first_step=0).id_of("wandb") is None
+    assert TrackedRun(tmp_path, first_step=0).id_of("wandb") == "a1"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"wandb": 3}'])
