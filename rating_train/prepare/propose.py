@@ -26,7 +26,7 @@ from rating_train.shards.schema import Listing
 LOOKED_AT = 1000  # records
 SHOWN = 10
 
-_PICTURE = re.compile(r"(?i)\.(jpe?g|png|webp|gif|bmp|tiff?)(\?.*)?$|^arrow:\d")
+_PICTURE = re.compile(r"(?i)\.(jpe?g|png|webp|gif|bmp|tiff?)(\?.*)?$|^(arrow|parquet):\d")
 
 #: Words of a column's name, the most telling first.
 _TARGETS = (

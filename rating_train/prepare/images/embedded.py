@@ -1,4 +1,4 @@
-"""Images that are stored in the rows of Arrow sources."""
+"""Images that are stored in the rows of Arrow and Parquet sources."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from collections.abc import Iterable
 
 from rating_train.errors import UserError
 from rating_train.prepare.images.lookup import DEFAULT_MAX_BYTES, ImageProblem, ImageStore, check_size
-from rating_train.prepare.records.arrow import SUFFIX, Place, image_at
+from rating_train.prepare.records import arrow, parquet, parquet_pictures
+from rating_train.prepare.records.pictures import Place
+
+_IMAGE_AT = {"arrow": arrow.image_at, "parquet": parquet_pictures.image_at}
 
 
 def holds_images(source: str) -> bool:
-    """Whether a source is of the kind that may hold images itself."""
-    return source.lower().endswith(SUFFIX)
+    """Whether a source may hold images itself: an Arrow file, or a Parquet file with a column of them."""
+    name = source.lower()
+    return name.endswith(arrow.SUFFIX) or (name.endswith(parquet.SUFFIX) and parquet.holds_pictures(source))
 
 
 class EmbeddedStore:
@@ -32,6 +36,6 @@ class EmbeddedStore:
         if place is None or place.file not in self.sources:
             return self.below.read(image, item_id)
         try:
-            return check_size(image_at(place), self.max_bytes)
+            return check_size(_IMAGE_AT[place.kind](place), self.max_bytes)
         except (UserError, LookupError) as e:
             raise ImageProblem("image_unreadable", f"{image[:200]}: {e}") from e

@@ -1,4 +1,7 @@
-"""Read a catalogue in Parquet through DuckDB, a few thousand rows at a time, in the file's order."""
+"""Read a catalogue in Parquet through DuckDB, a few thousand rows at a time, in the file's order.
+
+A file with images in its rows is read through ``pyarrow`` instead (:mod:`.parquet_pictures`).
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,14 @@ from typing import Any
 
 from rating_train.errors import UserError
 from rating_train.prepare.records.lines import Raw
+from rating_train.prepare.records.parquet_pictures import picture_rows
 from rating_train.prepare.records.reading import Reading
 from rating_train.prepare.records.table import read_table
 
+SUFFIX = ".parquet"
 _ROWS_AT_ONCE = 2048
 _MEMORY = "1GiB"
+_ALL = "SELECT * FROM read_parquet($1)"
 
 
 def parquet_rows(path: str) -> tuple[list[str], Iterator[tuple[Any, ...]]]:
@@ -26,12 +32,13 @@ def parquet_rows(path: str) -> tuple[list[str], Iterator[tuple[Any, ...]]]:
     import duckdb  # late: other kinds of source do not need it
 
     try:
-        # Bounded: a small file may declare values that expand to any size. By default DuckDB keeps the order of rows.
-        db = duckdb.connect(":memory:", config={"memory_limit": _MEMORY, "threads": 1})
-        result = db.execute("SELECT * FROM read_parquet(?)", [glob.escape(path)])
+        db = _database()
+        names, types = _schema(db, path)
+        if any(map(_is_pictures, types)):
+            return names, picture_rows(path)
+        result = db.execute(_ALL, [glob.escape(path)])
     except duckdb.Error as e:
         raise _damaged(path, e) from e
-    names = [column[0] for column in result.description]
 
     def rows() -> Iterator[tuple[Any, ...]]:
         try:
@@ -41,6 +48,37 @@ def parquet_rows(path: str) -> tuple[list[str], Iterator[tuple[Any, ...]]]:
             raise _damaged(path, e) from e
 
     return names, rows()
+
+
+def holds_pictures(path: str) -> bool:
+    """Whether a column of the file holds images; not of a file that cannot be read, which is reported elsewhere."""
+    import duckdb
+
+    try:
+        return any(map(_is_pictures, _schema(_database(), path)[1]))
+    except duckdb.Error:
+        return False
+
+
+def _database() -> Any:
+    import duckdb
+
+    # Bounded: a small file may declare values that expand to any size. By default DuckDB keeps the order of rows.
+    return duckdb.connect(":memory:", config={"memory_limit": _MEMORY, "threads": 1})
+
+
+def _schema(db: Any, path: str) -> tuple[list[str], list[Any]]:
+    """Return names and types of the columns, as DuckDB has them."""
+    relation = db.sql(_ALL, params=[glob.escape(path)])
+    return list(relation.columns), list(relation.types)
+
+
+def _is_pictures(kind: Any) -> bool:
+    """Whether a column of this type of DuckDB holds images, as :func:`~.pictures.is_pictures` says."""
+    if kind.id == "list":
+        kind = dict(kind.children)["child"]
+    fields = dict(kind.children) if kind.id == "struct" else {"bytes": kind}
+    return "bytes" in fields and fields["bytes"].id == "blob"
 
 
 def _damaged(path: str, error: Exception) -> UserError:
