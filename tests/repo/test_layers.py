@@ -66,9 +66,9 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
     "mlflow": ("training.trackers.mlflow_run",),
     "jinja2": ("reports.page.render",),
     "sklearn": ("evaluation.baselines",),
-    "pyarrow": ("prepare.records.arrow",),
+    "pyarrow": ("prepare.tables.",),
     "yarl": ("prepare.images.http_client",),
-    "duckdb": ("prepare.plan.planner", "prepare.records.parquet", "prediction.output"),
+    "duckdb": ("prepare.plan.planner", "prepare.tables.parquet", "prediction.output"),
 }
 
 #: Modules and packages (with a trailing dot: all of it) that import no torch when they are imported, themselves or

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from rating_train.errors import UserError
 from rating_train.prepare.images.lookup import DEFAULT_MAX_BYTES, ImageProblem, ImageStore, check_size
-from rating_train.prepare.records import arrow, parquet, parquet_pictures
-from rating_train.prepare.records.pictures import Place
+from rating_train.prepare.tables import arrow, parquet, parquet_pictures
+from rating_train.prepare.tables.pictures import Place
 
 _IMAGE_AT = {"arrow": arrow.image_at, "parquet": parquet_pictures.image_at}
 

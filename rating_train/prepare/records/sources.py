@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from rating_train.errors import UserError
-from rating_train.prepare.records.arrow import SUFFIX as ARROW_SUFFIX
-from rating_train.prepare.records.arrow import arrow_rows, read_arrow
 from rating_train.prepare.records.csv_rows import csv_rows, read_csv
 from rating_train.prepare.records.lines import MAX_LINE_BYTES, Raw, read_lines, same
 from rating_train.prepare.records.listing import to_listing
-from rating_train.prepare.records.parquet import parquet_rows, read_parquet
 from rating_train.prepare.records.reading import Reading
+from rating_train.prepare.tables.arrow import SUFFIX as ARROW_SUFFIX
+from rating_train.prepare.tables.arrow import arrow_rows, read_arrow
+from rating_train.prepare.tables.parquet import parquet_rows, read_parquet
 from rating_train.shards.schema import Dropped, Listing
 
 #: The paper's columns, of the files of Amazon Reviews 2023 and of a CSV.

@@ -17,11 +17,11 @@ from rating_train.prepare.images.embedded import EmbeddedStore
 from rating_train.prepare.images.lookup import ImageProblem
 from rating_train.prepare.images.stores import NoStore
 from rating_train.prepare.options import PrepareOptions
-from rating_train.prepare.records import arrow
-from rating_train.prepare.records.arrow import arrow_rows, image_at
 from rating_train.prepare.records.folders import expand_sources
-from rating_train.prepare.records.pictures import Place
 from rating_train.prepare.run import prepare
+from rating_train.prepare.tables import arrow
+from rating_train.prepare.tables.arrow import arrow_rows, image_at
+from rating_train.prepare.tables.pictures import Place
 from rating_train.shards.mds_read import iter_sampled
 from tests.conftest import REPO
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from rating_train.errors import UserError
 from rating_train.prepare.records.lines import Raw
-from rating_train.prepare.records.pictures import Place, bytes_of, columns_of, import_pyarrow
 from rating_train.prepare.records.reading import Reading
-from rating_train.prepare.records.table import read_table
+from rating_train.prepare.tables.pictures import Place, bytes_of, columns_of, import_pyarrow
+from rating_train.prepare.tables.table import read_table
 
 SUFFIX = ".arrow"
 _FILE_MAGIC = b"ARROW1"  # the format with random access; `datasets` writes the other one, a stream

@@ -11,9 +11,9 @@ from typing import Any
 
 from rating_train.errors import UserError
 from rating_train.prepare.records.lines import Raw
-from rating_train.prepare.records.parquet_pictures import picture_rows
 from rating_train.prepare.records.reading import Reading
-from rating_train.prepare.records.table import read_table
+from rating_train.prepare.tables.parquet_pictures import picture_rows
+from rating_train.prepare.tables.table import read_table
 
 SUFFIX = ".parquet"
 _ROWS_AT_ONCE = 2048

@@ -13,13 +13,13 @@ from rating_train.files import read_json_lines
 from rating_train.prepare.images.embedded import EmbeddedStore, holds_images
 from rating_train.prepare.images.lookup import ImageProblem
 from rating_train.prepare.images.stores import NoStore, open_store
-from rating_train.prepare.records import parquet_pictures
 from rating_train.prepare.records.folders import expand_sources
-from rating_train.prepare.records.parquet import parquet_rows
-from rating_train.prepare.records.parquet_pictures import image_at
-from rating_train.prepare.records.pictures import Place
 from rating_train.prepare.run import prepare
-from tests.unit.prepare.records.test_arrow import SAVED, files, options
+from rating_train.prepare.tables import parquet_pictures
+from rating_train.prepare.tables.parquet import parquet_rows
+from rating_train.prepare.tables.parquet_pictures import image_at
+from rating_train.prepare.tables.pictures import Place
+from tests.unit.prepare.tables.test_arrow import SAVED, files, options
 
 pytestmark = pytest.mark.timeout(60)
 

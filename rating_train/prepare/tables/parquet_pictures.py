@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Any
 
 from rating_train.errors import UserError
-from rating_train.prepare.records.pictures import Place, bytes_of, columns_of, import_pyarrow
+from rating_train.prepare.tables.pictures import Place, bytes_of, columns_of, import_pyarrow
 
 #: Of the rows that are held at once, uncompressed; at least one row.
 _BYTES_AT_ONCE = 16 << 20
