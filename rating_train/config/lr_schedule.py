@@ -7,12 +7,13 @@ import math
 from rating_train.config.schema import OptimConfig
 
 
-def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
-    """Compute the share of the peak learning rate that step ``step`` in [0, total_steps) uses.
+def lr_factor(step: int, last_step: int, config: OptimConfig, first_step: int = 0) -> float:
+    """Compute the share of the peak learning rate that step ``step`` in [first_step, last_step) uses.
 
     Linear warm-up over w = ceil(warmup_fraction * total) steps: step k uses (k + 1) / w, so no step is wasted at
     0. Then linear or cosine decay to ``final_fraction``, which the last step reaches.
     """
+    step, total_steps = step - first_step, last_step - first_step
     warmup = math.ceil(config.warmup_fraction * total_steps - 1e-9)  # 0.07 * 100 is slightly above 7
     if step < warmup:
         return (step + 1) / warmup

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from rating_train.config.fields import read
-from rating_train.config.lr_schedule import lr_factor
 from rating_train.config.resolve import phase_ends
 from rating_train.config.schema import PARTS, Config
 from rating_train.config.stage_schema import StageConfig
@@ -47,11 +46,6 @@ class Phase:
     def trained(self) -> list[str]:
         """Parts of the model that it trains."""
         return trained_parts(self.config)
-
-    def lr_factor(self, step: int) -> float:
-        """Compute the share of the peak learning rates of the step that follows ``step`` steps of the run."""
-        done, steps = step - self.first_step, self.last_step - self.first_step
-        return lr_factor(done, steps, self.config.optim)
 
     def identity(self) -> dict[str, int]:
         """Return what a checkpoint in it records, so that its optimizer state resumes in no other phase."""

@@ -52,6 +52,7 @@ class Engine:
             backward pass; at the other stages DeepSpeed reduces within its backward pass and its optimizer step.
         lengths: all that micro-batches can have, in tokens.
         first_step: steps of the run before those of this engine, at which its learning-rate schedule starts.
+        lr_factor: share of the peak learning rates that the last step used.
     """
 
     ds: Any
@@ -64,6 +65,7 @@ class Engine:
     timer: StepTimer | None = None
     lengths: tuple[int, ...] = ()
     first_step: int = 0
+    lr_factor: float = 0.0
     _skipped: list[bool | Tensor] = field(default_factory=list)
 
     def step(
@@ -82,7 +84,7 @@ class Engine:
             This rank's mean loss, a detached float32 scalar on the device. Reading it waits for the device, so the
             loop reads it only when it logs.
         """
-        self.set_lr(lr_factor(step - self.first_step, last_step - self.first_step, self.config.optim))
+        self._set_lr(lr_factor(step, last_step, self.config.optim, self.first_step))
         self.ds.train()
         losses = []
         micros = batch.split(self.plan.micro_items)
@@ -164,8 +166,8 @@ class Engine:
         value = float(value) if value is not None else None
         return value if value is not None and 0 <= value < float("inf") else None
 
-    def set_lr(self, factor: float) -> None:
-        """Set the learning rate of every group to its peak times ``factor``."""
+    def _set_lr(self, factor: float) -> None:
+        self.lr_factor = factor
         for group, options in zip(self.groups, self.ds.optimizer.param_groups, strict=True):
             options["lr"] = group.peak_lr * factor
 

@@ -202,7 +202,7 @@ def training_row(job: Job, state: TrainState, meter: StepMeter) -> dict[str, Any
     loss = loss_sum / count
     peak = peak_flops(job.engine.device, job.config.train.precision)
     finite = abs(loss) < float("inf")  # False for NaN too
-    factor = job.phase.lr_factor(state.step - 1)
+    factor = job.engine.lr_factor
     return {
         "step": state.step,
         **({"phase": job.phase.number} if job.phase.count else {}),
