@@ -47,6 +47,7 @@ class Plan:
     parts: int
     missing: list[int]
     claims: str
+    stored_images: bool  # in a folder, an archive, or the sources themselves
 
 
 def predict(options: PredictOptions) -> Summary | None:
@@ -82,8 +83,9 @@ def _plan(options: PredictOptions, work: WorkDir, held: contextlib.ExitStack) ->
         return None
     found = find_model(Path(options.model), options.checkpoint, options.settings)
     task = found.config.task
-    named = options.images or options.fetch or any(map(holds_images, options.source))
-    if options.source and "image" in found.config.model.inputs and not named:
+    stored = bool(options.images) or any(map(holds_images, options.source))
+    needed = bool(options.source) and "image" in found.config.model.inputs
+    if needed and not stored and not options.fetch:
         raise UserError("neither --images nor --fetch is given", where="predict options")
     if options.submission and not task.is_default:
         raise UserError(
@@ -104,7 +106,7 @@ def _plan(options: PredictOptions, work: WorkDir, held: contextlib.ExitStack) ->
         "%d rows in %d parts, %d of them finished; the model is %s",
         rows, parts, parts - len(missing), found.identity["model"],
     )  # fmt: skip
-    return Plan(found, options, rows, parts, missing, work.new_claims())
+    return Plan(found, options, rows, parts, missing, work.new_claims(), stored)
 
 
 def _identity(options: PredictOptions, found: FoundModel) -> dict[str, Any]:
@@ -133,8 +135,7 @@ def _open_rows(options: PredictOptions, config: Config) -> Rows:
 def _score_parts(plan: Plan, scorer: Scorer, rows: Rows, work: WorkDir, world: World) -> None:
     """Score the missing parts, shared out among the ranks as they come free. A collective."""
     options = plan.options
-    named = options.images or any(map(holds_images, options.source))
-    store = open_store(options.images, sources=options.source) if named else None
+    store = open_store(options.images, sources=options.source) if plan.stored_images else None
     decoder = Decoder(scorer.collator, plan.found.squares, store, plan.found.config.task)
     fetched = fetcher(work, parse_fetch_options(options.fetch_set)) if options.fetch else None
     parts = claimed_parts(work, plan.claims, plan.missing)
