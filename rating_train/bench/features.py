@@ -20,6 +20,7 @@ from rating_train.data.features.identity import Features
 from rating_train.data.streaming_dataset import Request
 from rating_train.errors import UserError
 from rating_train.training.job import Job
+from rating_train.training.predictor import frozen_visual_tokens
 
 _LOADED_ITEMS = 64  # of which collation is measured, at most
 
@@ -67,14 +68,10 @@ def _refuse_unfit(job: Job) -> None:
         raise UserError("features need `zero.stage` 0, 1 or 2", where="zero.stage=3")
 
 
-@torch.no_grad()
 def _encode(job: Job, batch: Batch) -> Tensor:
     """Return the visual tokens (B, V, D) of a batch, micro-batch by micro-batch, on its device."""
-    bf16 = job.config.train.precision == "bf16"
-    autocast, micro = bf16 and job.config.zero.stage == 0, job.plan.micro_items
-    with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=autocast):
-        parts = [job.engine.model.encode_images(part) for part in batch.images.split(micro)]
-    return torch.cat(parts)
+    parts = batch.images.split(job.plan.micro_items)
+    return torch.cat([frozen_visual_tokens(job.engine.model, part, job.config) for part in parts])
 
 
 def _collation(job: Job, visual: Tensor, rounds: int) -> list[Row]:

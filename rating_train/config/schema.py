@@ -292,6 +292,13 @@ class Config:
         return self.data.image_px if "image" in self.model.inputs else 0
 
     @property
+    def forward_precision(self) -> Literal["fp32", "bf16", "autocast"]:
+        """How a forward pass computes: ``bf16`` is with bf16 weights; ``autocast``, at ZeRO stage 0, with fp32 ones."""
+        if self.train.precision == "fp32":
+            return "fp32"
+        return "bf16" if self.zero.stage > 0 else "autocast"
+
+    @property
     def model_fields(self) -> list[TextField]:
         """Text fields that the model reads; none if it reads images alone."""
         return self.task.fields if "text" in self.model.inputs else []

@@ -109,11 +109,10 @@ def trace_micro_batch(
         existing_gradients: whether gradients of earlier micro-batches are there and are added to.
         on_gradient: makes the hook that is called with each parameter when its gradient is complete.
     """
-    bf16 = config.train.precision == "bf16"
-    autocast = bf16 and config.zero.stage == 0
     model = empty_regressor(config.model, architecture, config.model_px, image_start=1).train()
     with FakeTensorMode():
-        fill_with_fakes(model, torch.bfloat16 if bf16 and not autocast else torch.float32, existing_gradients)
+        dtype = torch.bfloat16 if config.forward_precision == "bf16" else torch.float32
+        fill_with_fakes(model, dtype, existing_gradients)
         parameters = list(model.parameters())
         gradients = (p.grad for p in parameters if p.grad is not None)
         with LiveBytes(chain(parameters, gradients, model.buffers())) as live:
@@ -121,7 +120,7 @@ def trace_micro_batch(
             for parameter in parameters:
                 if hook is not None and parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(hook)
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.forward_precision == "autocast"):
                 loss = _loss(model, config, items)
             saved = live.now
             loss.backward()  # type: ignore[no-untyped-call]

@@ -23,7 +23,6 @@ def build_ds_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
     Raises:
         UserError: a key of ``zero.extra`` collides with a derived one.
     """
-    bf16 = config.train.precision == "bf16"
     stage = config.zero.stage
     return {
         "train_batch_size": plan.global_items,
@@ -31,9 +30,9 @@ def build_ds_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": config.optim.clip_norm if stage > 0 else 0.0,
         # Without it, stage 2 would apply a step whose gradient norm is not finite.
-        "bf16": {"enabled": bf16 and stage > 0, "check_grad_overflow": True},
+        "bf16": {"enabled": config.forward_precision == "bf16", "check_grad_overflow": True},
         "fp16": {"enabled": False},
-        "torch_autocast": {"enabled": bf16 and stage == 0, "dtype": "bfloat16"},
+        "torch_autocast": {"enabled": config.forward_precision == "autocast", "dtype": "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         # By default in the dtype of the accumulation: a bf16 sum over many ranks loses small gradients.
         "communication_data_type": config.zero.communication_dtype,

@@ -16,6 +16,7 @@ from rating_train.config.lr_schedule import lr_factor
 from rating_train.config.resolve import BatchPlan
 from rating_train.config.schema import Config, ZeroConfig
 from rating_train.data.collate import Batch
+from rating_train.data.features.identity import features_dtype
 from rating_train.distributed.groups import connect_groups, limit_collectives
 from rating_train.engine.clipping import Guarded
 from rating_train.engine.compiled import compile_model, warm_up
@@ -130,7 +131,7 @@ class Engine:
         config = self.config
         if config.train.compile == "none" or not self.lengths:
             return
-        autocast = config.train.precision == "bf16" and config.zero.stage == 0
+        autocast = config.forward_precision == "autocast"
         warm_up(self.model, self.lengths, self._blank_images(), autocast, before)
 
     def _blank_images(self) -> Tensor:
@@ -138,7 +139,7 @@ class Engine:
         items, px = self.plan.micro_items, self.config.model_px
         if not self.config.data.features:
             return torch.zeros(items, 3, px, px, dtype=torch.uint8, device=self.device)
-        dtype = torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
+        dtype = getattr(torch, features_dtype(self.config))
         width = self.model.head.inner.in_features
         return torch.zeros(items, self.model.visual_tokens, width, dtype=dtype, device=self.device)
 

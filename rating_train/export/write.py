@@ -93,7 +93,7 @@ def export(options: ExportOptions) -> Exported:
     folder, lock = make_temporary(out)
     try:
         _write_files(folder, scorer)
-        own = precision_of(found.config)
+        own = found.config.forward_precision
         compared, fp32 = check_scores.compare_reloaded(folder, items, own, device)
         check_scores.check(compared, out)  # before the graphs: they take minutes
         graphs = _write_graphs(folder / ONNX_DIR, options, found, items)
@@ -124,13 +124,6 @@ def _write_graphs(folder: Path, options: ExportOptions, found: FoundModel, items
     full = load_scorer(dataclasses.replace(found, config=fp32), torch.device("cpu"))
     example = full.collator(items.samples[:2])
     return onnx_graph.write_graphs(folder, full.predictor.model, example, options.onnx, options.onnx_batch)
-
-
-def precision_of(config: Config) -> str:
-    """Return how the checkpoint is evaluated: ``fp32``, ``bf16`` weights, or ``autocast`` (bf16 at ZeRO stage 0)."""
-    if config.train.precision == "fp32":
-        return "fp32"
-    return "bf16" if config.zero.stage > 0 else "autocast"
 
 
 def _check_family(family: str) -> None:
@@ -173,7 +166,7 @@ def _config(scorer: Scorer) -> RatingConfig:
             "run": config.name,
             "checkpoint": found.identity["model"],
             "checkpoint_sha256": found.identity["model_sha256"],
-            "precision": precision_of(config),
+            "precision": config.forward_precision,
             "data_fingerprint": _fingerprint(found),
         },
         architectures=[RatingModel.__name__],

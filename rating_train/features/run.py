@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rating_train.config.schema import Config, DataConfig
+from rating_train.config.schema import Config
 from rating_train.data.features.collate import ImageCollator, StoredImages
-from rating_train.data.features.identity import Features, refuse_features
+from rating_train.data.features.identity import Features, features_dtype, refuse_features
 from rating_train.data.loader import OpenSplit, Row, load_rows, open_evaluation
 from rating_train.distributed.collectives import all_gather, on_main
 from rating_train.distributed.world import World
@@ -31,35 +30,12 @@ from rating_train.shards.task import with_task_of_data
 from rating_train.shards.writer import refuse_existing
 from rating_train.training import setup
 from rating_train.training.job import build_model
+from rating_train.training.predictor import cast_weights, frozen_visual_tokens
 from rating_train.weights.fingerprint import tower_fingerprint
 
 log = logging.getLogger(__name__)
 
 _MOST_ITEMS = 64  # of a forward pass, where the configuration names no micro-batch
-
-
-@dataclass(frozen=True)
-class Tower:
-    """Vision tower and connector, as a run of a configuration computes with them.
-
-    Attributes:
-        model: in eval mode on the device.
-        device: this rank's.
-        autocast: whether the forward pass runs under bf16 autocast (ZeRO stage 0).
-        dtype: of the visual tokens.
-    """
-
-    model: RatingRegressor
-    device: torch.device
-    autocast: bool
-    dtype: torch.dtype
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Return the visual tokens (B, V, D) of images (B, 3, S, S) uint8, on the CPU."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            visual = self.model.encode_images(images.to(self.device, non_blocking=True))
-        return visual.to(self.dtype).cpu()
 
 
 def make_features(config: Config) -> dict[str, Any]:
@@ -82,13 +58,13 @@ def make_features(config: Config) -> dict[str, Any]:
     config = dataclasses.replace(config, data=images)
     config = on_main(lambda: with_task_of_data(config))
     manifest = on_main(lambda: _readable(images.path))
-    tower, features = _prepare(config, device, manifest["fingerprint"])
+    model, features = _prepare(config, device, manifest["fingerprint"])
     splits = list(dict.fromkeys((images.train_split, images.eval_split)))
     parts = PartsFolder(out)
     on_main(lambda: parts.open(features, splits))
     shards = {}
     for split in splits:
-        shards[split] = _encode_split(config, split, tower, parts, world)
+        shards[split] = _encode_split(config, split, model, device, parts, world)
     all_gather(None)  # all parts are there
     return on_main(lambda: parts.merge(out, manifest, shards))
 
@@ -99,37 +75,41 @@ def _readable(path: str) -> dict[str, Any]:
     return manifest
 
 
-def _prepare(config: Config, device: torch.device, data: str) -> tuple[Tower, Features]:
+def _prepare(config: Config, device: torch.device, data: str) -> tuple[RatingRegressor, Features]:
     """Build the model in the run's precision, and say what its features will be."""
     inputs = setup.read_model_inputs(config)
     model, _ = build_model(config, inputs, fresh=True)
-    bf16 = config.train.precision == "bf16"
-    if bf16 and config.zero.stage > 0:  # as DeepSpeed holds them; buffers stay in fp32
-        for parameter in model.parameters():
-            parameter.data = parameter.data.bfloat16()
+    cast_weights(model, config)
     features = Features(
         data=data,
         weights=tower_fingerprint(model),
         image_px=config.data.image_px,
         tokens=model.visual_tokens,
         width=inputs.architecture.text.hidden,
-        dtype="bfloat16" if bf16 else "float32",
+        dtype=features_dtype(config),
     )
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    return Tower(model.to(device).eval(), device, bf16 and config.zero.stage == 0, dtype), features
+    return model.to(device).eval(), features
 
 
-def _encode_split(config: Config, split: str, tower: Tower, parts: PartsFolder, world: World) -> int:
+def _encode_split(
+    config: Config, split: str, model: RatingRegressor, device: torch.device, parts: PartsFolder, world: World
+) -> int:
     """Write this rank's share of a split's missing parts; return the number of the split's shards."""
     prompt = setup.read_model_inputs(config).prompt
     items = config.batch.micro_items or min(_MOST_ITEMS, config.batch.global_items)
-    opened = open_evaluation(config.data, prompt, world, split, items, device=tower.device).split
+    opened = open_evaluation(config.data, prompt, world, split, items, device=device).split
     opened = dataclasses.replace(opened, collator=ImageCollator(config.data.image_px))  # type: ignore[arg-type]
     entries = read_index(Path(config.data.path) / split)
     columns = dict(zip(entries[0]["column_names"], entries[0]["column_encodings"]))
     missing = on_main(lambda: parts.missing(split, len(entries)))
     on_main(lambda: log.info("%s: %d of %d shards to encode", split, len(missing), len(entries)))
-    for shard, encoded in _encoded(opened, missing[world.rank :: world.size], items, tower, config.data):
+
+    def encode(images: Tensor) -> Tensor:
+        visual = frozen_visual_tokens(model, images.to(device, non_blocking=True), config)
+        return visual.to(getattr(torch, features_dtype(config))).cpu()
+
+    own = missing[world.rank :: world.size]
+    for shard, encoded in _encoded(opened, own, items, encode, check=config.data.verify == "first_read"):
         samples = [sample for batch, _ in encoded for sample in batch]
         contents = [item.tobytes() for _, visual in encoded for item in visual]
         parts.write(split, shard, samples, contents, columns)
@@ -138,7 +118,7 @@ def _encode_split(config: Config, split: str, tower: Tower, parts: PartsFolder, 
 
 
 def _encoded(
-    split: OpenSplit, shards: Sequence[int], items: int, tower: Tower, config: DataConfig
+    split: OpenSplit, shards: Sequence[int], items: int, encode: Callable[[Tensor], Tensor], check: bool
 ) -> Iterator[tuple[int, list[tuple[list[dict[str, Any]], np.ndarray]]]]:
     """Yield each shard with its batches: samples, and the bytes of their visual tokens, (B, V * D * bytes) uint8."""
     ends = np.cumsum(split.dataset.samples_per_shard)
@@ -147,8 +127,7 @@ def _encoded(
     for shard in shards:
         ids = np.arange(ends[shard] - split.dataset.samples_per_shard[shard], ends[shard])
         chunks = [ids[start : start + items] for start in range(0, len(ids), items)]
-        check = [shard] if config.verify == "first_read" else []
-        rows += [(chunk, check if number == 0 else []) for number, chunk in enumerate(chunks)]
+        rows += [(chunk, [shard] if check and number == 0 else []) for number, chunk in enumerate(chunks)]
         counts.append(len(chunks))
     if not rows:
         return
@@ -157,6 +136,6 @@ def _encoded(
             encoded = []
             for _ in range(count):
                 batch: StoredImages = next(batches)
-                visual = tower.encode(batch.images)
+                visual = encode(batch.images)
                 encoded.append((batch.samples, visual.reshape(len(batch), -1).view(torch.uint8).numpy()))
             yield shard, encoded

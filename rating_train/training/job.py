@@ -22,7 +22,7 @@ from rating_train.config.resolve import (
     source_shares,
 )
 from rating_train.config.schema import PARTS, Config, ModelConfig
-from rating_train.data.features.identity import refuse_other_weights
+from rating_train.data.features.identity import features_dtype, refuse_other_weights
 from rating_train.data.lengths import possible_lengths
 from rating_train.data.loader import EvaluationData, TrainingData, open_evaluation, open_training
 from rating_train.data.prompt import PromptEncoder
@@ -209,7 +209,7 @@ def check_features(job: Job) -> None:
     """
     data = job.config.data
     if data.features:
-        dtype = "bfloat16" if job.config.train.precision == "bf16" else "float32"
+        dtype = features_dtype(job.config)
         on_main(lambda: refuse_other_weights(data.features, tower_fingerprint(job.engine.model), dtype))
 
 

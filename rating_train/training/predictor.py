@@ -53,9 +53,20 @@ def load_predictor(
         bare, architecture, config.model_px, image_start, seed=0, target=config.task.target
     )
     model.load_state_dict(weights, strict=True)
-    bf16 = config.train.precision == "bf16"
-    if bf16 and config.zero.stage > 0:
-        for parameter in model.parameters():  # buffers (rotary frequencies) stay in fp32
-            parameter.data = parameter.data.bfloat16()
-    autocast, multiple = bf16 and config.zero.stage == 0, config.batch.length_multiple_tokens
+    cast_weights(model, config)
+    autocast, multiple = config.forward_precision == "autocast", config.batch.length_multiple_tokens
     return Predictor(model.to(device).eval(), device, autocast, multiple)
+
+
+@torch.no_grad()
+def frozen_visual_tokens(model: RatingRegressor, images: Tensor, config: Config) -> Tensor:
+    """Return the visual tokens (B, V, D) that a frozen tower computes of images (B, 3, S, S) uint8 in a run."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=config.forward_precision == "autocast"):
+        return model.encode_images(images)
+
+
+def cast_weights(model: RatingRegressor, config: Config) -> None:
+    """Round fp32 weights as DeepSpeed holds them: in bf16 above stage 0; buffers (rotary frequencies) stay in fp32."""
+    if config.forward_precision == "bf16":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rating_train.config.schema import DataConfig, SourceConfig
+from rating_train.config.schema import Config, DataConfig, SourceConfig
 from rating_train.errors import UserError
 from rating_train.shards.manifest import check_split, read_manifest
 from rating_train.shards.schema import MANIFEST_NAME
@@ -20,6 +20,11 @@ from rating_train.shards.schema import MANIFEST_NAME
 KEY = "features"
 _BYTES = {"bfloat16": 2, "float32": 4}
 _REMAKE = "make them again with `rating-train features`, or set data.features='' to read the images"
+
+
+def features_dtype(config: Config) -> str:
+    """Return the dtype of the visual tokens that a run computes, or reads in place of its images."""
+    return "bfloat16" if config.train.precision == "bf16" else "float32"
 
 
 @dataclass(frozen=True)
