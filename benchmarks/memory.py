@@ -17,8 +17,6 @@ import os
 import socket
 from pathlib import Path
 
-import torch
-
 
 def resident(name: str) -> int:
     """A field of /proc/self/status, in bytes."""
@@ -40,11 +38,9 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true")
     options = parser.parse_args()
 
-    import dataclasses
-
+    from rating_train.bench.synthetic import noise_batch, reduced_architecture
     from rating_train.config.load import config_from_dict
     from rating_train.config.resolve import plan_batch
-    from rating_train.data.collate import Batch
     from rating_train.engine.engine import build_engine
     from rating_train.engine.memory import predict_memory
     from rating_train.model.architecture import KNOWN_ARCHITECTURES
@@ -58,13 +54,7 @@ def main() -> None:
     os.environ.update({**{k: str(v) for k, v in job.items()}, "MASTER_ADDR": "127.0.0.1"})
     architecture = KNOWN_ARCHITECTURES["HuggingFaceTB/SmolVLM2-256M-Video-Instruct"]
     if options.small:
-        architecture = dataclasses.replace(
-            architecture,
-            text=dataclasses.replace(architecture.text, layers=2, vocab=8192),
-            vision=dataclasses.replace(architecture.vision, layers=2),
-            image_token_id=5,
-            pad_token_id=2,
-        )
+        architecture = reduced_architecture({"layers": 2, "vocab": 8192}, {"layers": 2})
     config = config_from_dict(
         {
             "model": {
@@ -85,17 +75,8 @@ def main() -> None:
     before = resident("VmRSS")
     model = build_regressor(config.model, architecture, 384, 1, seed=1)
     engine = build_engine(model, config, plan_batch(options.micro, 0, 1), device)
-    tokens, items = model.visual_tokens + config.data.text_tokens, options.micro
-    batch = Batch(
-        ids=[str(i) for i in range(items)],
-        categories=["c"] * items,
-        images=torch.zeros(items, 3, 384, 384, dtype=torch.uint8),
-        input_ids=torch.full((items, tokens), 7),
-        used_tokens=torch.full((items,), tokens),
-        ratings=torch.full((items,), 4.0),
-        rating_counts=torch.ones(items),
-        truncated_tokens=0,
-    )
+    tokens = model.visual_tokens + config.data.text_tokens
+    batch = noise_batch(options.micro, tokens, 384, architecture.text.vocab)
     engine.step(batch, 0, 10)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -103,7 +84,7 @@ def main() -> None:
     engine.step(batch, 1, 10)
     grown = resident("VmHWM") - before
     print(
-        f"stage {options.stage}, {options.precision}, {items} items{', small' if options.small else ''}"
+        f"stage {options.stage}, {options.precision}, {options.micro} items{', small' if options.small else ''}"
         f"{', frozen: ' + ' '.join(options.freeze) if options.freeze else ''}"
         f"{', checkpointing' if options.checkpointing else ''}: "
         f"resident memory grew by {grown / 2**30:.3f} GiB, predicted {predicted.peak / 2**30:.3f} GiB, "

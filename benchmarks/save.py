@@ -30,12 +30,12 @@ from typing import Any
 
 import torch
 
+from rating_train.bench.synthetic import noise_batch
 from rating_train.checkpoint.manager import Checkpointer
 from rating_train.checkpoint.state import Identity, TrainState
 from rating_train.cli import leave
 from rating_train.config.load import load_config
 from rating_train.config.resolve import plan_batch
-from rating_train.data.collate import Batch
 from rating_train.distributed.collectives import all_gather, broadcast, sum_over_ranks
 from rating_train.distributed.world import World
 from rating_train.engine.engine import build_engine
@@ -68,17 +68,7 @@ def trained_engine(world: World, device: torch.device) -> Any:
     model = build_regressor(config.model, architecture, config.data.image_px, 4, seed=17)
     engine = build_engine(model, config, plan_batch(world.size, 0, world.size), device)
     px, tokens = config.data.image_px, 36 + config.data.text_tokens
-    batch = Batch(
-        ids=["x"],
-        categories=["c"],
-        images=torch.randint(0, 256, (1, 3, px, px), dtype=torch.uint8),
-        input_ids=torch.randint(20, 49000, (1, tokens)),
-        used_tokens=torch.tensor([tokens]),
-        ratings=torch.tensor([4.0]),
-        rating_counts=torch.ones(1),
-        truncated_tokens=0,
-    )
-    engine.step(batch, 0, 10)
+    engine.step(noise_batch(1, tokens, px, 49_000), 0, 10)
     return engine.ds
 
 

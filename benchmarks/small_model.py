@@ -8,13 +8,14 @@ For trying a dataset on a CPU; `rating-train demo` does the same for its own cat
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from streaming import LocalDataset
 
 from rating_train.config.task import task_of
-from rating_train.demo.tokenizer import IMAGE_TOKEN_ID, PAD_TOKEN_ID, make_tokenizer
-from rating_train.model.architecture import Architecture, TextArchitecture, VisionArchitecture
+from rating_train.demo.model import demo_architecture
+from rating_train.demo.tokenizer import make_tokenizer
 from rating_train.model.load import save_random_backbone
 from rating_train.shards.manifest import read_manifest
 
@@ -27,14 +28,11 @@ def main() -> None:
     fields = task_of(read_manifest(data)).field_names
     texts = (" ".join(row[k] for k in fields) for row in (dataset[i] for i in range(len(dataset))))
     vocabulary = make_tokenizer(texts, out, VOCABULARY)
-    architecture = Architecture(
-        text=TextArchitecture(
-            hidden=128, layers=3, heads=4, kv_heads=2, head_dim=32, mlp=384, vocab=vocabulary
-        ),
-        vision=VisionArchitecture(hidden=96, layers=3, heads=3, mlp=256, patch=16, image_size=128),
-        scale_factor=2,
-        image_token_id=IMAGE_TOKEN_ID,
-        pad_token_id=PAD_TOKEN_ID,
+    demo = demo_architecture(vocabulary)
+    architecture = replace(
+        demo,
+        text=replace(demo.text, hidden=128, heads=4, kv_heads=2, mlp=384),
+        vision=replace(demo.vision, hidden=96, layers=3, heads=3, mlp=256, patch=16, image_size=128),
         head_hidden=64,
     )
     save_random_backbone(architecture, out, seed=17)

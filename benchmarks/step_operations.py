@@ -13,7 +13,6 @@ make optimizer state and record in which order stage 3 gathers weights.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import subprocess
@@ -106,26 +105,19 @@ def asked_by() -> str:
 
 def architecture(layers: str) -> Any:
     """SmolVLM2-256M at a hundredth of its widths, with the layers of its vision tower and decoder as ``12,30``."""
-    from rating_train.model.architecture import KNOWN_ARCHITECTURES
+    from rating_train.bench.synthetic import reduced_architecture
 
     vision, decoder = (int(n) for n in layers.split(","))
-    full = KNOWN_ARCHITECTURES["HuggingFaceTB/SmolVLM2-256M-Video-Instruct"]
-    return dataclasses.replace(
-        full,
-        text=dataclasses.replace(full.text, layers=decoder, hidden=18, head_dim=2, mlp=16, vocab=64),
-        vision=dataclasses.replace(full.vision, layers=vision, hidden=24, mlp=32, patch=4, image_size=32),
-        scale_factor=2,
-        image_token_id=5,
-        pad_token_id=2,
-        head_hidden=9,
-    )
+    text = {"layers": decoder, "hidden": 18, "head_dim": 2, "mlp": 16, "vocab": 64}
+    tower = {"layers": vision, "hidden": 24, "mlp": 32, "patch": 4, "image_size": 32}
+    return reduced_architecture(text, tower, scale_factor=2, head_hidden=9)
 
 
 def count(stage: int, options: argparse.Namespace, world: Any, device: torch.device) -> dict[str, Any]:
     """Build an engine, take WARM_UP steps, and count the next."""
+    from rating_train.bench.synthetic import noise_batch
     from rating_train.config.load import config_from_dict
     from rating_train.config.resolve import plan_batch
-    from rating_train.data.collate import Batch
     from rating_train.engine.engine import build_engine
     from rating_train.model.regressor import build_regressor
 
@@ -145,17 +137,7 @@ def count(stage: int, options: argparse.Namespace, world: Any, device: torch.dev
     parameters = sum(1 for p in model.parameters() if p.requires_grad)
     plan = plan_batch(config.batch.global_items, 1, world.size)
     engine = build_engine(model, config, plan, device)
-    items, tokens = plan.rank_items, 3 + model.visual_tokens + 8
-    batch = Batch(
-        ids=[str(i) for i in range(items)],
-        categories=["c"] * items,
-        images=torch.zeros(items, 3, 32, 32, dtype=torch.uint8),
-        input_ids=torch.full((items, tokens), 7),
-        used_tokens=torch.full((items,), tokens),
-        ratings=torch.full((items,), 4.0),
-        rating_counts=torch.ones(items),
-        truncated_tokens=0,
-    )
+    batch = noise_batch(plan.rank_items, 3 + model.visual_tokens + 8, 32, vocabulary=64)
     for step in range(WARM_UP):
         engine.step(batch, step, 10)
     counter = StepOperations()

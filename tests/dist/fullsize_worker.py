@@ -13,31 +13,17 @@ from pathlib import Path
 import torch
 
 from rating_train.training import setup
+from rating_train.bench.synthetic import noise_batch
 from rating_train.cli import leave
 from rating_train.distributed.collectives import sum_over_ranks
 from rating_train.config.load import config_from_dict
 from rating_train.config.resolve import plan_batch
-from rating_train.data.collate import Batch
 from rating_train.engine.engine import build_engine
 from rating_train.training.meters import peak_memory_gib
 from rating_train.model.architecture import KNOWN_ARCHITECTURES
 from rating_train.model.regressor import build_regressor
 
 NAME = "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"
-
-
-def random_batch(step: int, items: int, tokens: int, px: int, rank: int) -> Batch:
-    g = torch.Generator().manual_seed(1000 * step + rank)
-    return Batch(
-        ids=[f"{step}-{rank}-{i}" for i in range(items)],
-        categories=["c"] * items,
-        images=torch.randint(0, 256, (items, 3, px, px), generator=g, dtype=torch.uint8),
-        input_ids=torch.randint(20, 49000, (items, tokens), generator=g),
-        used_tokens=torch.full((items,), tokens - 20),
-        ratings=torch.rand(items, generator=g) * 4 + 1,
-        rating_counts=torch.ones(items),
-        truncated_tokens=0,
-    )
 
 
 def main() -> None:
@@ -60,7 +46,8 @@ def main() -> None:
     losses, seconds, norms = [], [], []
     for step in range(steps):
         started = time.monotonic()
-        batch = random_batch(step, plan.rank_items, 36 + config.data.text_tokens, 384, world.rank)
+        tokens, seed = 36 + config.data.text_tokens, 1000 * step + world.rank
+        batch = noise_batch(plan.rank_items, tokens, 384, 49_000, seed, padding=20)
         loss = sum_over_ranks([float(engine.step(batch, step, steps))])[0] / world.size
         losses.append(loss)
         norms.append(engine.grad_norm)

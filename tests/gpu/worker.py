@@ -6,7 +6,6 @@ python tests/gpu/worker.py --stage 1 --device cuda --size full --out row.json
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import re
 import warnings
@@ -28,37 +27,14 @@ PACKAGES = ("rating_train", "deepspeed", "transformers", "torch")
 
 def architecture(size: str) -> Any:
     """SmolVLM2-256M, or two narrow layers of each tower."""
+    from rating_train.bench.synthetic import reduced_architecture
     from rating_train.model.architecture import KNOWN_ARCHITECTURES
 
-    full = KNOWN_ARCHITECTURES["HuggingFaceTB/SmolVLM2-256M-Video-Instruct"]
     if size == "full":
-        return full
-    return dataclasses.replace(
-        full,
-        text=dataclasses.replace(
-            full.text, layers=2, hidden=192, heads=6, kv_heads=2, head_dim=32, mlp=512, vocab=4096
-        ),
-        vision=dataclasses.replace(full.vision, layers=2, hidden=192, heads=3, mlp=512),
-        image_token_id=5,
-        pad_token_id=2,
-    )
-
-
-def random_batch(items: int, tokens: int, px: int, vocabulary: int) -> Any:
-    """Items with random pixels and tokens, in host memory."""
-    from rating_train.data.collate import Batch
-
-    g = torch.Generator().manual_seed(5)
-    return Batch(
-        ids=[f"item-{i}" for i in range(items)],
-        categories=["c"] * items,
-        images=torch.randint(0, 256, (items, 3, px, px), generator=g, dtype=torch.uint8),
-        input_ids=torch.randint(20, vocabulary, (items, tokens), generator=g),
-        used_tokens=torch.full((items,), tokens - 20),
-        ratings=torch.rand(items, generator=g) * 4 + 1,
-        rating_counts=torch.ones(items),
-        truncated_tokens=0,
-    )
+        return KNOWN_ARCHITECTURES["HuggingFaceTB/SmolVLM2-256M-Video-Instruct"]
+    narrow = {"layers": 2, "hidden": 192, "mlp": 512}
+    text = {**narrow, "heads": 6, "kv_heads": 2, "head_dim": 32, "vocab": 4096}
+    return reduced_architecture(text, {**narrow, "heads": 3})
 
 
 def attention_calls(engine: Any, batch: Any) -> list[dict[str, Any]]:
@@ -134,6 +110,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
+    from rating_train.bench.synthetic import noise_batch
     from rating_train.config.load import config_from_dict
     from rating_train.config.resolve import plan_batch
     from rating_train.engine.engine import build_engine
@@ -158,7 +135,7 @@ def main() -> None:
     model = build_regressor(config.model, shape, px, 4, seed=17)
     engine = build_engine(model, config, plan, device)
     tokens = model.visual_tokens + config.data.text_tokens
-    batch = random_batch(plan.rank_items, tokens, px, shape.text.vocab)
+    batch = noise_batch(plan.rank_items, tokens, px, shape.text.vocab, seed=5, padding=20)
     if cuda:
         batch = batch.pin_memory()
     losses = [engine.step(batch, step, 100) for step in range(STEPS)]

@@ -39,26 +39,18 @@ COMBINATIONS: list[tuple[int, str, int, bool]] = [  # stage, precision, accumula
 
 def architecture() -> Any:
     """A small SmolVLM whose token embedding, as in the full one, is larger than a reduction bucket."""
-    from rating_train.model.architecture import KNOWN_ARCHITECTURES
+    from rating_train.bench.synthetic import reduced_architecture
 
-    full = KNOWN_ARCHITECTURES["HuggingFaceTB/SmolVLM2-256M-Video-Instruct"]
-    return dataclasses.replace(
-        full,
-        text=dataclasses.replace(
-            full.text, layers=4, hidden=192, heads=6, kv_heads=2, head_dim=32, mlp=512, vocab=4096
-        ),
-        vision=dataclasses.replace(full.vision, layers=3, hidden=192, heads=4, mlp=512),
-        image_token_id=5,
-        pad_token_id=2,
-        head_hidden=96,
-    )
+    widths = {"hidden": 192, "mlp": 512}
+    text = {**widths, "layers": 4, "heads": 6, "kv_heads": 2, "head_dim": 32, "vocab": 4096}
+    return reduced_architecture(text, {**widths, "layers": 3, "heads": 4}, head_hidden=96)
 
 
 def measure(stage: int, precision: str, accumulation: int, checkpointing: bool) -> dict[str, Any]:
     """Take some steps; the largest number of live bytes in the last one, beside the prediction."""
+    from rating_train.bench.synthetic import noise_batch
     from rating_train.config.load import config_from_dict
     from rating_train.config.resolve import plan_batch
-    from rating_train.data.collate import Batch
     from rating_train.engine.activations import LiveBytes
     from rating_train.engine.engine import build_engine
     from rating_train.engine.memory import predict_memory
@@ -81,17 +73,7 @@ def measure(stage: int, precision: str, accumulation: int, checkpointing: bool) 
     with LiveBytes() as live:
         model = build_regressor(config.model, architecture(), PX, 1, seed=1)
         engine = build_engine(model, config, plan, torch.device("cpu"))
-        items, tokens = plan.rank_items, model.visual_tokens + TEXT
-        batch = Batch(
-            ids=[str(i) for i in range(items)],
-            categories=["c"] * items,
-            images=torch.zeros(items, 3, PX, PX, dtype=torch.uint8),
-            input_ids=torch.full((items, tokens), 7),
-            used_tokens=torch.full((items,), tokens),
-            ratings=torch.full((items,), 4.0),
-            rating_counts=torch.ones(items),
-            truncated_tokens=0,
-        )
+        batch = noise_batch(plan.rank_items, model.visual_tokens + TEXT, PX, architecture().text.vocab)
         for step in range(STEPS[stage]):
             live.peak = live.now
             engine.step(batch, step, 10)
