@@ -114,7 +114,6 @@ def intervals(
     groups: Sequence[str] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    confidence: float = CONFIDENCE,
 ) -> dict[str, Interval | None]:
     """Percentile interval of every metric of :data:`METRICS`; ``None`` where it is undefined.
 
@@ -124,7 +123,7 @@ def intervals(
     if _group_count(len(targets), groups) < 2:
         return dict.fromkeys(METRICS)
     (values,) = resample_metrics([predictions], targets, groups, resamples, seed)
-    return {name: percentile(column, confidence) for name, column in values.items()}
+    return {name: percentile(column) for name, column in values.items()}
 
 
 def compare(
@@ -134,7 +133,6 @@ def compare(
     groups: Sequence[str] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    confidence: float = CONFIDENCE,
     metrics: Sequence[str] = METRICS,
 ) -> dict[str, Difference | None]:
     """Paired bootstrap of ``metric(second) - metric(first)``: both models are scored on the same resamples.
@@ -150,7 +148,7 @@ def compare(
     values = resample_metrics([first, second], targets, groups, resamples, seed, metrics) if enough else None
     for name in metrics:
         a, b = own[0][name], own[1][name]
-        interval = percentile(values[1][name] - values[0][name], confidence) if values else None
+        interval = percentile(values[1][name] - values[0][name]) if values else None
         differences[name] = Difference(b - a, interval) if a is not None and b is not None else None
     return differences
 
@@ -161,12 +159,12 @@ def point_metrics(predictions: Float64Array, targets: Float64Array) -> dict[str,
     return {name: float(v[0]) if np.isfinite(v[0]) else None for name, v in values.items()}
 
 
-def percentile(values: Float64Array, confidence: float = CONFIDENCE) -> Interval | None:
-    """The central ``confidence`` share of resampled values; ``None`` where most of them are undefined (NaN)."""
+def percentile(values: Float64Array) -> Interval | None:
+    """The central share :data:`CONFIDENCE` of resampled values; ``None`` where most of them are undefined (NaN)."""
     defined = values[np.isfinite(values)]
     if len(defined) < _LEAST_DEFINED * len(values):
         return None
-    tail = (1 - confidence) / 2
+    tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(defined, [tail, 1 - tail])
     return Interval(float(low), float(high), len(defined))
 

@@ -175,13 +175,9 @@ def _main_image_url(images: Any) -> str:
 
 def is_clean(text: str) -> bool:
     """Whether a text can be stored as UTF-8 (it has no lone surrogates)."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+    return text == _clean(text)
 
 
 def _clean(text: str) -> str:
     """Replace lone surrogates (valid in JSON escapes, impossible in UTF-8) by ``?``."""
-    return text if is_clean(text) else text.encode("utf-8", "replace").decode("utf-8")
+    return text.encode("utf-8", "replace").decode("utf-8")
