@@ -31,12 +31,8 @@ from tests.helpers.cli import rating_train
 pytestmark = pytest.mark.timeout(240)
 
 TASKS = REPO / "configs" / "tasks"
-SOURCES = {
-    "stars": "stars.csv",
-    "film_scores": "film_scores.csv",
-    "image_quality": "image_quality.csv",
-    "price": "price.tsv",
-}
+#: The sources beside the task files, by task.
+SOURCES = {path.stem: path.name for path in sorted(TASKS.glob("*.?sv"))}
 
 
 @pytest.fixture(scope="module")

@@ -9,39 +9,16 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.conftest import REPO, Ranks
+from tests.conftest import Ranks
 from tests.faults.test_stop import LONG, wait_for_step
-from tests.repo.conftest import script_env
 
 pytestmark = pytest.mark.timeout(300)
-
-Start = Callable[..., "subprocess.Popen[str]"]
-
-
-@pytest.fixture
-def start(ranks: Ranks) -> Iterator[Start]:
-    """Start the script in a process group of its own, as a shell does; ``ranks`` kills what is left."""
-
-    def script(*words: object, name: str = "local.sh") -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            ["bash", str(REPO / "launch" / name), *map(str, words)],
-            env=script_env(OMP_NUM_THREADS="1", TMPDIR=ranks._folder),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        ranks.started.append(process)
-        return process
-
-    yield script
 
 
 def end(process: subprocess.Popen[str], code: int, timeout: float = 120) -> str:
@@ -56,10 +33,10 @@ def end(process: subprocess.Popen[str], code: int, timeout: float = 120) -> str:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_process_group_stops_in_order(
-    number: signal.Signals, start: Start, tiny_config: Callable[..., Path], tmp_path: Path
+    number: signal.Signals, ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "runs" / "run"
-    process = start("-n", "2", "train", tiny_config(train=LONG))
+    process = ranks.start_script("local.sh", "-n", "2", "train", tiny_config(train=LONG))
     wait_for_step(run, 3, process)
     os.killpg(process.pid, number)
     output = end(process, 0)
@@ -74,7 +51,7 @@ def test_a_signal_to_the_process_group_stops_in_order(
 
 
 def test_ranks_that_cannot_stop_yet_end_and_are_not_restarted(
-    start: Start, tiny_config: Callable[..., Path]
+    ranks: Ranks, tiny_config: Callable[..., Path]
 ) -> None:
     """With restarts allowed; the first signal comes before any rank could install a handler."""
     where = [
@@ -89,7 +66,7 @@ def test_ranks_that_cannot_stop_yet_end_and_are_not_restarted(
         "--max-restarts",
         "3",
     ]
-    process = start(*where, "train", tiny_config(train=LONG), name="multi_node.sh")
+    process = ranks.start_script("multi_node.sh", *where, "train", tiny_config(train=LONG))
     deadline = time.monotonic() + 120
     while len(psutil.Process(process.pid).children()) < 2 or "launcher" not in cmdline(process.pid):
         assert process.poll() is None and time.monotonic() < deadline
@@ -105,12 +82,12 @@ def cmdline(pid: int) -> str:
 
 
 def test_a_user_error_is_shown_once_with_its_exit_code(
-    start: Start, tiny_config: Callable[..., Path], demo: Path, tmp_path: Path
+    ranks: Ranks, tiny_config: Callable[..., Path], demo: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(demo / "data", data)
     (data / "manifest.json").unlink()
-    output = end(start("-n", "2", "train", tiny_config(data={"path": str(data)})), 2)
+    output = end(ranks.start_script("local.sh", "-n", "2", "train", tiny_config(data={"path": str(data)})), 2)
     errors = [line for line in output.splitlines() if "error: " in line]
     assert len(errors) == 2 and "manifest.json" in errors[0], output
     assert re.fullmatch(

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,10 +20,24 @@ from tests.helpers.ranks import Process, wait_for_step
 
 LONG = {"epochs": 400, "save_every_steps": 0, "stop_check_steps": 2}
 
+StartLong = Callable[..., tuple[Path, Process]]
+
 
 def rank_processes(process: Process) -> list[psutil.Process]:
     """The ranks of a job: direct children of its launcher."""
     return psutil.Process(process.pid).children()
+
+
+@pytest.fixture
+def start_long(ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path) -> StartLong:
+    """Start a run of two ranks that ends only when it is told to; its directory and its job."""
+
+    def start(**sections: Any) -> tuple[Path, Process]:
+        config = tiny_config(train=LONG, **sections)
+        job = ranks.start(2, "-m", "rating_train", "train", config, torchrun=False)
+        return tmp_path / "runs" / "run", job
+
+    return start
 
 
 def finish(process: Process, timeout: float = 60) -> str:
@@ -34,11 +49,9 @@ def finish(process: Process, timeout: float = 60) -> str:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_one_rank_or_to_all_processes_saves_and_requeues(
-    number: signal.Signals, ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
+    start_long: StartLong, number: signal.Signals, ranks: Ranks, tiny_config: Callable[..., Path]
 ) -> None:
-    run = tmp_path / "runs" / "run"
-    config = tiny_config(train=LONG, data={"workers": 1})
-    process = ranks.start(2, "-m", "rating_train", "train", config, torchrun=False)
+    run, process = start_long(data={"workers": 1})
     wait_for_step(run, 3, process)
     targets = rank_processes(process)[1:]
     if number == signal.SIGTERM:  # as a scheduler does it: every process of the job, DataLoader workers too
@@ -67,11 +80,8 @@ def test_a_signal_to_one_rank_or_to_all_processes_saves_and_requeues(
 
 
 @pytest.mark.timeout(200)
-def test_a_stop_file_saves_once_and_is_used_up(
-    ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
-) -> None:
-    run = tmp_path / "runs" / "run"
-    process = ranks.start(2, "-m", "rating_train", "train", tiny_config(train=LONG), torchrun=False)
+def test_a_stop_file_saves_once_and_is_used_up(start_long: StartLong) -> None:
+    run, process = start_long()
     wait_for_step(run, 3, process)
     (run / "STOP").touch()
     assert "STOP at step" in finish(process)
@@ -137,15 +147,10 @@ def wait_for_start(run: Path, process: Process) -> None:
 
 
 @pytest.mark.timeout(200)
-def test_one_term_ends_a_first_step_between_two_micro_batches(
-    ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_one_term_ends_a_first_step_between_two_micro_batches(start_long: StartLong) -> None:
     """A step of a hundred micro-batches on each rank: there is nothing to save before it is complete."""
-    run = tmp_path / "runs" / "run"
-    long_step = {"batch": {"global_items": 200, "micro_items": 1}, "data": {"text_tokens": 1024}}
-    process = ranks.start(
-        2, "-m", "rating_train", "train", tiny_config(train=LONG, **long_step), torchrun=False
-    )
+    batch = {"global_items": 200, "micro_items": 1}
+    run, process = start_long(batch=batch, data={"text_tokens": 1024})
     wait_for_start(run, process)
     first, second = rank_processes(process)
     for target in (first, second):
@@ -158,12 +163,9 @@ def test_one_term_ends_a_first_step_between_two_micro_batches(
 
 
 @pytest.mark.timeout(200)
-def test_one_term_ends_a_rank_that_waits_for_another_in_its_first_step(
-    ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_one_term_ends_a_rank_that_waits_for_another_in_its_first_step(start_long: StartLong) -> None:
     """Its main thread is stuck in a collective, and cannot look at anything."""
-    run = tmp_path / "runs" / "run"
-    process = ranks.start(2, "-m", "rating_train", "train", tiny_config(train=LONG), torchrun=False)
+    run, process = start_long()
     wait_for_start(run, process)
     waiting, stopped = sorted(rank_processes(process), key=lambda p: p.pid)  # as they were started
     stop_process(stopped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -34,3 +35,12 @@ def rating_train(
             stream.seek(0)
             texts.append(stream.read().decode(errors="replace"))
     return subprocess.CompletedProcess(process.args, code, *texts)
+
+
+def fresh_python(program: str, timeout: float = 120) -> str:
+    """Run a program in an interpreter that has imported nothing yet; what it printed. It must end with exit code 0."""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=REPO, timeout=timeout
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -359,14 +359,22 @@ static int rename_any(int from_dir, const char *from, int to_dir, const char *to
 int rename(const char *from, const char *to) { if (!real_close) start(); return rename_any(AT_FDCWD, from, AT_FDCWD, to); }
 int renameat(int a, const char *from, int b, const char *to) { if (!real_close) start(); return rename_any(a, from, b, to); }
 
+enum change { ELSEWHERE, BELOW, REFUSED };
+
+/* What a change of `path` meets before it is done: REFUSED with `*error`; else `*error` is reported once it is done. */
+static enum change meet_change(enum op op, int dir, const char *path, char *full, int *error) {
+    int lost;
+    *error = 0;
+    if (!real_close) start();
+    if (!below(dir, path, full)) return ELSEWHERE;
+    *error = change_trouble(op, &lost);
+    return *error && !lost ? REFUSED : BELOW;
+}
+
 int linkat(int from_dir, const char *from, int to_dir, const char *to, int how) {
     char full[PATH_MAX];
-    int lost, error = 0;
-    if (!real_close) start();
-    if (below(to_dir, to, full)) {
-        error = change_trouble(RENAME, &lost);
-        if (error && !lost) return fail(error);
-    }
+    int error;
+    if (meet_change(RENAME, to_dir, to, full, &error) == REFUSED) return fail(error);
     int code = real_linkat(from_dir, from, to_dir, to, how);
     return code == 0 && error ? fail(error) : code;
 }
@@ -374,11 +382,10 @@ int link(const char *from, const char *to) { return linkat(AT_FDCWD, from, AT_FD
 
 int unlinkat(int dir, const char *path, int how) {
     char full[PATH_MAX];
-    int lost, error = 0;
-    if (!real_close) start();
-    if (below(dir, path, full)) {
-        error = change_trouble(UNLINK, &lost);
-        if (error && !lost) return fail(error);
+    int error;
+    enum change change = meet_change(UNLINK, dir, path, full, &error);
+    if (change == REFUSED) return fail(error);
+    if (change == BELOW) {
         if (hidden(UNLINK, full)) return fail(ENOENT);
         note_seen_by_all(inode_of(dir, path, AT_SYMLINK_NOFOLLOW)); /* the inode may be used again */
     }
@@ -390,13 +397,11 @@ int rmdir(const char *path) { return unlinkat(AT_FDCWD, path, AT_REMOVEDIR); }
 
 int mkdirat(int dir, const char *path, mode_t mode) {
     char full[PATH_MAX];
-    int lost, error = 0;
-    if (!real_close) start();
-    if (!below(dir, path, full)) return real_mkdirat(dir, path, mode);
-    error = change_trouble(MKDIR, &lost);
-    if (error && !lost) return fail(error);
+    int error;
+    enum change change = meet_change(MKDIR, dir, path, full, &error);
+    if (change == REFUSED) return fail(error);
     int code = real_mkdirat(dir, path, mode);
-    if (code == 0) note_created(dir, path);
+    if (code == 0 && change == BELOW) note_created(dir, path);
     return code == 0 && error ? fail(error) : code;
 }
 int mkdir(const char *path, mode_t mode) { return mkdirat(AT_FDCWD, path, mode); }

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
 import psutil
 import pytest
@@ -26,6 +27,19 @@ def clean_environment(**more: str) -> dict[str, str]:
     """This process's environment without a launcher's words: one thread, no network, and ``more``."""
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER_NAMES}
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+
+
+def script_env(**more: str) -> dict[str, str]:
+    """The environment of a script under test: this Python, nothing installed, no network, no launcher's leftovers."""
+    env = {name: value for name, value in os.environ.items() if name not in LAUNCHER_NAMES}
+    fixed = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}",
+        "RATING_TRAIN_PYTHON": sys.executable,
+        "RATING_TRAIN_SKIP_INSTALL": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    return {**env, **fixed, **more}
 
 
 class Ranks:
@@ -65,6 +79,15 @@ class Ranks:
             process: Process = start_torchrun(ranks, command, environment, max_restarts, cwd)
         else:
             process = zygote().start(command, environment, ranks=ranks, cwd=cwd)
+        self.started.append(process)
+        return process
+
+    def start_script(
+        self, name: str, *words: object, output: int | IO[str] = subprocess.PIPE
+    ) -> subprocess.Popen[str]:
+        """Start a script of launch/ in this checkout, and return at once."""
+        env = script_env(OMP_NUM_THREADS="1", TMPDIR=self._folder)
+        process = in_own_session(["bash", str(REPO / "launch" / name), *map(str, words)], env, output=output)
         self.started.append(process)
         return process
 
@@ -112,9 +135,17 @@ def start_torchrun(
     """Start torchrun itself, in a session of its own."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += [f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}"]
+    return in_own_session([*launcher, *map(str, command)], env, cwd=cwd)
+
+
+def in_own_session(
+    command: list[str], env: dict[str, str], cwd: Path = REPO, output: int | IO[str] = subprocess.PIPE
+) -> subprocess.Popen[str]:
+    """Start a command in a session of its own, as a shell does; all that it prints is one stream."""
     return subprocess.Popen(
-        [*launcher, *map(str, command)],
-        stdout=subprocess.PIPE,
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=cwd,

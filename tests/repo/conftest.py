@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -11,30 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.ranks import script_env
+
 REPO = Path(__file__).resolve().parents[2]
 SHORT = {
     "QUICKSTART_ITEMS": "240",
     "QUICKSTART_SET": "train.epochs=0.5 train.log_every_steps=1 batch.global_items=16",
     "QUICKSTART_CHECK": "0",
 }
-
-
-def script_env(**more: str) -> dict[str, str]:
-    """The environment of a script under test: this Python, nothing installed, no network, no launcher's leftovers."""
-    env = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    }
-    path = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
-    fixed = {
-        "PATH": path,
-        "RATING_TRAIN_PYTHON": sys.executable,
-        "RATING_TRAIN_SKIP_INSTALL": "1",
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    return {**env, **fixed, **more}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ import pytest
 from rating_train import __version__, cli
 from rating_train.commands import report
 from rating_train.errors import UserError
-from tests.repo.conftest import REPO, script_env
+from tests.helpers.cli import fresh_python
+from tests.helpers.ranks import script_env
+from tests.repo.conftest import REPO
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -55,13 +57,10 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
         "assert not heavy, heavy\n"
     )
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=REPO, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
+    out = fresh_python(program)
     assert time.monotonic() - started < 30  # 0.05 s on an idle machine
     for verb, summary in cli.VERBS.items():
-        assert verb in done.stdout and summary in done.stdout
+        assert verb in out and summary in out
 
 
 def test_version() -> None:
@@ -87,10 +86,7 @@ def test_verbs_of_a_login_node_explain_themselves_without_torch(verb: str) -> No
         "except SystemExit:\n    pass\n"
         "assert 'torch' not in sys.modules\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=REPO, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
+    fresh_python(program)
 
 
 @pytest.mark.parametrize("arguments", [[], ["no-such-verb"], ["cost"], ["prepare", "--out", "x"]])
@@ -167,10 +163,7 @@ def test_the_cost_of_a_known_backbone_needs_no_torch() -> None:
         f"assert main({words!r}) == 0\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=REPO, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
+    fresh_python(program)
 
 
 def test_a_run_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,8 @@ from rating_train.config.resolve import plan_batch
 from rating_train.scoring.ces import CONVENTIONS
 from tests.helpers.forked import readable, zygote
 from tests.helpers.hub import serve
-from tests.repo.conftest import REPO, FakePython, Quickstart, script_env
+from tests.helpers.ranks import script_env
+from tests.repo.conftest import REPO, FakePython, Quickstart
 from tests.repo.pages import PAGES, RECIPES, command_lines, section
 from tests.repo.test_recipes import write_csv
 

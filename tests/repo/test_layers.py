@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rating_train.cli import VERBS
+from tests.helpers.cli import fresh_python
 from tests.repo.conftest import REPO
 
 pytestmark = pytest.mark.timeout(60)
@@ -252,10 +251,7 @@ def test_a_login_node_loads_no_torch() -> None:
         "    heavy = {'torch', 'deepspeed', 'streaming', 'transformers'} & set(sys.modules)\n"
         "    assert not heavy, f'{name} brings in {heavy}'\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=REPO
-    )
-    assert done.returncode == 0, done.stderr
+    fresh_python(program)
 
 
 def test_the_environment_is_read_in_few_places() -> None:

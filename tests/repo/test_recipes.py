@@ -23,7 +23,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.repo.conftest import REPO, copy_checkout, script_env
+from tests.helpers.ranks import script_env
+from tests.repo.conftest import REPO, copy_checkout
 from tests.repo.pages import PAGES, RECIPES, command_lines, section
 
 pytestmark = pytest.mark.timeout(600)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.forked import zygote
-from tests.repo.conftest import Quickstart, script_env
+from tests.helpers.ranks import script_env
+from tests.repo.conftest import Quickstart
 from tests.repo.pages import PAGES, command_lines
 
 pytestmark = pytest.mark.timeout(900)

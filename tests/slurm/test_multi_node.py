@@ -7,19 +7,18 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.conftest import REPO, Ranks
-from tests.repo.conftest import script_env
+from tests.conftest import Ranks
 from tests.slurm.conftest import free_ports, wait_until
 
 
 @pytest.fixture
-def machine(ranks: Ranks, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def machine(ranks: Ranks, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """Starts the script as on machine K of two; ``ranks`` kills what is left."""
     (port,) = free_ports(1)
 
@@ -27,18 +26,9 @@ def machine(ranks: Ranks, tmp_path: Path) -> Iterator[Callable[..., subprocess.P
         where = ["--nodes", "2", "--node-rank", str(k), "--head", f"127.0.0.1:{port}", "-n", "1"]
         log = tmp_path / f"machine-{k}.log"
         with open(log, "w") as output:
-            process = subprocess.Popen(
-                ["bash", str(REPO / "launch" / "multi_node.sh"), *where, *map(str, words)],
-                env=script_env(OMP_NUM_THREADS="1", TMPDIR=ranks._folder),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                text=True,
-            )
-        ranks.started.append(process)
-        return process
+            return ranks.start_script("multi_node.sh", *where, *words, output=output)
 
-    yield start
+    return start
 
 
 @pytest.mark.timeout(600)

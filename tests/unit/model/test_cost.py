@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from rating_train.model.architecture import KNOWN_ARCHITECTURES, Architecture, a
 from rating_train.model.cost import count_forward, count_parameters, visual_tokens
 from rating_train.reports.cost_report import cost_report, measure_cost
 from rating_train.scoring.ces import CONVENTIONS
+from tests.helpers.cli import fresh_python
 
 SMALL = KNOWN_ARCHITECTURES["HuggingFaceTB/SmolVLM2-256M-Video-Instruct"]
 LARGE = KNOWN_ARCHITECTURES["HuggingFaceTB/SmolVLM2-500M-Video-Instruct"]
@@ -182,7 +181,7 @@ def test_closed_form_needs_no_torch() -> None:
         "heavy = {'torch', 'transformers', 'scipy', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    fresh_python(program)
 
 
 def _counted(config: dict[str, Any], image_px: int, text_tokens: int) -> tuple[dict[str, int], int]:

@@ -17,7 +17,15 @@ from rating_train.model.backbones import BACKBONES
 from rating_train.model.vision import encode_images, position_ids, scale_pixels
 
 # (image, patch, pre-training image): the recipe's two sizes, the demo's, a smaller and a larger one.
-SIZES = [(384, 16, 512), (512, 16, 512), (64, 8, 64), (32, 8, 64), (256, 16, 512), (768, 16, 512)]
+SIZES = pytest.mark.parametrize(
+    "size",  # image_px, patch, pretrained_px
+    [(384, 16, 512), (512, 16, 512), (64, 8, 64), (32, 8, 64), (256, 16, 512), (768, 16, 512)],
+)
+
+
+def sides(image_px: int, patch: int, pretrained_px: int) -> tuple[int, int]:
+    """Patches along a side of the image, and of the table of positions."""
+    return image_px // patch, pretrained_px // patch
 
 
 def stock_positions(image_px: int, patch: int, pretrained_px: int, dtype: torch.dtype) -> torch.Tensor:
@@ -47,23 +55,20 @@ def images(count: int = 4, size: int = 64) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, size, size), generator=g, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize(("image_px", "patch", "pretrained_px"), SIZES)
-def test_positions_are_those_of_the_stock_module_in_bf16(
-    image_px: int, patch: int, pretrained_px: int
-) -> None:
+@SIZES
+def test_positions_are_those_of_the_stock_module_in_bf16(size: tuple[int, int, int]) -> None:
     """The dtype in which the published checkpoints were trained and are run."""
-    stock = stock_positions(image_px, patch, pretrained_px, torch.bfloat16)
-    assert torch.equal(position_ids(image_px, patch, pretrained_px), stock)
+    assert torch.equal(position_ids(*size), stock_positions(*size, torch.bfloat16))
 
 
-@pytest.mark.parametrize(("image_px", "patch", "pretrained_px"), SIZES)
+@SIZES
 def test_positions_differ_from_the_stock_module_in_fp32_only_by_its_known_rounding(
-    image_px: int, patch: int, pretrained_px: int
+    size: tuple[int, int, int],
 ) -> None:
     """In fp32 its factor (1 - 1e-6) moves a patch on a bin's edge into the bin below (transformers issue 41190)."""
-    n, grid = image_px // patch, pretrained_px // patch
-    ours = position_ids(image_px, patch, pretrained_px).reshape(n, n)
-    stock = stock_positions(image_px, patch, pretrained_px, torch.float32).reshape(n, n)
+    n, grid = sides(*size)
+    ours = position_ids(*size).reshape(n, n)
+    stock = stock_positions(*size, torch.float32).reshape(n, n)
     for mine, theirs in (
         (ours // grid, stock // grid),
         (ours.T % grid, stock.T % grid),
@@ -80,12 +85,10 @@ def test_an_image_of_the_pre_trained_size_uses_every_position_once(image_px: int
     assert position_ids(image_px, patch, image_px).tolist() == list(range(n * n))
 
 
-@pytest.mark.parametrize(("image_px", "patch", "pretrained_px"), SIZES)
-def test_positions_lie_in_the_table_and_grow_along_rows_and_columns(
-    image_px: int, patch: int, pretrained_px: int
-) -> None:
-    n, grid = image_px // patch, pretrained_px // patch
-    positions = position_ids(image_px, patch, pretrained_px).reshape(n, n)
+@SIZES
+def test_positions_lie_in_the_table_and_grow_along_rows_and_columns(size: tuple[int, int, int]) -> None:
+    n, grid = sides(*size)
+    positions = position_ids(*size).reshape(n, n)
     assert positions.dtype == torch.int64
     assert positions.min() >= 0 and positions.max() < grid * grid
     rows, columns = positions // grid, positions % grid

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import rating_train
 from rating_train import RatingModel, load
 from rating_train.errors import UserError
 from rating_train.files import read_json_lines
-from tests.conftest import REPO
+from tests.helpers.cli import fresh_python
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -90,10 +88,7 @@ def test_importing_the_package_is_light() -> None:
         "assert not heavy, heavy\n"
         "assert rating_train.__version__ and 'load' in rating_train.__all__\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=REPO, timeout=100
-    )
-    assert done.returncode == 0, done.stderr
+    fresh_python(program)
 
 
 def test_names_that_are_not_there() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -15,6 +13,7 @@ from rating_train.prepare.plan.rules import PlanRules
 from rating_train.prepare.plan.selection import cap_text, hash64, split_of
 from rating_train.prepare.records.sources import Record
 from rating_train.shards.schema import Dropped, Listing
+from tests.helpers.cli import fresh_python
 from tests.helpers.listings import changed, listing
 from tests.helpers.selection_reference import Groups, apply_rules, drop_duplicates, split_counts
 
@@ -113,8 +112,7 @@ def test_split_shares_seed_and_stability() -> None:
 
 def test_hash_is_the_same_in_another_process_and_frames_its_parts() -> None:
     code = "from rating_train.prepare.plan.selection import hash64; print(hash64('a', 'bé'))"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(other.stdout) == hash64("a", "bé")
+    assert int(fresh_python(code)) == hash64("a", "bé")
     assert hash64("ab", "c") != hash64("a", "bc")
 
 
