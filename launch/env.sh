@@ -165,13 +165,15 @@ rt_traces() {
     export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE:-$(cd -- "$1/logs" && pwd)/nccl_trace_rank_}"
 }
 
-# rt_start PROCESSES DEFAULT SUBJECT [WORDS...]: all that comes before torchrun on a machine: read the configuration, choose
-# the number of processes (PROCESSES; where that is empty one per GPU, and DEFAULT without GPUs) and their threads. Sets
-# RT_PROCESSES beside what rt_read_config sets.
+# rt_start PROCESSES DEFAULT VERB KIND [SUBJECT WORDS...]: all that comes before torchrun on a machine: see that SUBJECT, a
+# KIND of file, is there, read the configuration, choose the number of processes (PROCESSES; where that is empty one per
+# GPU, and DEFAULT without GPUs) and their threads. Sets RT_PROCESSES beside what rt_read_config sets.
 rt_start() {
     RT_PROCESSES="$1"
-    local default="$2"
-    shift 2
+    local default="$2" verb="$3" kind="$4" subject="${5:-}"
+    [[ -n "$subject" && "$subject" != -* ]] || rt_die "the first argument of $verb is its $kind"
+    [[ -e "$subject" ]] || rt_die "$kind not found: $subject (seen from $PWD on $(hostname))"
+    shift 4
     rt_read_config "$@"
     [[ -n "$RT_PROCESSES" ]] || RT_PROCESSES="$(rt_gpus)"
     ((RT_PROCESSES > 0)) || RT_PROCESSES="$default"

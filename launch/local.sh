@@ -54,14 +54,11 @@ case "$verb" in
     *) die_early "'$verb' runs in one process; use: rating-train $*" ;;
 esac
 shift
-subject="${1:-}"
-[[ -n "$subject" && "$subject" != -* ]] || die_early "the first argument of $verb is its $what"
-[[ -e "$subject" ]] || die_early "$what not found: $subject"
 
 # shellcheck source=launch/env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
-rt_start "$ranks" 2 "$subject" "$@"
+rt_start "$ranks" 2 "$verb" "$what" "$@"
 case "$verb" in features | bench) ;; *) rt_traces "$RT_RUN" ;; esac # those have no run directory
 exec "$PYTHON" -m rating_train.distributed.launcher "$RT_RUN" --standalone --nproc-per-node "$RT_PROCESSES" \
     -m rating_train "$verb" "$@"

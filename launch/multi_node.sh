@@ -75,14 +75,11 @@ case "$verb" in
     *) die_early "expected train or evaluate, found '$verb' (launch/multi_node.sh --help)" ;;
 esac
 shift
-subject="${1:-}"
-[[ -n "$subject" && "$subject" != -* ]] || die_early "the first argument of $verb is its $what"
-[[ -e "$subject" ]] || die_early "$what not found on this machine: $subject"
 
 # shellcheck source=launch/env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
-rt_start "$processes" 1 "$subject" "$@"
+rt_start "$processes" 1 "$verb" "$what" "$@"
 rt_traces "$RT_RUN"
 # Only machine 0 hosts the rendezvous, even where torchrun cannot tell from the name that it is machine 0.
 is_host=0
