@@ -21,6 +21,6 @@ def run(args: argparse.Namespace) -> int:
     with without_collector():
         from rating_train.export.write import export
 
-    exported = export(options)
-    print(f"{exported.folder}: {exported.bytes / 2**20:.1f} MiB\n{exported.table}")
+    size, table = export(options)
+    print(f"{options.out}: {size / 2**20:.1f} MiB\n{table}")
     return EXIT_DONE

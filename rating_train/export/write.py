@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +55,11 @@ _AUTO_MAP = {
 }
 
 
-@dataclass(frozen=True)
-class Exported:
-    """What was written: the folder, its size, and how its scores compare with the checkpoint's."""
-
-    folder: Path
-    bytes: int
-    table: str
-
-
-def export(options: ExportOptions) -> Exported:
+def export(options: ExportOptions) -> tuple[int, str]:
     """Write a checkpoint as a folder, load it again, compare, and give it its name only if it scores the same.
+
+    Returns:
+        The folder's size in bytes, and a table of how its scores compare with the checkpoint's.
 
     Raises:
         UserError: impossible options, no such checkpoint, an existing folder, no dataset to compare on, or an export
@@ -113,7 +106,7 @@ def export(options: ExportOptions) -> Exported:
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # no such folder any more where all went well
         os.close(lock)
-    return Exported(out, size, check_scores.render(items, own, compared))
+    return size, check_scores.render(items, own, compared)
 
 
 def _write_graphs(folder: Path, options: ExportOptions, found: FoundModel, items: Items) -> list[str]:

@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from rating_train import load, register_auto_classes
 from rating_train.errors import UserError
 from rating_train.export import write
 from rating_train.export.options import ExportOptions
-from rating_train.export.write import Exported, export
+from rating_train.export.write import export
 from rating_train.files import read_json, read_json_lines
 from rating_train.prediction.options import PredictOptions
 from rating_train.prediction.output import read_output
@@ -32,10 +33,18 @@ from tests.helpers.cli import rating_train
 pytestmark = pytest.mark.timeout(240)
 
 
+class Exported(NamedTuple):
+    """An exported folder, and the table of how its scores compare with the checkpoint's."""
+
+    folder: Path
+    table: str
+
+
 @pytest.fixture(scope="module")
 def exported(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     out = tmp_path_factory.mktemp("export") / "rater-1.0"
-    return export(ExportOptions(run=str(trained_run), out=str(out), items=64, device="cpu"))
+    _, table = export(ExportOptions(run=str(trained_run), out=str(out), items=64, device="cpu"))
+    return Exported(out, table)
 
 
 @pytest.fixture(scope="module")
@@ -193,38 +202,39 @@ def test_nothing_of_the_machine_is_in_the_folder(exported: Exported, trained_run
     assert len(set(modes.values())) == 1, f"one may not be less readable than another: {modes}"
 
 
-def test_an_export_that_scores_differently_is_not_left_there(
-    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def with_one_weight_changed(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["regressor.head.outer.bias"] += 0.01
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def without_a_module(folder: Path) -> None:
+    (folder / "modeling_rating.py").write_text("raise RuntimeError('torn')\n")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (with_one_weight_changed, r"AutoModel in bf16 differs by up to 0\.0\d+ .*nothing was written"),
+        (without_a_module, r"cannot be loaded again \(RuntimeError: torn\); nothing was written"),
+    ],
+)
+def test_a_spoiled_export_is_not_left_there(
+    spoil: Callable[[Path], None],
+    message: str,
+    trained_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     own = write._write_files
 
-    def with_one_weight_changed(folder: Path, *more: Any) -> None:
+    def write_and_spoil(folder: Path, *more: Any) -> None:
         own(folder, *more)
-        weights = load_file(folder / "model.safetensors")
-        weights["regressor.head.outer.bias"] += 0.01
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        spoil(folder)
 
-    monkeypatch.setattr(write, "_write_files", with_one_weight_changed)
+    monkeypatch.setattr(write, "_write_files", write_and_spoil)
     options = ExportOptions(run=str(trained_run), out=str(tmp_path / "model"), items=64, device="cpu")
-    with pytest.raises(UserError, match=r"AutoModel in bf16 differs by up to 0\.0\d+ .*nothing was written"):
-        export(options)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_export_that_cannot_be_loaded_says_why(
-    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = write._write_files
-
-    def without_a_module(folder: Path, *more: Any) -> None:
-        own(folder, *more)
-        (folder / "modeling_rating.py").write_text("raise RuntimeError('torn')\n")
-
-    monkeypatch.setattr(write, "_write_files", without_a_module)
-    options = ExportOptions(run=str(trained_run), out=str(tmp_path / "model"), items=64, device="cpu")
-    with pytest.raises(
-        UserError, match=r"cannot be loaded again \(RuntimeError: torn\); nothing was written"
-    ):
+    with pytest.raises(UserError, match=message):
         export(options)
     assert list(tmp_path.iterdir()) == []
 
@@ -265,11 +275,9 @@ def test_damaged_weights_are_named(exported: Exported, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def with_graphs(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     out = tmp_path_factory.mktemp("onnx") / "rater"
-    return export(
-        ExportOptions(
-            run=str(trained_run), out=str(out), items=64, device="cpu", onnx=("fp32", "fp16", "int8")
-        )
-    )
+    kinds = ("fp32", "fp16", "int8")
+    _, table = export(ExportOptions(run=str(trained_run), out=str(out), items=64, device="cpu", onnx=kinds))
+    return Exported(out, table)
 
 
 def test_graphs_score_as_pytorch_does(with_graphs: Exported) -> None:
