@@ -22,12 +22,12 @@ _FORMAT = "%(asctime)s %(levelname)s r{rank} %(name)s: %(message)s"
 _CHATTY = ("DeepSpeed", "deepspeed", "streaming", "transformers", "PIL", "matplotlib", "urllib3")
 
 
-def set_up(rank: int = 0, file: Path | None = None, level: str = "") -> None:
+def set_up(rank: int = 0, file: Path | None = None) -> None:
     """Send the log to stderr (rank 0: INFO, others: warnings) and, at full detail, to ``file``.
 
     Called once by a command. ``RATING_TRAIN_LOG`` (DEBUG, INFO, ...) sets the level.
     """
-    level = level or os.environ.get("RATING_TRAIN_LOG", "INFO")
+    level = os.environ.get("RATING_TRAIN_LOG", "INFO")
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)

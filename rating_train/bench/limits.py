@@ -29,7 +29,7 @@ def seconds_of(action: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def matrix_flops(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> float:
+def matrix_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the largest FLOP/s of a matrix product that the device reached: 2 per multiply-accumulate."""
     side = _CUDA_SIDE if device.type == "cuda" else _CPU_SIDE
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
@@ -40,7 +40,7 @@ def matrix_flops(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> f
             torch.mm(a, b)
 
     multiply()
-    return repeats * 2 * side**3 / min(seconds_of(multiply, device) for _ in range(rounds))
+    return repeats * 2 * side**3 / min(seconds_of(multiply, device) for _ in range(5))
 
 
 def decode_rate(images: Sequence[bytes], image_px: int, rounds: int = 3) -> float:

@@ -61,9 +61,8 @@ def plan_batch(global_items: int, micro_items: int, ranks: int) -> BatchPlan:
     return BatchPlan(global_items, ranks, micro, rank_items // micro)
 
 
-def _list(numbers: list[int], most: int = 16) -> str:
-    text = ", ".join(map(str, numbers[:most]))
-    return text if len(numbers) <= most else f"{text}, ..."
+def _list(numbers: list[int]) -> str:
+    return ", ".join([*map(str, numbers[:16]), *(["..."] if len(numbers) > 16 else [])])
 
 
 def total_steps(config: Config, train_items: int) -> int:

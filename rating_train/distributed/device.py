@@ -36,7 +36,7 @@ class Cuda:
     problem: str = ""
 
 
-def probe(root: Path = ROOT) -> Cuda:
+def probe() -> Cuda:
     """Ask torch, and if it cannot use a GPU also the driver, for the message that explains it."""
     version = torch.version.cuda or ""
     if torch.cuda.is_available():
@@ -46,7 +46,7 @@ def probe(root: Path = ROOT) -> Cuda:
         problem = "no GPU is visible"
     except (RuntimeError, AssertionError) as e:
         problem = str(e).partition(". ")[0].strip().rstrip(".")
-    return Cuda(0, version, driver_version(root), problem)
+    return Cuda(0, version, driver_version(), problem)
 
 
 def driver_version(root: Path = ROOT) -> str:

@@ -127,24 +127,23 @@ def trace_micro_batch(
     return MicroBatchMemory(items, saved, live.peak)
 
 
-def fill_with_fakes(model: nn.Module, dtype: torch.dtype, gradients: bool, device: str = "cpu") -> None:
+def fill_with_fakes(model: nn.Module, dtype: torch.dtype, gradients: bool) -> None:
     """Replace the parameters and buffers of a model by fake ones; inside a ``FakeTensorMode``.
 
     Args:
         model: built on any device, for example ``meta``.
         dtype: of the parameters. Buffers keep theirs.
         gradients: whether trained parameters get a (fake) gradient.
-        device: of all of them.
     """
     for module in model.modules():
         for name, old in list(module._parameters.items()):
             if old is not None:
-                new = nn.Parameter(torch.empty(old.shape, dtype=dtype, device=device), old.requires_grad)
+                new = nn.Parameter(torch.empty(old.shape, dtype=dtype), old.requires_grad)
                 new.grad = torch.empty_like(new) if gradients and new.requires_grad else None
                 module._parameters[name] = new
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _loss(model: RatingRegressor, config: Config, items: int) -> Tensor:

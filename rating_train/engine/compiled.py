@@ -22,16 +22,13 @@ MOST_LENGTHS = 32
 _GRAPHS_PER_LENGTH = 4
 
 
-def compile_model(
-    model: RatingRegressor, how: str, lengths: Sequence[int], backend: str = "inductor"
-) -> None:
+def compile_model(model: RatingRegressor, how: str, lengths: Sequence[int]) -> None:
     """Mark a model, or its layers, to be compiled at the first call with each length. In place.
 
     Args:
         model: the regressor.
         how: none, blocks or model.
         lengths: all that micro-batches can have, in tokens.
-        backend: of ``torch.compile``.
 
     Raises:
         UserError: there are too many lengths.
@@ -50,7 +47,7 @@ def compile_model(
     parts: list[nn.Module] = [model] if how == "model" else model.family.blocks(model.backbone)
     for part in parts:
         # Not dynamic: kernels for one length are faster, and their number is bounded.
-        part.compile(fullgraph=True, dynamic=False, backend=backend)
+        part.compile(fullgraph=True, dynamic=False)
 
 
 def warm_up(

@@ -70,16 +70,13 @@ class Comparison:
     target: Target
 
 
-def compare_runs(
-    paths: Sequence[Path], split: str = "", resamples: int = bootstrap.RESAMPLES, seed: int = 0
-) -> Comparison:
+def compare_runs(paths: Sequence[Path], split: str = "", resamples: int = bootstrap.RESAMPLES) -> Comparison:
     """Compare runs by their newest predictions of one split.
 
     Args:
         paths: two or more run directories; the first is the baseline of all differences.
         split: split to compare; ``""`` takes the only split that all runs have predictions of.
         resamples: of the bootstrap.
-        seed: of the bootstrap; the same seed gives the same intervals.
 
     Raises:
         UserError: fewer than two runs, no predictions of the split, different ratings of one item, no common item.
@@ -100,7 +97,7 @@ def compare_runs(
     true = np.array([runs[0].rows[i].rating for i in common], np.float64)
     predicted = [np.array([run.rows[i].score for i in common], np.float64) for run in runs]
     groups = item_groups([runs[0].rows[i] for i in common])
-    differences = [bootstrap.compare(predicted[0], p, true, groups, resamples, seed) for p in predicted[1:]]
+    differences = [bootstrap.compare(predicted[0], p, true, groups, resamples) for p in predicted[1:]]
     settings = [_settings(path) for path in paths]
     return Comparison(
         split=split,

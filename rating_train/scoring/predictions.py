@@ -94,32 +94,21 @@ def deduplicate(rows: Iterable[Prediction]) -> list[Prediction]:
     return list(first.values())
 
 
-def check_coverage(
-    rows: Sequence[Prediction], expected_ids: Iterable[str] | None = None, expected_count: int | None = None
-) -> None:
-    """Check that every expected item was scored exactly once, and no other.
+def check_coverage(rows: Sequence[Prediction], expected_count: int | None = None) -> None:
+    """Check that every item was scored exactly once.
 
     Args:
         rows: predictions after :func:`deduplicate`.
-        expected_ids: the ids that must be present; repeated ids count once.
-        expected_count: number of distinct items that must be present, if the ids are not known.
+        expected_count: number of distinct items that must be present.
 
     Raises:
-        UserError: missing, unexpected or repeated ids (the first 5, and how many), or a wrong count.
+        UserError: repeated ids (the first 5, and how many), or a wrong count.
     """
     seen: dict[str, None] = {}
     problems: list[str] = []
     repeated = [row.id for row in rows if row.id in seen or seen.update({row.id: None})]
     if repeated:
         problems.append(f"{len(repeated)} repeated ({_first_few(repeated)})")
-    if expected_ids is not None:
-        wanted = dict.fromkeys(expected_ids)
-        missing = [i for i in wanted if i not in seen]
-        extra = [i for i in seen if i not in wanted]
-        if missing:
-            problems.append(f"{len(missing)} of {len(wanted)} missing ({_first_few(missing)})")
-        if extra:
-            problems.append(f"{len(extra)} not expected ({_first_few(extra)})")
     if expected_count is not None and len(seen) != expected_count:
         problems.append(f"{len(seen)} distinct items, expected {expected_count}")
     if problems:

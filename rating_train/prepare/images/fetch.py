@@ -40,7 +40,6 @@ class FetchProgress(NamedTuple):
     kept: int
     problems: int
     fetched: int  # URLs whose bytes came over the network in this call
-    fetched_bytes: int
 
 
 def fetch_all(
@@ -126,7 +125,7 @@ class _Fetch:
         self.problems: dict[str, ImageProblem] = {}
         self._requests, self._store, self._options = requests, store, options
         self._on_progress = on_progress
-        self._kept = self._failed = self._fetched = self._fetched_bytes = 0
+        self._kept = self._failed = self._fetched = 0
         self._in_flight: dict[str, asyncio.Event] = {}
 
     async def run(self) -> None:
@@ -157,7 +156,7 @@ class _Fetch:
                 self.problems[url] = problem
                 logger.debug("item %s: %s (%s): %s", item_id, problem.reason, problem.detail, url)
             if self._on_progress:
-                counts = (self._kept, self._failed, self._fetched, self._fetched_bytes)
+                counts = (self._kept, self._failed, self._fetched)
                 self._on_progress(FetchProgress(len(self._requests), *counts))
             await asyncio.sleep(0)  # otherwise a pass over settled URLs could not be interrupted
 
@@ -188,7 +187,6 @@ class _Fetch:
             return bare
         await write(self._writers, self._store.put, url, data)
         self._fetched += 1
-        self._fetched_bytes += len(data)
         return None
 
     async def _with_retries(self, url: str) -> bytes:

@@ -145,9 +145,9 @@ def reduction_seconds(
     return inside, between
 
 
-def items_for_efficiency(found: Scaled, wanted: float = 0.9) -> int:
-    """Return the items of one GPU in a step at which communication leaves ``wanted`` of the time to compute."""
-    one, sent = found.compute / found.rank_items, found.inside + found.between
+def items_for_efficiency(found: Scaled) -> int:
+    """Return the items of one GPU in a step at which communication leaves 90% of the time to compute."""
+    wanted, one, sent = 0.9, found.compute / found.rank_items, found.inside + found.between
     hidden = found.exposed < sent and found.exposed >= 0
     need = (sent / one) * (1 / (_BACKWARD_SHARE + 1 / wanted - 1) if hidden else wanted / (1 - wanted))
     return max(1, math.ceil(need))

@@ -247,17 +247,17 @@ def _places(places: Sequence[Place], x: Axis, y: Axis, named: bool = False) -> s
     return "".join(parts)
 
 
-def _apart(heights: Sequence[float], least: float = 13.0) -> list[float]:
+def _apart(heights: Sequence[float]) -> list[float]:
     """Return the heights of labels, moved down where one would cover another."""
     found, above = dict[int, float](), -math.inf
     for i in sorted(range(len(heights)), key=lambda i: heights[i]):
-        found[i] = above = max(heights[i], above + least)
+        found[i] = above = max(heights[i], above + 13.0)
     return [found[i] for i in range(len(heights))]
 
 
-def box_chart(title: str, rows: Sequence[Spread], x_label: str, zero_at: float | None = 0.0) -> Markup:
+def box_chart(title: str, rows: Sequence[Spread], x_label: str) -> Markup:
     """Return a box for each row: the middle half, whiskers from 5 to 95 %, the median."""
-    return _row_chart(title, rows, x_label, zero_at, box=True)
+    return _row_chart(title, rows, x_label, 0.0, box=True)
 
 
 def interval_chart(
