@@ -22,18 +22,17 @@ class UserError(Exception):
         where: the file, line, key or option where it was found.
         expected: what would have been valid.
         fix: what to change or run.
-
-    Attributes:
         on_all_ranks: whether every rank raises this same error, so that only rank 0 shows it.
     """
 
-    on_all_ranks = False
-
-    def __init__(self, what: str, *, where: object = "", expected: str = "", fix: str = "") -> None:
+    def __init__(
+        self, what: str, *, where: object = "", expected: str = "", fix: str = "", on_all_ranks: bool = False
+    ) -> None:
         self.what = what
         self.where = str(where)
         self.expected = expected
         self.fix = fix
+        self.on_all_ranks = on_all_ranks
         parts = [what]
         if self.where:
             parts.append(f"where: {self.where}")

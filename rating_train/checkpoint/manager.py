@@ -252,8 +252,8 @@ class Checkpointer:
             where=self.root,
             expected=f"{needed_bytes:,} bytes of free space, and a directory that all ranks can write to",
             fix="free some space; earlier checkpoints are intact",
+            on_all_ranks=True,
         )
-        failure.on_all_ranks = True
         failure.step = step
         return failure
 
@@ -305,14 +305,13 @@ class Checkpointer:
         unseen = unseen_files(path, wanted) if self.world.local_rank == 0 else ""
         problems = [f"rank {rank}: {text}" for rank, text in enumerate(all_gather(unseen)) if text]
         if problems:
-            error = UserError(
+            raise UserError(
                 f"not all hosts can read the checkpoint: {'; '.join(problems)}",
                 where=path,
                 expected="a file system that all nodes mount at the same path",
                 fix="rating-train preflight on these nodes shows which one does not",
+                on_all_ranks=True,
             )
-            error.on_all_ranks = True
-            raise error
 
     def _repair_pointers(self, path: Path, state: TrainState) -> None:
         """Set the pointers that a crash after a commit left outdated: pruning keeps what they point to."""

@@ -25,9 +25,7 @@ def run(args: argparse.Namespace) -> int:
     given = [f"data.features={json.dumps(args.out)}"] if args.out else []
     config = load_config_once(args.config, [*args.set, *given])
     if not config.data.features:
-        error = UserError("no directory is given", where="--out", fix="add --out DIR")
-        error.on_all_ranks = True
-        raise error
+        raise UserError("no directory is given", where="--out", fix="add --out DIR", on_all_ranks=True)
     with without_collector():
         from rating_train.features.run import make_features
 

@@ -92,14 +92,9 @@ def require_run(run: Path) -> Path:
     fix = "give the folder that `rating-train train` made"
     if not run.is_dir():
         what = "a file is not a run directory" if run.exists() else "there is no such run directory"
-        error = UserError(what, where=run, fix=fix)
     elif any((run / name).exists() for name in (run_dir.LOCK_FILE, run_dir.HEARTBEAT_FILE, run_dir.LOGS_DIR)):
-        error = UserError(
-            "the run has no config.yaml yet: it is starting, or ended before it had",
-            where=run,
-            fix=f"wait for its first step (rating-train status {run}), or look at {run / run_dir.LOGS_DIR}",
-        )
+        what = "the run has no config.yaml yet: it is starting, or ended before it had"
+        fix = f"wait for its first step (rating-train status {run}), or look at {run / run_dir.LOGS_DIR}"
     else:
-        error = UserError(f"not a run directory: it has no {run_dir.CONFIG_FILE}", where=run, fix=fix)
-    error.on_all_ranks = True
-    raise error
+        what = f"not a run directory: it has no {run_dir.CONFIG_FILE}"
+    raise UserError(what, where=run, fix=fix, on_all_ranks=True)

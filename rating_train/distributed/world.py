@@ -212,15 +212,14 @@ def _check_devices(device: torch.device) -> None:
     shared = shared_devices(all_gather((node_name(), own)))
     if not shared:
         return
-    error = UserError(
+    raise UserError(
         f"ranks would share a GPU: {shared}",
         where="launcher",
         expected="a GPU for each rank",
         fix="start as many processes per node as it has GPUs; under Slurm, --ntasks-per-node with --gpus-per-node, "
         "or --gpus-per-task=1",
+        on_all_ranks=True,
     )
-    error.on_all_ranks = True
-    raise error
 
 
 def find_meeting_place() -> None:

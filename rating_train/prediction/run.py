@@ -158,13 +158,12 @@ def _score_parts(plan: Plan, scorer: Scorer, rows: Rows, work: WorkDir, world: W
     finished = {number for numbers in all_gather(committed) for number in numbers}
     unfinished = sorted(set(plan.missing) - finished)
     if unfinished:
-        error = UserError(
+        raise UserError(
             f"{len(unfinished)} parts were taken and not finished, the first is part {unfinished[0]}",
             where=work.path,
             fix="run the same command again: it continues with them",
+            on_all_ranks=True,
         )
-        error.on_all_ranks = True
-        raise error
 
 
 def _finish(plan: Plan, scorer: Scorer, work: WorkDir) -> Summary:

@@ -218,13 +218,12 @@ def custom_loss_of_all(config: Config) -> CustomLoss | None:
     wrong = [rank for rank, one in enumerate(found) if one[1] or one[0] != found[0][0]]
     if wrong:
         what = found[wrong[0]][1] or f"the file of the loss is not that of rank 0 (sha256 {found[0][0][:12]})"
-        error = UserError(
+        raise UserError(
             f"rank {wrong[0]}: {what}",
             where=f"loss.kind={config.loss.kind}",
             fix="put the file into a folder that all nodes see",
+            on_all_ranks=True,
         )
-        error.on_all_ranks = True
-        raise error
     return loss
 
 

@@ -258,11 +258,10 @@ def record_skips(job: Job, state: TrainState, wait: bool) -> None:
                 state.skipped_steps,
             )
         if state.skipped_in_a_row > job.config.train.max_skipped_steps:
-            error = UserError(
+            raise UserError(
                 f"{state.skipped_in_a_row} steps in a row had a loss or gradient that is not finite",
                 where=f"step {step}",
                 fix="lower optim.lr.*, raise optim.warmup_fraction or lower optim.clip_norm; "
                 "the last checkpoint is intact, and `--resume auto` resumes from it",
+                on_all_ranks=True,
             )
-            error.on_all_ranks = True
-            raise error
