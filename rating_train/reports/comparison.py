@@ -17,14 +17,13 @@ from rating_train import run_dir
 from rating_train.config.task import Target
 from rating_train.errors import UserError, one_error
 from rating_train.log import text_table
-from rating_train.reports.runs.data import target_of
+from rating_train.reports.runs.data import split_and_step, target_of
 from rating_train.scoring import bootstrap
 from rating_train.scoring.analysis import item_groups
 from rating_train.scoring.bootstrap import Difference
 from rating_train.scoring.metrics import IN_UNIT, LARGER_IS_BETTER
 from rating_train.scoring.predictions import Prediction, deduplicate, read_predictions
-
-#: Metrics in the unit of what is predicted; the others have none.
+from rating_train.training.provenance import flat
 
 #: Settings in which two runs differ without training differently.
 _PLACES = ("name", "runs_dir")
@@ -112,7 +111,7 @@ def compare_runs(paths: Sequence[Path], split: str = "", resamples: int = bootst
 
 
 def _common_split(paths: Sequence[Path]) -> str:
-    found = [{_split_and_step(file)[0] for file in _prediction_files(path)} for path in paths]
+    found = [{split_and_step(file)[0] for file in _prediction_files(path)} for path in paths]
     common = sorted(set.intersection(*found))
     if len(common) == 1:
         return common[0]
@@ -132,13 +131,8 @@ def _prediction_files(path: Path) -> list[Path]:
     return sorted((path / run_dir.PREDICTIONS_DIR).glob("*_step_*.jsonl"))
 
 
-def _split_and_step(file: Path) -> tuple[str, int]:
-    split, _, step = file.stem.rpartition("_step_")
-    return split, int(step) if step.isdigit() else -1
-
-
 def _read_run(path: Path, split: str) -> ComparedRun:
-    files = [file for file in _prediction_files(path) if _split_and_step(file)[0] == split]
+    files = [file for file in _prediction_files(path) if split_and_step(file)[0] == split]
     if not files:
         raise UserError(
             f"no predictions of split {split!r}",
@@ -147,7 +141,7 @@ def _read_run(path: Path, split: str) -> ComparedRun:
         )
     newest = max(files, key=lambda file: (file.stat().st_mtime_ns, file.name))
     rows = {row.id: row for row in deduplicate(read_predictions(newest)) if row.rating is not None}
-    return ComparedRun(path, _split_and_step(newest)[1], rows)
+    return ComparedRun(path, split_and_step(newest)[1], rows)
 
 
 def _check_ratings(runs: Sequence[ComparedRun], common: Sequence[str]) -> None:
@@ -169,17 +163,7 @@ def _settings(path: Path) -> dict[str, Any]:
         return {}
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise one_error([f"not valid YAML ({e})"], where=path / run_dir.CONFIG_FILE) from e
-    return dict(_flat(content)) if isinstance(content, dict) else {}
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in section.items():
-        if isinstance(value, dict) and value:
-            found += _flat(value, f"{prefix}{key}.")
-        else:
-            found.append((f"{prefix}{key}", value))
-    return found
+    return flat(content) if isinstance(content, dict) else {}
 
 
 def different_settings(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

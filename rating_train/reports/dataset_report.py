@@ -25,6 +25,7 @@ from rating_train.reports import plots
 from rating_train.reports.dataset_labels import caption, rating_edges, target_label
 from rating_train.reports.page.parts import Section, card, figure, page, section, table
 from rating_train.reports.page.render import Table, data_uri
+from rating_train.scoring.slices import NO_CATEGORY
 from rating_train.shards.manifest import read_manifest
 from rating_train.shards.mds_read import iter_sampled
 
@@ -111,7 +112,7 @@ def collect(
         if math.isfinite(sample["rating"]):
             found.ratings.append(sample["rating"])
             found.counts.append(sample.get("rating_count", 0))
-        found.categories[sample.get("main_category", "") or "(no category)"] += 1
+        found.categories[sample.get("main_category", "") or NO_CATEGORY] += 1
         if "image" in sample:
             found.image_bytes.append(len(sample["image"]))
             with Image.open(io.BytesIO(sample["image"])) as image:  # reads the header only

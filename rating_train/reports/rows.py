@@ -1,4 +1,4 @@
-"""Rows of a run's metrics files, and numbers in them that may be missing."""
+"""Rows of a run's metrics files, numbers in them that may be missing, and files that may be torn."""
 
 from __future__ import annotations
 
@@ -35,3 +35,15 @@ def number(row: Mapping[str, Any], key: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def mapping_in(path: Path) -> dict[str, Any]:
+    """Return the mapping that a JSON or YAML file holds; empty where it is missing, torn, or holds something else."""
+    import yaml  # imported here: `--help` does not need it
+
+    load = yaml.safe_load if path.suffix == ".yaml" else json.loads
+    try:
+        value = load(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -21,6 +21,7 @@ from rating_train.reports.runs.data import read_results, read_settings, target_o
 from rating_train.run_dir import EVAL_LOG, PREDICTIONS_DIR, REPORT_DIR, TRAIN_LOG
 from rating_train.scoring.metrics import Scores, per_group, score
 from rating_train.scoring.predictions import Prediction, deduplicate, read_predictions
+from rating_train.scoring.slices import NO_CATEGORY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +31,6 @@ SCATTER_FILE = "scatter.png"
 CATEGORIES_FILE = "error_by_category.png"
 SUMMARY_FILE = "summary.json"
 
-NO_CATEGORY = "(no category)"
 MAX_CATEGORIES = 30
 
 Rows = Sequence[Mapping[str, Any]]

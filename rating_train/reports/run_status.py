@@ -17,7 +17,7 @@ from rating_train.checkpoint.state import STATE_FILE
 from rating_train.errors import UserError
 from rating_train.log import duration, on_terminal
 from rating_train.processes import process_lives
-from rating_train.reports.rows import last_row, number
+from rating_train.reports.rows import last_row, mapping_in, number
 from rating_train.resilience.lock_file import LockState, describe, read_state
 
 _MIB = 2**20
@@ -69,7 +69,7 @@ def _check_is_run(run: Path) -> None:
         bool(_json_object(run / run_dir.HEARTBEAT_FILE)),
         bool(store.steps_present(run / run_dir.CHECKPOINTS_DIR)),
         bool(last_row(run / run_dir.TRAIN_LOG)),
-        bool(_settings(run / run_dir.CONFIG_FILE)),
+        "name" in mapping_in(run / run_dir.CONFIG_FILE),
     )
     if not any(signs):
         names = (
@@ -100,7 +100,7 @@ def _progress(
     known = [s for s in steps if isinstance(s, int)]
     total = next((t for s in (beat, state) if isinstance(t := s.get("total_steps"), int)), None)
     seconds, idle = number(row, "step_seconds"), _idle_seconds(beat, owner)
-    stages = _settings(run / run_dir.CONFIG_FILE).get("stages")
+    stages = mapping_in(run / run_dir.CONFIG_FILE).get("stages")
     progress = {
         "step": max(known, default=None),
         "total_steps": total,
@@ -159,20 +159,9 @@ def _best(root: Path, state: dict[str, Any], undefined: dict[str, str]) -> dict[
         value, step = number(saved, "best_value"), saved.get("best_step")
     if value is None:
         undefined["best"] = "no evaluation with a defined metric has been saved"
-    train = _settings(root.parent / run_dir.CONFIG_FILE).get("train")
+    train = mapping_in(root.parent / run_dir.CONFIG_FILE).get("train")
     metric = content.get("metric") or (train.get("select_metric") if isinstance(train, dict) else None)
     return {"metric": metric, "value": value, "step": step if value is not None else None}
-
-
-def _settings(config: Path) -> dict[str, Any]:
-    """Return the settings of a run; empty if its config.yaml is missing or invalid."""
-    import yaml  # imported here: `--help` does not need it
-
-    try:
-        settings = yaml.safe_load(config.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return {}
-    return settings if isinstance(settings, dict) and "name" in settings else {}
 
 
 def _owner(run: Path, undefined: dict[str, str]) -> dict[str, Any]:

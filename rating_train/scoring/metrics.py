@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -116,43 +115,25 @@ def per_group(
 ) -> dict[str, Scores]:
     """Score each group (for example each category) separately.
 
-    The inputs are iterated once and in lockstep, so generators over a file of predictions will do.
-
     Returns:
         Group name -> :class:`Scores`, the largest group first, ties by name.
 
     Raises:
         UserError: as for :func:`score` (indices refer to the complete input), or inputs of unequal length.
     """
-    members: dict[str, tuple[list[float], list[float]]] = {}
-    ended: Any = object()
-    for index, (predicted, true, group) in enumerate(
-        zip_longest(predictions, targets, groups, fillvalue=ended)
-    ):
-        if any(value is ended for value in (predicted, true, group)):
-            raise UserError(
-                f"predictions, targets and groups have unequal lengths (one of them ends at {index})",
-                where="per_group",
-                expected="one prediction, one target and one group for each item",
-            )
-        mine = members.setdefault(group, ([], []))
-        mine[0].append(_finite(predicted, "predictions", index))
-        mine[1].append(_finite(true, "targets", index))
-    largest_first = sorted(members.items(), key=lambda item: (-len(item[1][0]), item[0]))
-    return {
-        group: _score_vectors(np.asarray(predicted), np.asarray(true))
-        for group, (predicted, true) in largest_first
-    }
-
-
-def _finite(value: float, name: str, index: int) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as e:
-        raise UserError(f"{name} hold a value that is no number: {value!r}", where=f"index {index}") from e
-    if not np.isfinite(number):
-        raise UserError(f"{name} hold {number}", where=f"index {index}", expected="finite numbers")
-    return number
+    predicted, true = _vector(predictions, "predictions"), _vector(targets, "targets")
+    members: dict[str, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    sizes = (predicted.size, true.size, sum(map(len, members.values())))
+    if len(set(sizes)) > 1:
+        raise UserError(
+            "predictions, targets and groups have unequal lengths ({}, {} and {})".format(*sizes),
+            where="per_group",
+            expected="one prediction, one target and one group for each item",
+        )
+    largest_first = sorted(members.items(), key=lambda item: (-len(item[1]), item[0]))
+    return {group: _score_vectors(predicted[own], true[own]) for group, own in largest_first}
 
 
 def _vector(values: Iterable[float], name: str) -> Float64Array:

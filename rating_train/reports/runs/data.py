@@ -6,19 +6,17 @@ Everything may be missing or torn: a run that is training, was killed, or is of 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from rating_train import run_dir
 from rating_train.config.schema import Config, to_dict
 from rating_train.config.task import PAPER, Target
 from rating_train.errors import UserError
 from rating_train.files import read_json_lines
+from rating_train.reports.rows import mapping_in
 from rating_train.scoring.analysis import analyse
 from rating_train.scoring.predictions import Prediction, deduplicate, read_predictions
 from rating_train.training.provenance import flat
@@ -121,7 +119,7 @@ def read_run(path: Path) -> RunData:
         evaluations,
         curves,
         read_settings(path),
-        _mapping(_json(path / run_dir.PROVENANCE_FILE)),
+        mapping_in(path / run_dir.PROVENANCE_FILE),
         newest,
         rows,
         _judgement(path, newest, rows),
@@ -130,7 +128,7 @@ def read_run(path: Path) -> RunData:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Read a run's configuration as flat keys; empty where there is none."""
-    return flat(_mapping(_yaml(path / run_dir.CONFIG_FILE)))
+    return flat(mapping_in(path / run_dir.CONFIG_FILE))
 
 
 def target_of(settings: Mapping[str, Any]) -> Target:
@@ -196,25 +194,7 @@ def _judgement(path: Path, newest: Path | None, rows: Sequence[Prediction]) -> M
     written = path / run_dir.EVALUATIONS_DIR / f"{newest.stem}.json"
     # Older than the predictions: training has evaluated the same step again since.
     if written.is_file() and written.stat().st_mtime_ns >= newest.stat().st_mtime_ns:
-        found = _mapping(_json(written))
+        found = mapping_in(written)
         if found.get("n") == len(rows) and "metrics" in found:
             return found
     return analyse(rows, RESAMPLES)
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

@@ -112,7 +112,7 @@ def test_per_group_reads_generators_once_and_sorts_by_size() -> None:
 def test_per_group_checks_its_input() -> None:
     with pytest.raises(UserError, match="unequal lengths"):
         per_group([1, 2], [1, 2], ["a"])
-    with pytest.raises(UserError, match="index 1"):
+    with pytest.raises(UserError, match=r"predictions\[1\]"):
         per_group([1, math.nan], [1, 2], ["a", "a"])
     assert per_group([], [], []) == {}
 
