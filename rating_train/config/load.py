@@ -217,7 +217,8 @@ _RULES = (
     ),
     Rule(
         "data.features model.freeze",
-        lambda c: not c.data.features or {"vision", "connector"} <= set(c.model.freeze),
+        # Of a phase, `stages` is checked.
+        lambda c: not c.data.features or c.stages or {"vision", "connector"} <= set(c.model.freeze),
         "`data.features` needs `model.freeze` with vision and connector: what is trained has no fixed output",
     ),
     Rule(

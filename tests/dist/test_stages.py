@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from rating_train.checkpoint.deepspeed_io import consolidated_weights
-from tests.conftest import Ranks
+from tests.conftest import Ranks, full
 from tests.dist.stages_worker import POINTS
 from tests.helpers.runs import assert_same, evaluations, global_batches, losses, read_ids, read_log
 
@@ -108,3 +108,25 @@ def check_trained_parts(last: Path, boundary: Path, stage: int) -> None:
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     parts = {name.split(".")[0 if name.startswith("head") else 1] for name in changed}
     assert parts == {"text_model", "head"}
+
+
+@full
+@pytest.mark.timeout(300)
+def test_compiled_layers_offloading_and_features_cross_the_boundary(
+    ranks: Ranks, tiny_config: Callable[..., Path], few_items: Path, tmp_path: Path
+) -> None:
+    """All at once, at stage 2; the losses are those of a run with none of them."""
+    plain = settings(few_items, 2)
+    plain["train"] = {**plain["train"], "precision": "bf16", "save_every_steps": 0}  # type: ignore[dict-item]
+    every = {
+        **plain,
+        "data": {"path": str(few_items), "features": str(tmp_path / "features")},
+        "zero": {"stage": 2, "offload_optimizer": True},
+        "train": {**plain["train"], "compile": "blocks"},  # type: ignore[dict-item]
+    }
+    configs = [tiny_config("plain", **plain), tiny_config("every", **every)]
+    ranks.run(1, "-m", "rating_train", "features", configs[1])
+    output = ranks.run(2, "-m", "tests.dist.stages_settings_worker", *configs)
+    assert output.count("compiled for ") == 2, "in each phase, before its first step"
+    one, other = (losses(tmp_path / "runs" / name) for name in ("plain", "every"))
+    assert other == pytest.approx(one, rel=2e-3)
