@@ -107,6 +107,20 @@ def trained_in_words(config: Config) -> str:
     return told[0] if len(told) == 1 else f"in {len(told)} phases ({'; '.join(told)})"
 
 
+def largest_in_words(config: Config, largest: Config) -> str:
+    """Return a sentence that says of which phase the figures of a run with ``stages`` are; "" without ``stages``.
+
+    Args:
+        config: the run's configuration.
+        largest: that of the phase, as :func:`stage_configs` gives it.
+    """
+    if config.stages is None:
+        return ""
+    found = stage_configs(config)
+    number = found.index(largest) + 1
+    return f"These figures are those of phase {number} of {len(found)}, which trains the most parameters."
+
+
 def length_in_words(config: Config) -> str:
     """Return how long a run trains, or each of its phases."""
     if config.stages is None:

@@ -148,10 +148,18 @@ def fill_with_fakes(model: nn.Module, dtype: torch.dtype, gradients: bool) -> No
 
 def _loss(model: RatingRegressor, config: Config, items: int) -> Tensor:
     """Compute the loss of a fake micro-batch: the batch on the device, keys, forward pass and loss, as the engine."""
-    px, tokens = config.model_px, model.visual_tokens + text_tokens_of(config)
-    images = torch.empty(items, 3, px, px, dtype=torch.uint8)
+    tokens = model.visual_tokens + text_tokens_of(config)
+    images = _images(model, config, items)
     ids = torch.empty(items, tokens, dtype=torch.int64)
     used, hashes = torch.empty(items, dtype=torch.int64), torch.empty(items, dtype=torch.int64)
     ratings, counts = torch.empty(items), torch.empty(items)
     scores = model(images, ids, used, dropout_keys(hashes, config.train.seed, 0))
     return rating_loss(scores, ratings, counts, config.loss, transform=config.task.target.transform)
+
+
+def _images(model: RatingRegressor, config: Config, items: int) -> Tensor:
+    """Return fake images of a micro-batch, or what `data.features` has in their place, as the engine takes them."""
+    if not config.data.features:
+        return torch.empty(items, 3, config.model_px, config.model_px, dtype=torch.uint8)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    return torch.empty(items, model.visual_tokens, model.head.inner.in_features, dtype=dtype)

@@ -175,6 +175,18 @@ def count_forward(
     return ForwardCost(linear, attention)
 
 
+def training_forward(config: Config, arch: Architecture, sequence_tokens: int) -> ForwardCost:
+    """Count what runs in a forward pass of training: with `data.features`, neither vision tower nor connector."""
+    forward = count_forward(arch, config.model_px, sequence_tokens, config.data.tiles_per_side)
+    return forward.without("vision", "connector") if config.data.features else forward
+
+
+def feature_bytes(config: Config, arch: Architecture) -> int:
+    """Count the bytes of the visual tokens of an item, as `rating-train features` stores them."""
+    width = 2 if config.train.precision == "bf16" else 4
+    return visual_tokens(arch, config.model_px) * arch.text.hidden * width
+
+
 def training_flops(forward: ForwardCost, freeze: Collection[str]) -> float:
     """Count the FLOPs of training on one item (``flop_attention``): a forward pass, and a backward pass of twice that.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rating_train.config.phases import largest_in_words
 from rating_train.config.resolve import BatchPlan, plan_batch
 from rating_train.config.schema import Config
 from rating_train.errors import UserError
@@ -34,6 +35,7 @@ class MemoryReport:
         config: the configuration.
         plan: how its global batch is divided.
         memory: of the configured micro-batch.
+        phase: which phase of ``stages`` it is of, as a sentence; "" without them.
         fitting: (GPU, its memory in GiB, most items of a micro-batch, the largest ``batch.micro_items`` that divides
             the rank's batch); 0 where not even one item fits.
     """
@@ -42,6 +44,7 @@ class MemoryReport:
     plan: BatchPlan
     memory: RankMemory
     fitting: list[tuple[str, float, int, int]]
+    phase: str = ""
 
 
 def measure_memory(
@@ -63,7 +66,8 @@ def measure_memory(
     if ranks < 1 or gpu_gib < 0:
         raise UserError("numbers of GPUs and GiB are positive", where="cost --memory")
     plan = plan_batch(config.batch.global_items, config.batch.micro_items, ranks)
-    config = largest_phase(config, architecture)
+    largest = largest_phase(config, architecture)
+    config, phase = largest, largest_in_words(config, largest)
     sizes = model_sizes(config, architecture)
     found: dict[int, RankMemory] = {}
     wanted = sorted({*TRACED_ITEMS, plan.micro_items})
@@ -79,7 +83,7 @@ def measure_memory(
     for name, gib in gpus.items():
         most = fitting_items(points, int(gib * GIB * (1 - RESERVED)))
         fitting.append((name, gib, most, _largest_divisor(plan.rank_items, most)))
-    return MemoryReport(config, plan, found[plan.micro_items], fitting)
+    return MemoryReport(config, plan, found[plan.micro_items], fitting, phase)
 
 
 def render_memory(report: MemoryReport) -> str:
@@ -90,6 +94,7 @@ def render_memory(report: MemoryReport) -> str:
     lines = [
         f"Memory of each of {plan.ranks} ranks: ZeRO stage {config.zero.stage}, {config.train.precision}, "
         f"micro-batch of {plan.micro_items} items x {plan.accumulation}{checkpointing}{frozen}",
+        *([report.phase] if report.phase else []),
         "",
         *text_table(["GiB", "backward pass", "reduction and update"], _rows(memory)),
     ]

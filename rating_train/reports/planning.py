@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rating_train.config.phases import phases
+from rating_train.config.phases import largest_in_words, phases
 from rating_train.config.resolve import plan_batch
 from rating_train.config.schema import Config
 from rating_train.data.lengths import text_tokens_of
@@ -22,10 +22,11 @@ from rating_train.model.architecture import Architecture
 from rating_train.model.cost import (
     ForwardCost,
     activation_bytes,
-    count_forward,
     count_parameters,
+    feature_bytes,
     largest_phase,
     training_flops,
+    training_forward,
     visual_tokens,
 )
 
@@ -37,6 +38,7 @@ STAGES = (0, 1, 2, 3)
 STORED_BYTES, STORED_PX = 26_200, 384
 LOAD_CPU_SECONDS = 0.00134
 PREPARED_PER_CORE_SECOND = 159
+STORED_WORDS = "measured at 384 px"
 ASSUMED_MFU = (0.2, 0.3, 0.4)
 
 
@@ -84,7 +86,9 @@ class Plan:
         item_bytes: what one item of a micro-batch keeps for the backward pass, at least.
         trained: trained parameters.
         frozen: frozen parameters.
-        stored_bytes: of one item in a shard.
+        stored_bytes: of one item in a shard that training reads.
+        stored: what they are, in words.
+        phase: which one is meant by "the phase that trains most", as a sentence; "" without ``stages``.
         gpu_rate: (MFU or 0.0 where the rate was given, items/s of one GPU), one or several.
     """
 
@@ -102,6 +106,8 @@ class Plan:
     frozen: int
     stored_bytes: float
     gpu_rate: list[tuple[float, float]]
+    stored: str
+    phase: str = ""
 
     def seconds(self, rate: float) -> float:
         """Return the time of all steps at ``rate`` items/s of one GPU, without start-up, evaluations and saves."""
@@ -140,7 +146,7 @@ def make_plan(
     frozen = sum(counts[part] for part in largest.model.freeze)
     trained = counts["total"] - frozen
     bf16 = config.train.precision == "bf16"
-    steps, flops = _steps_and_flops(config, items, count_forward(arch, config.model_px, tokens))
+    steps, flops = _steps_and_flops(config, items, training_forward(config, arch, tokens))
     speed = GPUS[gpu].bf16_tflops * 1e12
     return Plan(
         items=items,
@@ -162,9 +168,18 @@ def make_plan(
         ),
         trained=trained,
         frozen=frozen,
-        stored_bytes=STORED_BYTES * (config.data.image_px / STORED_PX) ** 2,
+        stored_bytes=stored_bytes(config, arch),
+        stored="visual tokens, of data.features; counted" if config.data.features else STORED_WORDS,
+        phase=largest_in_words(config, largest),
         gpu_rate=[(0.0, rate)] if rate else [(m, m * speed / flops) for m in ([mfu] if mfu else ASSUMED_MFU)],
     )
+
+
+def stored_bytes(config: Config, arch: Architecture) -> float:
+    """Return the bytes of an item in the shards that training reads: of its image and texts, or of its features."""
+    if config.data.features:
+        return feature_bytes(config, arch)
+    return STORED_BYTES * (config.data.image_px / STORED_PX) ** 2
 
 
 def _steps_and_flops(config: Config, items: int, forward: ForwardCost) -> tuple[int, float]:
@@ -248,6 +263,7 @@ def _memory_table(plan: Plan) -> list[str]:
         f"GiB per GPU, counted from below: {plan.trained:,} trained and {plan.frozen:,} frozen parameters, and "
         f"{plan.item_bytes / 2**20:.0f} MiB of activations",
         "per item. The attention matrix, temporary results, communication buckets and the allocator come on top.",
+        *([plan.phase] if plan.phase else []),
     ]
     return [*text_table(header, body), *notes]
 
@@ -267,7 +283,7 @@ def _data_table(plan: Plan) -> list[str]:
         (
             "shards",
             f"{stored / 1e9:,.1f} GB",
-            f"{plan.stored_bytes / 1000:.1f} kB per item (measured at 384 px)",
+            f"{plan.stored_bytes / 1000:.1f} kB per item ({plan.stored})",
         ),
         (
             "prepare",

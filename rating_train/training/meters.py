@@ -18,7 +18,7 @@ from rating_train.data.collate import Batch
 from rating_train.data.lengths import cut_lengths
 from rating_train.distributed.gpus import find_gpu
 from rating_train.model.architecture import Architecture
-from rating_train.model.cost import count_forward, training_flops
+from rating_train.model.cost import training_flops, training_forward
 
 T = TypeVar("T")
 
@@ -50,14 +50,10 @@ class Work:
 
 def flops_by_length(architecture: Architecture, config: Config) -> Callable[[int], float]:
     """Return a function (tokens of an item) -> FLOPs of training on it."""
-    data = config.data
 
     @functools.cache
     def flops(tokens: int) -> float:
-        forward = count_forward(architecture, config.model_px, tokens, data.tiles_per_side)
-        if data.features:
-            forward = forward.without("vision", "connector")
-        return training_flops(forward, config.model.freeze)
+        return training_flops(training_forward(config, architecture, tokens), config.model.freeze)
 
     return flops
 

@@ -19,13 +19,13 @@ from rating_train.errors import UserError
 from rating_train.log import duration, text_table
 from rating_train.model.architecture import Architecture
 from rating_train.model.cost import (
-    count_forward,
     count_parameters,
     image_tokens,
     largest_phase,
     training_flops,
+    training_forward,
 )
-from rating_train.reports.planning import STORED_BYTES, STORED_PX
+from rating_train.reports.planning import stored_bytes
 
 #: GPUs of a node, and the share of a link's data sheet speed that an all-reduce is assumed to reach.
 GPUS_PER_NODE, LINK_SHARE = 8, 0.7
@@ -110,7 +110,7 @@ def _scaled(
 ) -> Scaled:
     sheet, px = GPUS[gpu], config.model_px
     tiles = config.data.tiles_per_side
-    forward = count_forward(arch, px, image_tokens(arch, px, tiles) + text_tokens_of(config), tiles)
+    forward = training_forward(config, arch, image_tokens(arch, px, tiles) + text_tokens_of(config))
     speed = mfu * sheet.bf16_tflops * 1e12
     rank_items = config.batch.global_items // gpus
     compute = rank_items * training_flops(forward, config.model.freeze) / speed
@@ -121,7 +121,7 @@ def _scaled(
     evaluation = _EVALUATION_ITEMS * forward.total("flop_attention") / speed / gpus
     evaluations = evaluation / config.train.eval_every_steps if config.train.eval_every_steps else 0.0
     rate = config.batch.global_items / (compute + exposed + saves + evaluations)
-    stored = STORED_BYTES * (config.data.image_px / STORED_PX) ** 2
+    stored = stored_bytes(config, arch)
     nodes = -(-gpus // GPUS_PER_NODE)
     return Scaled(
         gpus, rank_items, compute, inside, between, exposed, saves, evaluations, rate, rate * stored / nodes

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rating_train.config.load import config_from_dict
+from rating_train.config.schema import to_dict
 from rating_train.engine.activations import LiveBytes
 from rating_train.engine.memory import fitting_items, predict_memory
 from rating_train.errors import UserError
@@ -122,3 +123,21 @@ def test_live_bytes_counts_what_lives_once() -> None:
         assert live.now == 0 and live.peak == 990 * 4
         torch.empty(5, device="meta")
         assert live.peak == 990 * 4
+
+
+def test_with_phases_the_report_says_of_which_one_it_is() -> None:
+    small, frozen = architecture(), ["vision", "connector", "decoder"]
+    assert "phase" not in render_memory(measure_memory(config(8), small, 1, gpu_gib=1.0))
+    staged = {**to_dict(config(8)), "stages": [{"steps": 1, "freeze": frozen}, {"steps": 1}, {"steps": 1}]}
+    report = measure_memory(config_from_dict(staged), small, 1, gpu_gib=1.0)
+    told = "These figures are those of phase 2 of 3, which trains the most parameters."
+    assert told in render_memory(report) and report.memory.optimizer > 0
+
+
+def test_features_take_the_place_of_images() -> None:
+    frozen: dict[str, object] = {"freeze": ["vision", "connector"], "gradient_checkpointing": True}
+    short: dict[str, object] = {"text_tokens": 12}
+    images = predict_memory(config(8, model=frozen, data=short), architecture(), 1)
+    features = predict_memory(config(8, model=frozen, data={**short, "features": "DIR"}), architecture(), 1)
+    assert features.weights == images.weights, "the tower stays in the model"
+    assert features.micro_batch < 0.6 * images.micro_batch

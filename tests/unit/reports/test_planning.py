@@ -106,3 +106,14 @@ def test_phases_are_planned_each_with_what_it_freezes() -> None:
     assert found.flops == pytest.approx((50 * one + 70 * other) / 120)
     counts = count_parameters(ARCH)
     assert found.frozen == counts["vision"], "memory is that of the phase that trains most"
+    assert "of phase 2 of 3, which trains the most parameters" in render_plan(found)
+
+
+def test_with_features_neither_the_tower_nor_images_are_counted() -> None:
+    frozen = ["vision", "connector"]
+    config = config_from_dict({"model": {"freeze": frozen}, "data": {"features": "DIR"}})
+    found = make_plan(config, ARCH, 10_000, 4, "a100")
+    forward = count_forward(ARCH, 384, 36 + config.data.text_tokens)
+    assert found.flops == training_flops(forward.without(*frozen), frozen)
+    assert found.stored_bytes == 36 * 576 * 2, "bf16, without the texts"
+    assert "41.5 kB per item (visual tokens, of data.features; counted)" in render_plan(found)

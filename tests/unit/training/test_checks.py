@@ -16,6 +16,7 @@ import torch
 
 from rating_train.config.load import load_config
 from rating_train.config.schema import Config
+from rating_train.data.features.identity import Features
 from rating_train.distributed.world import World
 from rating_train.errors import UserError
 from rating_train.training import checks
@@ -157,6 +158,26 @@ def test_a_step_of_a_rank_that_no_memory_holds(
     error = problem(config, tmp_path / "run")
     assert "one step of a rank reads 200 items, at least" in error and "lower batch.global_items" in error
     assert "reads 50 items" in problem(config, tmp_path / "run", ranks=4)
+
+
+def test_of_features_what_is_read_in_place_of_images_is_counted(
+    settings: Settings, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A 64 px image is 12,288 bytes, its four visual tokens of 96 values 768 in bf16."""
+    made = Path(shutil.copytree(demo / "data", tmp_path / "features"))
+    manifest = json.loads((made / "manifest.json").read_text())
+    told = Features(manifest["fingerprint"], "", 64, 4, 96, "bfloat16")
+    (made / "manifest.json").write_text(json.dumps({**manifest, "features": vars(told)}))
+    monkeypatch.setattr(checks, "available_memory", lambda: 600_000)
+    more: dict[str, Any] = {
+        "model": {"freeze": ["vision", "connector"]},
+        "batch": {"global_items": 200, "micro_items": 1},
+    }
+    assert "one step of a rank reads 200 items" in problem(settings(**more), tmp_path / "run")
+    features = settings(**more, data={"features": str(made)})
+    assert "the backward pass of a micro-batch" in problem(features, tmp_path / "run"), "the step fits"
+    monkeypatch.setattr(checks, "available_memory", lambda: 200_000)
+    assert "one step of a rank reads 200 items" in problem(features, tmp_path / "run")
 
 
 def test_a_micro_batch_that_no_memory_holds(
