@@ -195,7 +195,7 @@ def sentence(name: str, baseline: str, metric: str, difference: Difference | Non
 
 def render(comparison: Comparison) -> str:
     """The comparison for a terminal."""
-    names = _names(comparison.runs)
+    names = run_names([run.path for run in comparison.runs])
     header = ["run", "step", *(metric.upper() for metric in bootstrap.METRICS)]
     rows = [
         [name, str(run.step), *("-" if values[m] is None else f"{values[m]:.4f}" for m in bootstrap.METRICS)]
@@ -221,7 +221,7 @@ def render(comparison: Comparison) -> str:
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
     """The comparison as plain values for JSON."""
-    names = _names(comparison.runs)
+    names = run_names([run.path for run in comparison.runs])
 
     def plain(difference: Difference | None) -> dict[str, Any] | None:
         if difference is None:
@@ -247,10 +247,10 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _names(runs: Sequence[ComparedRun]) -> list[str]:
-    """Folder names, or paths where two runs share one."""
-    names = [run.path.name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
+def run_names(paths: Sequence[Path]) -> list[str]:
+    """Return the folders' names, or the paths where two share one."""
+    names = [path.resolve().name for path in paths]
+    return names if len(set(names)) == len(names) else list(map(str, paths))
 
 
 def _shown(value: Any) -> str:

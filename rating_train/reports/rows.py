@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +47,23 @@ def mapping_in(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def learning_rates(
+    train: Sequence[Mapping[str, Any]],
+) -> list[tuple[str, list[tuple[Mapping[str, Any], float]]]]:
+    """Return one curve of (row, rate) for each parameter group, or a single one where the log has one number.
+
+    Groups with equal rates share a curve: drawn separately, the last would hide the others.
+    """
+    curves: dict[str, list[tuple[Mapping[str, Any], float]]] = {}
+    for row in train:
+        rates = row.get("lr")
+        for name, rate in (rates if isinstance(rates, Mapping) else {"": rates}).items():
+            if (value := number({"lr": rate}, "lr")) is not None:
+                curves.setdefault(str(name), []).append((row, value))
+    shared: dict[str, tuple[list[str], list[tuple[Mapping[str, Any], float]]]] = {}
+    for name, values in curves.items():
+        key = repr([(r["step"], v) for r, v in values])
+        shared.setdefault(key, ([], values))[0].append(name)
+    return [(", ".join(names), values) for names, values in shared.values()]

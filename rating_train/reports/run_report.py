@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rating_train.config.task import Target
 from rating_train.files import atomic_write_json
 from rating_train.reports import plots
-from rating_train.reports.rows import number
+from rating_train.reports.rows import learning_rates, number
 from rating_train.reports.runs.data import read_results, read_settings, target_of
 from rating_train.run_dir import EVAL_LOG, PREDICTIONS_DIR, REPORT_DIR, TRAIN_LOG
 from rating_train.scoring.metrics import Scores, per_group, score
@@ -162,7 +162,11 @@ def _draw_curves(path: Path, run: str, train: Rows, evaluations: Mapping[str, Ro
     grid = figure.subplots(2, 3)
     figure.suptitle(plots.plain(run), fontweight="bold")
     _panel(grid[0, 0], "Training loss (MSE)", [("", train, "loss", "-")], smooth=True)
-    _panel(grid[0, 1], "Learning rate", _learning_rates(train))
+    rates: list[Curve] = [
+        (label, [{"step": row["step"], "lr": rate} for row, rate in points], "lr", "-")
+        for label, points in learning_rates(train)
+    ]
+    _panel(grid[0, 1], "Learning rate", rates)
     _panel(grid[0, 2], "Gradient norm", [("", train, "grad_norm", "-")], smooth=True)
     splits = evaluations.items()
     plcc = [(f"{split} PLCC", rows, "plcc", "o-") for split, rows in splits]
@@ -180,22 +184,6 @@ def _draw_curves(path: Path, run: str, train: Rows, evaluations: Mapping[str, Ro
     for axes in grid.flat:
         axes.set_xlim(min(steps) - margin, max(steps) + margin)
     plots.save(figure, path)
-
-
-def _learning_rates(train: Rows) -> list[Curve]:
-    """Return one curve per parameter group, or a single one where the log has one number.
-
-    Groups with equal rates share a curve: drawn separately, the last would hide the others.
-    """
-    curves: dict[str, list[dict[str, Any]]] = {}
-    for row in train:
-        rates = row.get("lr")
-        for name, rate in (rates if isinstance(rates, Mapping) else {"": rates}).items():
-            curves.setdefault(str(name), []).append({"step": row["step"], "lr": rate})
-    shared: dict[str, tuple[list[str], list[dict[str, Any]]]] = {}
-    for name, rows in curves.items():
-        shared.setdefault(repr(rows), ([], rows))[0].append(name)
-    return [(", ".join(names), rows, "lr", "-") for names, rows in shared.values()]
 
 
 def _panel(axes: Axes, title: str, curves: Sequence[Curve], smooth: bool = False, colours: int = 0) -> None:

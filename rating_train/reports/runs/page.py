@@ -8,7 +8,7 @@ from typing import Any
 
 from rating_train.errors import UserError
 from rating_train.files import atomic_write_text
-from rating_train.reports.comparison import Comparison, compare_runs
+from rating_train.reports.comparison import Comparison, compare_runs, run_names
 from rating_train.reports.page import charts
 from rating_train.reports.page.charts import Line, Place
 from rating_train.reports.page.parts import Section, card, figure, page, say_difference, section, table
@@ -74,7 +74,7 @@ def make_run_page(path: Path, refresh: int = 0) -> Path:
 def make_comparison_page(paths: Sequence[Path]) -> Path:
     """Write ``report/comparison.html`` of the first run, which compares all of them; return its path."""
     runs = [read_run(path) for path in paths]
-    names = _names(runs)
+    names = run_names([run.path for run in runs])
     try:
         found, why = compare_runs(paths), ""
     except UserError as e:
@@ -106,11 +106,6 @@ def _write(run: Path, name: str, text: str) -> Path:
     folder.mkdir(exist_ok=True)
     atomic_write_text(folder / name, text)
     return folder / name
-
-
-def _names(runs: Sequence[RunData]) -> list[str]:
-    names = [run.name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
 
 def _metric(run: RunData, name: str) -> dict[str, Any]:

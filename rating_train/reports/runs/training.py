@@ -13,7 +13,7 @@ from rating_train.reports.page import charts
 from rating_train.reports.page.charts import Line, Mark
 from rating_train.reports.page.parts import Section, figure, section, table
 from rating_train.reports.page.render import Table
-from rating_train.reports.rows import number
+from rating_train.reports.rows import learning_rates, number
 from rating_train.reports.runs.data import RunData
 
 #: Figures of a run's speed: title, name of a curve -> field of train.jsonl, factor, unit.
@@ -104,7 +104,8 @@ def training_section(run: RunData) -> Section:
         ]
         add(title, lines, unit)
     rates = [
-        Line(label, [(x(r), v) for r, v in values], colour=i) for i, (label, values) in enumerate(_rates(run))
+        Line(label, [(x(r), v) for r, v in values], colour=i)
+        for i, (label, values) in enumerate(learning_rates(run.train))
     ]
     add("Learning rate", rates, zero=True)
     add("Gradient norm", [Line("", points(run.train, "grad_norm"), smooth=len(run.train) > 20)], log=True)
@@ -125,21 +126,6 @@ def training_section(run: RunData) -> Section:
 
 def _time_unit(seconds: float) -> tuple[float, str]:
     return (3600.0, "hours") if seconds > 7200 else (60.0, "minutes") if seconds > 120 else (1.0, "seconds")
-
-
-def _rates(run: RunData) -> list[tuple[str, list[tuple[Mapping[str, Any], float]]]]:
-    """Return one curve for each group; equal ones share a curve, for the last would hide the others."""
-    curves: dict[str, list[tuple[Mapping[str, Any], float]]] = {}
-    for row in run.train:
-        rates = row.get("lr")
-        for name, rate in (rates if isinstance(rates, Mapping) else {"": rates}).items():
-            if (value := number({"lr": rate}, "lr")) is not None:
-                curves.setdefault(str(name), []).append((row, value))
-    shared: dict[str, tuple[list[str], list[tuple[Mapping[str, Any], float]]]] = {}
-    for name, values in curves.items():
-        key = repr([(r["step"], v) for r, v in values])
-        shared.setdefault(key, ([], values))[0].append(name)
-    return [(", ".join(names), values) for names, values in shared.values()]
 
 
 @dataclass(frozen=True)
