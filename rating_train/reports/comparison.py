@@ -175,22 +175,33 @@ def different_settings(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[
 
 def sentence(name: str, baseline: str, metric: str, difference: Difference | None, target: Target) -> str:
     """Say a difference in words, for example ``B is better than A by 0.0120 PLCC (95% interval 0.0040 to 0.0210)``."""
-    label, unit = metric.upper(), target.suffix if metric in IN_UNIT else ""
     if difference is None:
-        return f"{label} is undefined for {name} or {baseline}"
-    if difference.interval is None:
-        return f"{name} and {baseline}: no interval of the difference in {label} (too few items)"
+        return f"{metric.upper()} is undefined for {name} or {baseline}"
+    interval = difference.interval
+    ends = (interval.low, interval.high) if interval else None
+    return difference_in_words(name, baseline, metric, difference.value, ends, target.suffix)[1]
+
+
+def difference_in_words(
+    name: str, other: str, metric: str, value: float, ends: Sequence[float] | None, suffix: str
+) -> tuple[str, str]:
+    """Say whether ``name``, whose metric is larger by ``value`` (with the ``ends`` of its 95% interval), is better.
+
+    Returns:
+        ``good``, ``bad``, or "" where no difference can be told; and the sentence without a full stop.
+    """
+    label, unit = metric.upper(), suffix if metric in IN_UNIT else ""
+    if ends is None:
+        return "", f"{name} and {other}: no interval of the difference in {label} (too few items)"
     sign = 1 if LARGER_IS_BETTER[metric] else -1
-    low, high = sorted((sign * difference.interval.low, sign * difference.interval.high))
-    value = sign * difference.value
-    if not difference.significant:
-        return (
-            f"no difference in {label} between {name} and {baseline} can be told: "
-            f"{value:+.4f}{unit}, 95% interval {low:+.4f} to {high:+.4f}"
-        )
-    word = "better" if value > 0 else "worse"
+    value, (low, high) = sign * value, sorted(sign * end for end in ends)
+    if low <= 0 <= high:
+        shown = f"{value:+.4f}{unit}, 95% interval {low:+.4f} to {high:+.4f}"
+        return "", f"no difference in {label} between {name} and {other} can be told: {shown}"
+    kind, word = ("good", "better") if value > 0 else ("bad", "worse")
     low, high = (low, high) if value > 0 else (-high, -low)
-    return f"{name} is {word} than {baseline} by {abs(value):.4f} {label}{unit} (95% interval {low:.4f} to {high:.4f})"
+    told = f"by {abs(value):.4f} {label}{unit} (95% interval {low:.4f} to {high:.4f})"
+    return kind, f"{name} is {word} than {other} {told}"
 
 
 def render(comparison: Comparison) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rating_train import __version__
+from rating_train.reports.comparison import difference_in_words
 from rating_train.reports.page.charts import Line
 from rating_train.reports.page.render import Table, render
-from rating_train.scoring.metrics import LARGER_IS_BETTER
 
 Section = dict[str, Any]
 
@@ -76,17 +76,6 @@ def say_difference(
     name: str, other: str, metric: str, difference: Mapping[str, Any], unit: str = " stars"
 ) -> dict[str, str]:
     """Say a difference (``value``, ``interval_95``) with its interval, and whether it is good news."""
-    sign = 1 if LARGER_IS_BETTER[metric] else -1
-    unit = f"{metric.upper()}{unit if metric in ('rmse', 'mae') else ''}"
-    value, ends = sign * difference["value"], difference["interval_95"]
-    if ends is None:
-        return say(f"{name} and {other}: {value:+.4f} {unit}, no interval.")
-    low, high = sorted(sign * e for e in ends)
-    if low <= 0 <= high:
-        told = f"no difference in {metric.upper()} can be told ({value:+.4f}, 95 % {low:+.4f} to {high:+.4f})"
-        return say(f"{name} and {other}: {told}.")
-    kind, word = ("good", "better") if value > 0 else ("bad", "worse")
-    if value < 0:
-        low, high = -high, -low
-    told = f"by {abs(value):.4f} {unit} (95 % interval {low:.4f} to {high:.4f})"
-    return say(f"{name} is {word} than {other} {told}.", kind)
+    value, ends = difference["value"], difference["interval_95"]
+    kind, told = difference_in_words(name, other, metric, value, ends, unit)
+    return say(f"{told}.", kind)
