@@ -1,6 +1,7 @@
 """A run with `stages`, killed in each phase and around their boundary, resumes bit-equal, and elastically on other ranks.
 
 Two phases of three steps: the head alone, then the decoder with it. Saves at steps 2 and 4, and at the end of each phase.
+Stage 3 offloads weights and optimizer.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def settings(few_items: Path, stage: int) -> dict[str, object]:
     return {
         "data": {"path": str(few_items)},
         "batch": {"global_items": 12, "micro_items": 3},
-        "zero": {"stage": stage},
+        "zero": {"stage": stage, "offload_optimizer": stage == 3, "offload_param": stage == 3},
         "train": {"save_every_steps": 2, "keep_last": 9, "precision": PRECISION[stage], "log_every_steps": 1,
                   "eval_every_steps": 0, "log_sample_ids": True, "background_save": stage == 1},
         "stages": [
