@@ -68,7 +68,7 @@ def main() -> None:
     scorer = Scorer(found, inputs, Predictor(model.eval(), torch.device("cpu"), autocast=False), collator)
     listed = list(SourceRows((args.source,)).read(0, args.rows))
     decoder = Decoder(collator, squares, open_store(args.images))
-    decoded = [decoder[unit] for unit in units(0, listed, args.batch_items, "")]
+    decoded = [decoder.decode(unit) for unit in units(0, listed, args.batch_items, "")]
     batches = [unit.batch for unit in decoded if unit.batch is not None]
     assert sum(len(b.images) for b in batches) == args.rows, "a row cannot be scored"
 

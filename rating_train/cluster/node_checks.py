@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 import rating_train
 from rating_train.config.schema import Config
-from rating_train.data.shared_memory_need import shared_memory_need
+from rating_train.data.workers.shared_memory_need import shared_memory_need
 from rating_train.distributed import world as worlds
 from rating_train.distributed.collectives import all_gather, broadcast
 from rating_train.errors import UserError

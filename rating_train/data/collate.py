@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from rating_train.data.lengths import cut_length, longest_first
 from rating_train.data.prompt import EncodedPrompt, PromptEncoder
+from rating_train.data.workers.shared_blocks import Room, plain_room
 from rating_train.shards.titles import product_group
 
 _TENSORS = ("images", "input_ids", "used_tokens", "ratings", "rating_counts", "id_hashes")
@@ -41,6 +41,7 @@ class Batch:
     ids: list[str]
     categories: list[str]
     #: (B, 3, S, S) uint8; S is 0 where the model reads no images. With tiling (B, M, 3, S, S), M the most of an item.
+    #: The channels of a pixel lie beside each other in memory (channels last), as a decoder gives them.
     #: With `data.features` (B, V, D), the visual tokens, in the dtype that they were computed in.
     images: Tensor
     input_ids: Tensor  # (B, T) int64
@@ -129,14 +130,23 @@ class Collator:
         self.formats = formats
         self.by_length = by_length
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> Batch:
+    def __call__(self, samples: Sequence[Mapping[str, Any]], room: Room = plain_room) -> Batch:
+        """Make a batch of samples.
+
+        Args:
+            samples: mappings with the MDS columns.
+            room: gives memory for the images.
+
+        Raises:
+            ValueError: an image cannot be decoded.
+        """
         prompts = self._encode(samples)
         places: list[int] = []
         if self.by_length:
             places = longest_first([p.used for p in prompts])
             samples, prompts = [samples[i] for i in places], [prompts[i] for i in places]
         lengths = [p.used for p in prompts]
-        images = new_images(len(samples), *self._image_shape)
+        images = new_images(room, len(samples), *self._image_shape)
         for image, s in zip(images, samples if images.numel() else ()):
             self._fill(image, s)
         return Batch(
@@ -158,27 +168,24 @@ class Collator:
 
     @property
     def _image_shape(self) -> tuple[int, ...]:
-        return 3, self.image_px, self.image_px
+        return self.image_px, self.image_px, 3
 
     def _encode(self, samples: Sequence[Mapping[str, Any]]) -> list[EncodedPrompt]:
         return self.prompt.encode_all(samples)
 
     def _as_model_input(self, images: Tensor) -> Tensor:
-        """Return the filled images as the model reads them, without a copy."""
-        return images
+        """Return the filled images, (B, S, S, 3), as the model reads them, without a copy."""
+        return images.permute(0, 3, 1, 2)
 
     def _fill(self, image: Tensor, sample: Mapping[str, Any]) -> None:
-        """Decode a sample's image into its place, (3, S, S) uint8."""
+        """Decode a sample's image into its place, (S, S, 3) uint8."""
         pixels = decode_square(sample["image"], self.image_px, sample["id"], self.formats)
-        image.copy_(torch.from_numpy(pixels).permute(2, 0, 1))
+        image.copy_(torch.from_numpy(pixels))
 
 
-def new_images(*shape: int) -> Tensor:
-    """Return room for images, uint8: in a DataLoader worker in shared memory, which spares a copy on the way."""
-    if get_worker_info() is None or not math.prod(shape):
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
+def new_images(room: Room, *shape: int) -> Tensor:
+    """Return a tensor of a shape, uint8, in the memory that ``room`` gives."""
+    return room(math.prod(shape)).view(shape)
 
 
 def decode_square(

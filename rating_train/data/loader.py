@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ from itertools import chain, islice
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader
 
 from rating_train.config.resolve import source_shares
 from rating_train.config.schema import DataConfig, SourceConfig
@@ -27,10 +25,11 @@ from rating_train.data.prompt import PromptEncoder
 from rating_train.data.remote import Source
 from rating_train.data.shuffle import shuffled_epoch
 from rating_train.data.streaming_dataset import Request, SplitDataset, fetch_split
+from rating_train.data.workers.reading import read_in_workers
+from rating_train.data.workers.shared_blocks import Room
 from rating_train.distributed.collectives import all_gather, on_main
 from rating_train.distributed.world import World
 from rating_train.errors import UserError
-from rating_train.processes import die_with_parent
 from rating_train.shards.manifest import check_split, refuse_unlike
 
 log = logging.getLogger(__name__)
@@ -284,20 +283,14 @@ def load_rows(split: OpenSplit, rows: Iterable[Row], count: int, items: int) -> 
     workers = min(config.workers, count)
     ahead = -(-config.predownload_items // items) or _AHEAD_BATCHES
     requests = _requests(split.dataset, rows, workers, ahead if config.is_remote else 0)
-    loader: DataLoader = DataLoader(
-        split.dataset,
-        batch_sampler=requests,  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=split.collator,
-        prefetch_factor=config.prefetch_batches if workers else None,
-        pin_memory=split.pinned,
-        worker_init_fn=set_up_worker,
-        # The loader draws a seed when it starts; from the global generator, that would change the dropout of a
-        # resumed run, and of every run that evaluates in between.
-        generator=torch.Generator().manual_seed(0),
-    )
+    read = functools.partial(_read, split.dataset, split.collator)
     done = 0
-    with contextlib.closing(split.dataset), contextlib.closing(iterate(loader)) as batches:
+    with (
+        contextlib.closing(split.dataset),
+        contextlib.closing(
+            read_in_workers(read, requests, workers, config.prefetch_batches, split.pinned)
+        ) as batches,
+    ):
         for batch in batches:
             done += 1
             yield batch
@@ -305,45 +298,5 @@ def load_rows(split: OpenSplit, rows: Iterable[Row], count: int, items: int) -> 
         raise RuntimeError(f"the DataLoader gave {done} of {count} batches")
 
 
-def iterate(loader: DataLoader) -> Generator[Any, None, None]:
-    """Yield what a DataLoader gives; its workers' errors as they were raised there. No worker outlives the iteration.
-
-    Raises:
-        RuntimeError: a worker died.
-    """
-    batches = iter(loader)
-    try:
-        yield from batches
-    except UserError as e:
-        raise _as_raised(e) from None
-    except (ConnectionError, EOFError) as e:  # where torch itself says nothing of the process
-        raise RuntimeError(
-            "a DataLoader worker of this rank died while it handed over a batch: killed, perhaps for lack of memory "
-            "(fewer data.workers, or a smaller data.prefetch_batches, need less)"
-        ) from e
-    finally:
-        # Now, not when the last traceback is collected: at the end of this process, multiprocessing would send
-        # SIGTERM to DataLoader workers that are left, which they ignore, and wait for them for ever.
-        if loader.num_workers:
-            batches._shutdown_workers()  # type: ignore[attr-defined]
-
-
-def _as_raised(error: UserError) -> UserError:
-    """Return the error as a DataLoader worker raised it.
-
-    Torch hands it over as an error of the same class whose text is the complete traceback, of which the last line
-    is the error's own.
-    """
-    _, marker, text = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")
-    return UserError(text) if marker else error
-
-
-def set_up_worker(_worker: int) -> None:
-    """Have a DataLoader worker leave stopping to its rank, and never outlive it.
-
-    A scheduler signals every process of a job. A worker that ended by the signal would fail the step in which its
-    rank wants to save.
-    """
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    die_with_parent()  # elsewhere than on Linux, torch's own watchdog takes seconds
+def _read(dataset: SplitDataset | MixedDataset, collate: Collator, request: Request, room: Room) -> Batch:
+    return collate(dataset.__getitems__(request), room)

@@ -138,7 +138,8 @@ class Engine:
         """Return images of a micro-batch, or the visual tokens that stand for them (`data.features`): all zero."""
         items, px = self.plan.micro_items, self.config.model_px
         if not self.config.data.features:
-            return torch.zeros(items, 3, px, px, dtype=torch.uint8, device=self.device)
+            # In memory as batches are: a graph is compiled for one order of the channels.
+            return torch.zeros(items, px, px, 3, dtype=torch.uint8, device=self.device).permute(0, 3, 1, 2)
         dtype = getattr(torch, features_dtype(self.config))
         width = self.model.head.inner.in_features
         return torch.zeros(items, self.model.visual_tokens, width, dtype=dtype, device=self.device)

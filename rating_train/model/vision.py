@@ -45,8 +45,11 @@ def position_ids(image_px: int, patch: int, pretrained_px: int) -> Tensor:
 
 
 def scale_pixels(images: Tensor) -> Tensor:
-    """Scale uint8 in [0, 255] to float32 in [-1, 1]: by 1/255, then (x - 0.5) / 0.5."""
-    return (images.float() / 255 - 0.5) / 0.5
+    """Scale uint8 in [0, 255] to float32 in [-1, 1]: by 1/255, then (x - 0.5) / 0.5.
+
+    The channels of a batch lie last in memory. They are put first while a value is one byte.
+    """
+    return (images.contiguous().float() / 255 - 0.5) / 0.5
 
 
 def encode_images(backbone: Any, images: Tensor, positions: Tensor) -> Tensor:

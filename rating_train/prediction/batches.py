@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from torch.utils.data import DataLoader
-
-from rating_train.data.loader import iterate, set_up_worker
+from rating_train.data.workers.reading import read_in_workers
 from rating_train.prediction.decode import Decoded, Decoder, Unit, units
 from rating_train.prediction.rows import Row, Rows
 from rating_train.prediction.work_dir import WorkDir
@@ -92,28 +90,4 @@ def decoded_units(decoder: Decoder, todo: Iterator[Unit], workers: int, pinned: 
         workers: number of processes; 0 decodes here.
         pinned: whether the batches are made in pinned memory: for a GPU.
     """
-    loader: DataLoader[Any] = DataLoader(
-        decoder,  # type: ignore[arg-type]
-        batch_size=None,  # a unit is a batch already
-        sampler=_Once(todo),  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=_as_it_is,  # the default would look into it for tensors
-        prefetch_factor=_PREFETCH if workers else None,
-        pin_memory=pinned,
-        worker_init_fn=set_up_worker,
-    )
-    yield from iterate(loader)
-
-
-class _Once:
-    """An iterator as a sampler: the DataLoader takes a unit whenever a worker is free for it."""
-
-    def __init__(self, units: Iterator[Unit]) -> None:
-        self._units = units
-
-    def __iter__(self) -> Iterator[Unit]:
-        return self._units
-
-
-def _as_it_is(decoded: Any) -> Any:
-    return decoded
+    yield from read_in_workers(decoder.decode, todo, workers, _PREFETCH, pinned)

@@ -7,8 +7,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from rating_train.config.task import PAPER, Task
 from rating_train.data.collate import Batch, Collator
+from rating_train.data.workers.shared_blocks import Room, plain_room
 from rating_train.prediction.model import SquareRecipe
 from rating_train.prediction.rows import Row
 from rating_train.prepare.images.choice import ImageCounts, first_usable
@@ -51,6 +54,11 @@ class Decoded:
     reasons: list[str] = field(default_factory=list)
     batch: Batch | None = None
 
+    @property
+    def images(self) -> Tensor | None:
+        """The images of the batch, as :class:`Batch` has them."""
+        return self.batch.images if self.batch else None
+
     def pin_memory(self) -> Decoded:
         """Called by the DataLoader's pinning thread, for copies that overlap with compute."""
         return replace(self, batch=self.batch.pin_memory()) if self.batch else self
@@ -73,7 +81,8 @@ class Decoder:
         self._grey = grey_square(squares.size_px) if task.missing_image == "grey" else None
         self._convert = partial(square_jpeg, size_px=squares.size_px, quality=squares.jpeg_quality)
 
-    def __getitem__(self, unit: Unit) -> Decoded:
+    def decode(self, unit: Unit, room: Room = plain_room) -> Decoded:
+        """Decode a unit; ``room`` gives memory for the images."""
         store = self._store_of(unit)
         samples: list[Mapping[str, Any]] = []
         decoded = Decoded(unit.part, unit.last, [row.id for row in unit.rows])
@@ -86,7 +95,7 @@ class Decoder:
                     reason = f"{e.reason}: {e.detail}"
             decoded.reasons.append(reason)
         if samples:
-            decoded.batch = self._collator(samples)
+            decoded.batch = self._collator(samples, room)
         return decoded
 
     def _sample(self, listing: Listing | None, store: ImageStore | None) -> dict[str, Any]:

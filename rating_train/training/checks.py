@@ -19,7 +19,7 @@ from rating_train.config.resolve import BatchPlan, plan_batch, source_shares
 from rating_train.config.schema import Config
 from rating_train.data.features.identity import read_features
 from rating_train.data.mixture import Mixture
-from rating_train.data.shared_memory_need import batch_bytes
+from rating_train.data.workers.shared_memory_need import batch_bytes
 from rating_train.distributed import world as worlds
 from rating_train.distributed.collectives import all_gather
 from rating_train.distributed.world import World

@@ -18,6 +18,7 @@ from rating_train.data.collate import Collator, decode_square, new_images
 from rating_train.data.features.identity import Features, features_of
 from rating_train.data.prompt import PromptEncoder
 from rating_train.data.tiling.collate import make_collator
+from rating_train.data.workers.shared_blocks import Room, plain_room
 
 
 class FeatureCollator(Collator):
@@ -79,9 +80,9 @@ class ImageCollator:
     def __init__(self, image_px: int) -> None:
         self.image_px = image_px
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> StoredImages:
-        images = new_images(len(samples), 3, self.image_px, self.image_px)
+    def __call__(self, samples: Sequence[Mapping[str, Any]], room: Room = plain_room) -> StoredImages:
+        images = new_images(room, len(samples), self.image_px, self.image_px, 3)
         for image, sample in zip(images, samples):
-            pixels = decode_square(sample["image"], self.image_px, sample["id"])
-            image.copy_(torch.from_numpy(pixels).permute(2, 0, 1))
-        return StoredImages([{name: s[name] for name in s if name != "image"} for s in samples], images)
+            image.copy_(torch.from_numpy(decode_square(sample["image"], self.image_px, sample["id"])))
+        others = [{name: s[name] for name in s if name != "image"} for s in samples]
+        return StoredImages(others, images.permute(0, 3, 1, 2))

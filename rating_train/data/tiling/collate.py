@@ -42,7 +42,7 @@ class TiledCollator(Collator):
 
     @property
     def _image_shape(self) -> tuple[int, ...]:
-        return (self.tiling_px // self.image_px) ** 2 + 1, 3, self.image_px, self.image_px
+        return (self.tiling_px // self.image_px) ** 2 + 1, self.image_px, self.image_px, 3
 
     def _encode(self, samples: Sequence[Mapping[str, Any]]) -> list[EncodedPrompt]:
         sizes = [self._open(s).size for s in samples]  # of the headers
@@ -55,7 +55,10 @@ class TiledCollator(Collator):
             raise _undecodable(sample, e) from e
         tiles = torch.from_numpy(tiles_of(pixels, self.image_px, self.tiling_px))
         image.zero_()
-        image[: len(tiles)].copy_(tiles.permute(0, 3, 1, 2))
+        image[: len(tiles)].copy_(tiles)
+
+    def _as_model_input(self, images: Tensor) -> Tensor:
+        return images.permute(0, 1, 4, 2, 3)
 
     def _open(self, sample: Mapping[str, Any]) -> Image.Image:
         try:

@@ -12,7 +12,7 @@ import pytest
 from rating_train.cluster.node_checks import Report, check_cores, check_shared_memory
 from rating_train.config.load import config_from_dict
 from rating_train.config.schema import Config
-from rating_train.data.shared_memory_need import shared_memory_need
+from rating_train.data.workers.shared_memory_need import shared_memory_need
 from rating_train.distributed.world import World
 
 

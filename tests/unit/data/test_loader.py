@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from rating_train.config.load import config_from_dict
-from rating_train.data import loader, streaming_dataset
+from rating_train.data import streaming_dataset
 from rating_train.data.loader import OpenSplit, TrainingData, _requests, open_evaluation, open_training
 from rating_train.data.order import rank_part
 from rating_train.data.prompt import PromptEncoder, load_tokenizer
 from rating_train.data.streaming_dataset import SplitDataset
+from rating_train.data.workers import reading
 from rating_train.distributed.world import World
 from rating_train.errors import UserError
 from rating_train.shards.mds_read import iter_sampled, read_index
@@ -179,7 +180,7 @@ def test_memory_is_pinned_for_the_device_that_is_used_not_for_one_that_is_there(
             asked.append(options.pop("pin_memory"))
             super().__init__(*args, **options)
 
-    monkeypatch.setattr(loader, "DataLoader", Loader)
+    monkeypatch.setattr(reading, "DataLoader", Loader)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     config = config_from_dict(
         {"data": {"path": str(sharded), "image_px": 64, "text_tokens": 96, "workers": 0}}

@@ -36,9 +36,19 @@ def _loader_bytes(config: Config, items: int, tokens: int) -> int:
     data = config.data
     if data.workers == 0:
         return 0  # batches are made in the training process
-    return batch_bytes(items, config.model_px, tokens, data.tiles_per_side) * (
-        data.workers * data.prefetch_batches + _BATCHES_IN_USE
-    )
+    batches = data.workers * worker_batches(data.workers, data.prefetch_batches)
+    flags = _PAGE_BYTES  # of the blocks, see shared_blocks
+    return batches * batch_bytes(items, config.model_px, tokens, data.tiles_per_side) + flags
+
+
+def worker_batches(workers: int, prefetch: int) -> int:
+    """Batches of one worker that are in shared memory at a time: those that are ready, and its share of those in use.
+
+    Args:
+        workers: number of DataLoader workers of a rank.
+        prefetch: batches that each keeps ready.
+    """
+    return prefetch + -(-_BATCHES_IN_USE // workers)
 
 
 def batch_bytes(items: int, image_px: int, tokens: int, tiles_per_side: int = 0) -> int:

@@ -14,7 +14,7 @@ import pytest
 from rating_train.config.load import config_from_dict
 from rating_train.data.loader import open_evaluation, open_training
 from rating_train.data.prompt import PromptEncoder, load_tokenizer
-from rating_train.data.shared_memory_need import batch_bytes, shared_memory_need
+from rating_train.data.workers.shared_memory_need import batch_bytes, shared_memory_need
 from rating_train.distributed.world import World
 
 
@@ -28,10 +28,10 @@ def test_both_loaders_of_all_ranks_of_a_node_are_counted() -> None:
         {"batch": {"global_items": 64}, "data": {"workers": 8, "prefetch_batches": 4, "image_px": 384}}
     )
     one = batch_bytes(8, 384, 176 + 256)
-    assert shared_memory_need(config, ranks=8, ranks_per_node=4) == 4 * 2 * (8 * 4 + 2) * one
-    assert shared_memory_need(config, ranks=8, ranks_per_node=8) == 8 * 2 * (8 * 4 + 2) * one
+    assert shared_memory_need(config, ranks=8, ranks_per_node=4) == 4 * 2 * (8 * (4 + 1) * one + 4096)
+    assert shared_memory_need(config, ranks=8, ranks_per_node=8) == 8 * 2 * (8 * (4 + 1) * one + 4096)
     small = dataclasses.replace(config, eval=dataclasses.replace(config.eval, micro_items=2))
-    assert shared_memory_need(small, 8, 1) == (8 * 4 + 2) * (one + batch_bytes(2, 384, 176 + 256))
+    assert shared_memory_need(small, 8, 1) == 8 * (4 + 1) * (one + batch_bytes(2, 384, 176 + 256)) + 2 * 4096
     alone = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=0))
     assert shared_memory_need(alone, 8, 8) == 0
 
