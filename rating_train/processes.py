@@ -15,6 +15,7 @@ from typing import Any
 
 _PROC = Path("/proc")
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # mallopt(3)
 
 
 def die_with_parent() -> None:
@@ -43,6 +44,18 @@ def without_collector(freeze: bool = True) -> Iterator[None]:
             gc.freeze()
         if enabled:
             gc.enable()
+
+
+def keep_freed_memory() -> None:
+    """Have malloc keep what is freed, for the next step of a model on the CPU. glibc only.
+
+    A tensor of some MiB would otherwise be mapped for each use, and given back when it is freed. The kernel clears its
+    pages every time: 280,000 of them in a step of the 228M model. What the process takes at its peak stays the same.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never
 
 
 def allow_descriptors() -> tuple[int, int]:

@@ -20,6 +20,7 @@ from rating_train.errors import UserError
 from rating_train.model.accounting import item_cost
 from rating_train.model.architecture import Architecture, read_architecture
 from rating_train.model.cost import visual_tokens
+from rating_train.processes import keep_freed_memory
 from rating_train.scoring.metrics import Scores
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,8 @@ def join_job(timeout_minutes: float = 10.0, wanted: str = "auto") -> tuple[world
     world = worlds.detect()
     logs.set_up(world.rank)
     device = worlds.connect(world, timeout_minutes, wanted)
+    if device.type == "cpu":
+        keep_freed_memory()
     nodes = f", {world.nodes} nodes" if world.nodes > 1 else ""
     on_main(lambda: log.info("%d ranks%s on %s", world.size, nodes, device.type))
     return world, device
