@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rating_train.bench.limits import seconds_of
 from rating_train.bench.result import Row
 from rating_train.model.architecture import Architecture
-from rating_train.model.attention import maskless_attention
+from rating_train.model.attention import attention_by_products, by_products, maskless_attention
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+_PRODUCTS = "products"  # of this project, not torch's
 _CALLS = {"cuda": 50, "cpu": 1}  # of a measurement: a GPU's kernels are shorter than its clock
 
 
@@ -74,32 +76,38 @@ def measure_attention(
     """Time each kernel that takes a shape, forward and (where the tower is trained) backward, as the model calls it.
 
     The kernels take turns, so that a machine whose speed drifts favours none. The limit of each row is the time of the
-    kernel that torch chooses by itself, which is named there.
+    kernel that the model calls on this device, or that torch then chooses, which is named there.
     """
     rows = []
     for shape in shapes:
         inputs = shape.inputs(device, dtype)
-        kernels = {"default": list(KERNELS.values()), **{name: [kernel] for name, kernel in KERNELS.items()}}
-        usable = {name: allowed for name, allowed in kernels.items() if _works(shape, inputs, name, allowed)}
-        seconds: dict[str, list[float]] = {name: [] for name in usable}
+        usable = [name for name in (*KERNELS, _PRODUCTS) if _works(shape, inputs, name)]
+        seconds: dict[str, list[float]] = {name: [] for name in ["default", *usable]}
+        products = shape.trained and by_products(device, dtype == torch.bfloat16)
+        chosen = _PRODUCTS if products else _chosen(shape, inputs)
         for _ in range(rounds):
-            for name, allowed in usable.items():
-                with sdpa_kernel(allowed):
-                    seconds[name].append(_seconds(shape, inputs, device))
+            for name in seconds:
+                with _allowed(name):
+                    kernel = chosen if name == "default" else name
+                    seconds[name].append(_seconds(shape, inputs, device, kernel))
         passes = "forward and backward" if shape.trained else "forward"
-        chosen = f"the default: {_chosen(shape, inputs)}"
         rows += [
-            _row(f"{shape.tower}, {passes}: {name}", found, seconds["default"], chosen)
+            _row(f"{shape.tower}, {passes}: {name}", found, seconds["default"], f"the default: {chosen}")
             for name, found in seconds.items()
         ]
     return rows
 
 
-def _works(shape: Shape, inputs: Sequence[Tensor], name: str, allowed: list[SDPBackend]) -> bool:
-    """Call the kernels that are allowed once; return whether one of them takes the shape."""
+def _allowed(kernel: str) -> AbstractContextManager[None]:
+    """Allow torch one of its kernels alone; all of them where it chooses, or is not asked."""
+    return sdpa_kernel([KERNELS[kernel]] if kernel in KERNELS else list(KERNELS.values()))
+
+
+def _works(shape: Shape, inputs: Sequence[Tensor], name: str) -> bool:
+    """Call a kernel once; return whether it takes the shape."""
     try:
-        with sdpa_kernel(allowed):
-            _call(shape, inputs)
+        with _allowed(name):
+            _call(shape, inputs, name)
     except RuntimeError as e:  # torch's way to say that there is none for this device, dtype or shape
         log.info("%s: no %s kernel here (%s)", shape.tower, name, str(e).splitlines()[0])
         return False
@@ -123,21 +131,22 @@ def _chosen(shape: Shape, inputs: Sequence[Tensor]) -> str:
     return names.get(int(choice), f"back end {int(choice)}")
 
 
-def _seconds(shape: Shape, inputs: Sequence[Tensor], device: torch.device) -> float:
+def _seconds(shape: Shape, inputs: Sequence[Tensor], device: torch.device, kernel: str) -> float:
     """Return the seconds of one call, the mean of several on a GPU."""
     calls = _CALLS.get(device.type, 1)
 
     def run() -> None:
         for _ in range(calls):
-            _call(shape, inputs)
+            _call(shape, inputs, kernel)
 
     return seconds_of(run, device) / calls
 
 
-def _call(shape: Shape, inputs: Sequence[Tensor]) -> None:
+def _call(shape: Shape, inputs: Sequence[Tensor], kernel: str) -> None:
     """Run the attention of one layer, and its backward pass where the tower is trained."""
     query, key, value = inputs
+    attend = attention_by_products if kernel == _PRODUCTS else maskless_attention
     with torch.set_grad_enabled(shape.trained):
-        out, _ = maskless_attention(torch.nn.Module(), query, key, value, None, is_causal=shape.causal)
+        out, _ = attend(torch.nn.Module(), query, key, value, None, is_causal=shape.causal)
     if shape.trained:
         torch.autograd.grad(out, inputs, out)

@@ -25,6 +25,7 @@ from rating_train.engine.gradient_buckets import GradientBuckets
 from rating_train.engine.optimizer import build_optimizer
 from rating_train.engine.step_timer import StepTimer
 from rating_train.errors import UserError
+from rating_train.model.attention import choose_attention
 from rating_train.model.custom_loss import LossFunction
 from rating_train.model.head import dropout_keys
 from rating_train.model.loss import rating_loss
@@ -219,6 +220,7 @@ def build_engine(
             expected="0.19.5 or newer",
             fix="pip install -U deepspeed",
         )
+    choose_attention(model.backbone, device, config.train.precision == "bf16")
     compile_model(model, config.train.compile, lengths)
     groups = param_groups(model, config.optim)
     log.info("optimizer groups\n%s", group_table(model, groups))

@@ -23,6 +23,7 @@ from rating_train.config.lr_schedule import lr_factor
 from rating_train.model.architecture import Architecture, TextArchitecture, VisionArchitecture
 from rating_train.model.loss import rating_loss
 from rating_train.model.param_groups import param_groups
+from rating_train.model.attention import choose_attention
 from rating_train.model.regressor import build_regressor
 
 STEPS, ITEMS, TOKENS, PX, RANKS = 4, 8, 24, 64, 2
@@ -132,7 +133,9 @@ def compare(stage, accumulation, clip, freeze, precision, world, device):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     plan = plan_batch(ITEMS, config.batch.micro_items, world.size)
     data = batches()
-    expected_losses, expected = reference(copy.deepcopy(model), config, data, plan.micro_items)
+    alike = copy.deepcopy(model)
+    choose_attention(alike.backbone, device, precision == "bf16")  # or attention rounds otherwise
+    expected_losses, expected = reference(alike, config, data, plan.micro_items)
     assert plan.ranks == RANKS and plan.accumulation == accumulation
     engine = build_engine(model, config, plan, device)
     losses = []

@@ -55,4 +55,4 @@ def test_the_table_of_a_gpu_in_its_form_for_a_cpu_and_a_slower_run(tmp_path: Pat
         code=1,
     )
     assert "times as fast as from images" in printed and "collation of features" in printed
-    assert "vision, forward: flash" in printed and "the default: flash" in printed
+    assert "vision, forward: flash" in printed and "the default: products" in printed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rating_train.bench.attention import KERNELS, measure_attention, shapes_of
+from rating_train.bench.attention import measure_attention, shapes_of
 from rating_train.model.architecture import KNOWN_ARCHITECTURES
 
 
@@ -22,11 +22,15 @@ def test_every_kernel_that_is_here_is_timed_beside_the_default() -> None:
     architecture = KNOWN_ARCHITECTURES["HuggingFaceTB/SmolVLM2-256M-Video-Instruct"]
     shapes = shapes_of(architecture, 64, 24, 1, ["vision"])
     rows = measure_attention(shapes, torch.device("cpu"), torch.bfloat16, rounds=2)
-    names = [row.name for row in rows]
-    assert names[:3] == [f"vision, forward: {kernel}" for kernel in ("default", "math", "flash")]
-    assert names[3:] == [
-        f"decoder, forward and backward: {kernel}" for kernel in ("default", "math", "flash")
+    kernels = ("default", "math", "flash", "products")
+    assert [row.name for row in rows] == [
+        f"{passes}: {kernel}"
+        for passes in ("vision, forward", "decoder, forward and backward")
+        for kernel in kernels
     ]
-    assert {row.limit_name for row in rows} <= {f"the default: {kernel}" for kernel in KERNELS}
+    assert {row.limit_name for row in rows[:4]} == {"the default: flash"}, "of what is frozen"
+    assert {row.limit_name for row in rows[4:]} == {"the default: products"}
     assert all(row.value > 0 and row.larger_is_better is False for row in rows)
-    assert rows[0].ratio == rows[3].ratio == pytest.approx(1)
+    assert rows[0].ratio == rows[4].ratio == pytest.approx(1)
+    in_fp32 = measure_attention(shapes[1:], torch.device("cpu"), torch.float32, rounds=1)
+    assert {row.limit_name for row in in_fp32} == {"the default: flash"}

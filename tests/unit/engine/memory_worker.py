@@ -54,6 +54,7 @@ def measure(stage: int, precision: str, accumulation: int, checkpointing: bool) 
     from rating_train.engine.activations import LiveBytes
     from rating_train.engine.engine import build_engine
     from rating_train.engine.memory import predict_memory
+    from rating_train.model.attention import ATTENTION
     from rating_train.model.regressor import build_regressor
 
     config = config_from_dict(
@@ -73,6 +74,7 @@ def measure(stage: int, precision: str, accumulation: int, checkpointing: bool) 
     with LiveBytes() as live:
         model = build_regressor(config.model, architecture(), PX, 1, seed=1)
         engine = build_engine(model, config, plan, torch.device("cpu"))
+        model.backbone.set_attn_implementation(ATTENTION)  # as on a GPU, which is what is predicted
         batch = noise_batch(plan.rank_items, model.visual_tokens + TEXT, PX, architecture().text.vocab)
         for step in range(STEPS[stage]):
             live.peak = live.now

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor
 from rating_train.config.schema import ModelConfig
 from rating_train.demo.model import demo_architecture
 from rating_train.model.architecture import Architecture
-from rating_train.model.attention import maskless_attention
+from rating_train.model.attention import attention_by_products, choose_attention, maskless_attention
 from rating_train.model.regressor import RatingRegressor, build_regressor
 
 IMAGE_START, PX, ITEMS, TEXT = 4, 64, 3, 40
@@ -124,7 +124,55 @@ def test_gradients_are_those_with_the_mask_but_for_the_order_of_additions(regres
         assert worst <= 1e-5 * max(1.0, float(gradient.abs().max())), (name, worst)
 
 
-def test_a_mask_is_refused_not_ignored() -> None:
+@pytest.mark.parametrize("attend", [maskless_attention, attention_by_products])
+def test_a_mask_is_refused_not_ignored(attend: Callable[..., Any]) -> None:
     q = torch.zeros(1, 2, 3, 4)
     with pytest.raises(ValueError, match="takes no mask"):
-        maskless_attention(torch.nn.Module(), q, q, q, torch.ones(1, 1, 3, 3, dtype=torch.bool))
+        attend(torch.nn.Module(), q, q, q, torch.ones(1, 1, 3, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("scaling", [None, 0.4])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+def test_products_are_the_same_attention(
+    causal: bool, scaling: float | None, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Outputs and gradients of grouped heads, relative to the largest, against fp64 of the same rounded inputs."""
+    g = torch.Generator().manual_seed(5)
+    shapes = ((2, 6, 21, 8), (2, 2, 21, 8), (2, 2, 21, 8), (2, 21, 6, 8))
+    drawn = [torch.randn(shape, generator=g).to(dtype) for shape in shapes]
+
+    def results(attend: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
+        *inputs, upstream = [t.to(dtype, copy=True) for t in drawn]
+        inputs = [t.requires_grad_() for t in inputs]
+        output, weights = attend(torch.nn.Module(), *inputs, None, scaling=scaling, is_causal=causal)
+        assert weights is None and output.is_contiguous() and output.dtype == dtype
+        return [output, *torch.autograd.grad(output, inputs, upstream)]
+
+    exact = results(maskless_attention, torch.float64)
+    for found, wanted in zip(results(attention_by_products, dtype), exact, strict=True):
+        assert (found.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+def test_a_model_is_trained_by_products_on_a_cpu_in_bf16_alone(
+    regressor: RatingRegressor, calls: list[dict[str, Any]]
+) -> None:
+    model, layers = copy.deepcopy(regressor), architecture().vision.layers + architecture().text.layers
+    choose_attention(model.backbone, torch.device("cpu"), bf16=False)
+    choose_attention(model.backbone, torch.device("cuda"), bf16=True)
+    wanted = model(*batch(model))
+    assert len(calls) == layers
+    calls.clear()
+    choose_attention(model.backbone, torch.device("cpu"), bf16=True)
+    assert torch.allclose(model(*batch(model)), wanted, rtol=0, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(model(*batch(model)), wanted, rtol=0, atol=0.05)
+    assert not calls, "neither tower calls a kernel of torch"
+    with torch.no_grad():
+        assert torch.equal(model(*batch(model)), wanted), "scores are those of every other process"
+    assert len(calls) == layers
+    calls.clear()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("vision" not in name)
+    model(*batch(model)).sum().backward()
+    assert len(calls) == architecture().vision.layers, "a frozen tower, too: as its features are stored"
