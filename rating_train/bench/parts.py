@@ -202,10 +202,13 @@ class Bench:
         self.job.engine.read_skipped(wait=True)
 
     def _train(self, state: TrainState, recorder: Recorder | None) -> tuple[float, float]:
-        """Train on the same batches from the loader: (seconds, of them waiting for data). The first is warm-up."""
+        """Train on the same batches from the loader: (seconds, of them waiting for data). The first is warm-up.
+
+        A step belongs to it: where DataLoader workers are forked, the first write to a page of this process copies it.
+        """
         job, every = self.job, min(self.job.config.train.log_every_steps, self.steps - 1)
         with contextlib.closing(job.data.batches(0, self.steps)) as batches:
-            next(batches)  # when the DataLoader workers have started
+            self._take([next(batches)])
             synchronize(self.device)
             if recorder is not None:
                 recorder.pause()
