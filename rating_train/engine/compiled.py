@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rating_train.errors import UserError
 from rating_train.model.regressor import RatingRegressor
@@ -22,13 +22,16 @@ MOST_LENGTHS = 32
 _GRAPHS_PER_LENGTH = 4
 
 
-def compile_model(model: RatingRegressor, how: str, lengths: Sequence[int]) -> None:
+def compile_model(
+    model: RatingRegressor, how: str, lengths: Sequence[int], backend: str = "inductor"
+) -> None:
     """Mark a model, or its layers, to be compiled at the first call with each length. In place.
 
     Args:
         model: the regressor.
         how: none, blocks or model.
         lengths: all that micro-batches can have, in tokens.
+        backend: of ``torch.compile``; ``aot_eager`` traces both passes and needs no compiler.
 
     Raises:
         UserError: there are too many lengths.
@@ -44,10 +47,14 @@ def compile_model(model: RatingRegressor, how: str, lengths: Sequence[int]) -> N
         )
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, _GRAPHS_PER_LENGTH * len(lengths) + 4)
-    parts: list[nn.Module] = [model] if how == "model" else model.family.blocks(model.backbone)
-    for part in parts:
-        # Not dynamic: kernels for one length are faster, and their number is bounded.
-        part.compile(fullgraph=True, dynamic=False)
+    # Not dynamic: kernels for one length are faster, and their number is bounded.
+    options: Any = {"fullgraph": True, "dynamic": False, "backend": backend}
+    if how == "model":
+        # Not model.compile(): that traces DeepSpeed's hooks too, and again whenever a counter of theirs moves.
+        model.forward = torch.compile(model.forward, **options)  # type: ignore[method-assign]
+        return
+    for layer in model.family.blocks(model.backbone):
+        layer.compile(**options)
 
 
 def warm_up(

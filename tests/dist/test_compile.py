@@ -13,14 +13,16 @@ WORKER = Path(__file__).with_name("compile_worker.py")
 
 
 @pytest.mark.timeout(240)
-def test_compiled_layers_train_as_eager_ones_at_stages_0_1_2(tmp_path: Path, ranks: Ranks) -> None:
+def test_compiled_models_train_as_eager_ones_at_stages_0_1_2(tmp_path: Path, ranks: Ranks) -> None:
     ranks.run(1, WORKER, tmp_path / "rows.json")
     rows = json.loads((tmp_path / "rows.json").read_text())
     for eager, compiled in zip(rows[::2], rows[1::2], strict=True):
-        assert (eager["how"], compiled["how"], eager["stage"]) == ("none", "blocks", compiled["stage"])
+        assert (eager["how"], eager["stage"]) == ("none", compiled["stage"])
         assert eager["graphs"] == 0 and eager["beats"] == []
-        assert compiled["breaks"] == 0
+        assert compiled["breaks"] == compiled["traced_while_training"] == 0
         assert compiled["beats"] == [24, 18]
-        assert compiled["graphs"] == compiled["graphs_of_warm_up"] == 1 + 2, "the vision tower, and the lengths"
+        # Two lengths; where layers are compiled one by one, those of the vision tower have one of their own.
+        graphs = {"blocks": 1 + 2, "model": 2}[compiled["how"]]
+        assert compiled["graphs"] == compiled["graphs_of_warm_up"] == graphs
         for a, b in zip(eager["losses"], compiled["losses"], strict=True):
             assert a == pytest.approx(b, rel=2e-3), (eager, compiled)
