@@ -143,9 +143,8 @@ class Cluster:
 
     def close(self) -> None:
         """Cancel the jobs, end the daemons and whatever of them or of their jobs is left, remove all files."""
-        self.user("scancel", "--user=root", check=False)
         with contextlib.suppress(AssertionError):  # then they are killed below
-            wait_until(lambda: not self.user("squeue", "--noheader", check=False).stdout.strip(), 30, "")
+            self.cancel_all()
         for daemon in reversed(self.daemons):  # munged last
             daemon.terminate()
             try:
@@ -208,6 +207,11 @@ class Cluster:
         finally:
             conf.write_text(before)
             self.user("scontrol", "reconfigure")
+
+    def cancel_all(self) -> None:
+        """Cancel the jobs that are left, and wait until the nodes are free of them."""
+        self.user("scancel", "--user=root", check=False)
+        wait_until(lambda: not self.user("squeue", "--noheader", check=False).stdout.strip(), 30, "no jobs")
 
     def wait_for_requeue(self, job: str, seconds: float = 250) -> None:
         """Wait until a job is back in the queue, and end the two minutes for which Slurm makes it wait there.

@@ -6,7 +6,7 @@ import json
 import re
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -23,6 +23,13 @@ pytestmark = pytest.mark.timeout(900)
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
 SLURM = REPO / "slurm"
 LONG = {"epochs": 400, "stop_check_steps": 2, "save_every_steps": 0}
+
+
+@pytest.fixture(autouse=True)
+def free_nodes(cluster: Cluster) -> Iterator[None]:
+    """What a failed test leaves in the queue does not take the nodes of the next one."""
+    yield
+    cluster.cancel_all()
 
 
 @pytest.fixture
@@ -48,7 +55,7 @@ def saved_step(run: Path) -> int:
 
 def test_signals_and_requeues_leave_no_trace_in_a_run(cluster: Cluster, config: Callable[..., Path]) -> None:
     """One job is left alone; its twin gets USR1, then `scontrol requeue`: same losses, same ids, bit for bit."""
-    steps = 50
+    steps = 100
     plain, broken = config("plain", max_steps=steps), config("broken", max_steps=steps)
     a, b = cluster.folder / "runs" / "plain", cluster.folder / "runs" / "broken"
     first = cluster.sbatch(*TWO_NODES, "--output=plain.log", SLURM / "train.sbatch", plain)
@@ -148,7 +155,8 @@ def test_mistakes_and_crashes(cluster: Cluster, config: Callable[..., Path]) -> 
     run, log = cluster.folder / "runs" / "crash", cluster.folder / "crash.log"
     crashing = config("crash", max_steps=100_000, save_every_steps=60)
     job = cluster.sbatch(f"--output={log}", SLURM / "train.sbatch", crashing)
-    wait_for_step(cluster, run, 61)
+    # Not a step: the files of a checkpoint are written while the next steps are taken.
+    wait_until((run / "checkpoints" / "latest.json").is_file, 250, "a checkpoint", cluster.logs)
     kill_ranks(cluster, job)
     cluster.wait_for_requeue(job)
     assert "requeued 1 of at most 20: crashed with exit code 137, after it had saved" in log.read_text()
