@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rating_train.data.collate import decode_square
+from rating_train.data.decode import decode_square
 
 #: Sides of the square matrices whose product is timed: large enough for each device's best rate.
 _CUDA_SIDE, _CPU_SIDE = 8192, 1024

@@ -6,8 +6,6 @@ Legend: B items, S pixels per side, T tokens.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import io
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from rating_train.data.decode import STORED_FORMATS, decode_square
 from rating_train.data.lengths import cut_length, longest_first
 from rating_train.data.prompt import EncodedPrompt, PromptEncoder
 from rating_train.data.workers.shared_blocks import Room, plain_room
@@ -26,9 +24,6 @@ from rating_train.shards.titles import product_group
 
 _TENSORS = ("images", "input_ids", "used_tokens", "ratings", "rating_counts", "id_hashes")
 _LISTS = ("ids", "categories", "groups", "text_chars", "lengths")
-
-#: All that ``prepare`` stores.
-STORED_FORMATS = ("JPEG",)
 
 
 @dataclass
@@ -179,52 +174,9 @@ class Collator:
 
     def _fill(self, image: Tensor, sample: Mapping[str, Any]) -> None:
         """Decode a sample's image into its place, (S, S, 3) uint8."""
-        pixels = decode_square(sample["image"], self.image_px, sample["id"], self.formats)
-        image.copy_(torch.from_numpy(pixels))
+        decode_square(sample["image"], self.image_px, sample["id"], self.formats, out=image.numpy())
 
 
 def new_images(room: Room, *shape: int) -> Tensor:
     """Return a tensor of a shape, uint8, in the memory that ``room`` gives."""
     return room(math.prod(shape)).view(shape)
-
-
-def decode_square(
-    content: bytes, size_px: int, item_id: str, formats: tuple[str, ...] = STORED_FORMATS
-) -> np.ndarray:
-    """Decode an image to (S, S, 3) uint8 pixels, resized bilinearly without keeping the aspect ratio if needed.
-
-    Args:
-        content: bytes of a stored image.
-        size_px: S.
-        item_id: named in errors.
-        formats: what it may be. Pillow would otherwise run any of its decoders, as the first bytes ask for.
-
-    Raises:
-        ValueError: the bytes are not such an image; the message names the item.
-    """
-    try:
-        image: Image.Image = Image.open(io.BytesIO(content), formats=formats)  # its header alone
-        if image.size != (size_px, size_px):
-            image = image.convert("RGB").resize((size_px, size_px), Image.Resampling.BILINEAR)
-        elif image.format == "JPEG" and image.mode == "RGB" and (decode := _jpeg_decoder()) is not None:
-            pixels: Tensor = decode(torch.frombuffer(bytearray(content), dtype=torch.uint8))  # (3, S, S)
-            return pixels.permute(1, 2, 0).numpy()
-        return np.asarray(image.convert("RGB") if image.mode != "RGB" else image)
-    except (OSError, SyntaxError, RuntimeError) as e:
-        raise ValueError(f"the stored image of item {item_id!r} cannot be decoded: {e}") from e
-
-
-@functools.cache
-def _jpeg_decoder() -> Callable[[Tensor], Tensor] | None:
-    """Return torchvision's decoder, where it has one: the same pixels as Pillow's in two thirds of the time.
-
-    Both call libjpeg-turbo with its exact inverse transform. What has another size, mode or format goes through Pillow.
-    The operator is called directly: the function around it warns at every call.
-    """
-    try:
-        import torchvision.io  # noqa: F401  registers the operator
-
-        operator = torch.ops.image.decode_jpeg
-    except (ImportError, AttributeError, RuntimeError, OSError):
-        return None
-    return lambda content: operator(content, 0, False)  # channels as stored, no rotation by Exif

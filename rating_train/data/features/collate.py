@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rating_train.config.schema import DataConfig, SourceConfig
-from rating_train.data.collate import Collator, decode_square, new_images
+from rating_train.data.collate import Collator, new_images
+from rating_train.data.decode import decode_square
 from rating_train.data.features.identity import Features, features_of
 from rating_train.data.prompt import PromptEncoder
 from rating_train.data.tiling.collate import make_collator
@@ -83,6 +84,6 @@ class ImageCollator:
     def __call__(self, samples: Sequence[Mapping[str, Any]], room: Room = plain_room) -> StoredImages:
         images = new_images(room, len(samples), self.image_px, self.image_px, 3)
         for image, sample in zip(images, samples):
-            image.copy_(torch.from_numpy(decode_square(sample["image"], self.image_px, sample["id"])))
+            decode_square(sample["image"], self.image_px, sample["id"], out=image.numpy())
         others = [{name: s[name] for name in s if name != "image"} for s in samples]
         return StoredImages(others, images.permute(0, 3, 1, 2))

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rating_train.data.collate import STORED_FORMATS, Collator
+from rating_train.data.collate import Collator
+from rating_train.data.decode import STORED_FORMATS
 from rating_train.data.prompt import EncodedPrompt, PromptEncoder
 from rating_train.data.tiling.prompt import TiledPromptEncoder
 from rating_train.data.tiling.tiles import grid_of, tiles_of

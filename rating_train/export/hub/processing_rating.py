@@ -12,7 +12,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
-from rating_train.data.collate import decode_square
+from rating_train.data.decode import decode_square
 from rating_train.data.prompt import END, IMAGE_TOKEN, PAD_TOKEN, SPECIAL_TOKENS, PromptEncoder, PromptWords
 from rating_train.prepare.images.square import square_file
 from rating_train.prepare.records.listing import plain_text

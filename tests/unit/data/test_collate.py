@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rating_train.data.collate import Batch, Collator, decode_square
+from rating_train.data.collate import Batch, Collator
 from rating_train.data.prompt import PromptEncoder, load_tokenizer
 from rating_train.demo.tokenizer import make_tokenizer
 
@@ -110,81 +110,6 @@ def test_moving_a_batch_keeps_every_value_and_the_original(batch: Batch) -> None
     meta = batch.to(torch.device("meta"))
     assert all(getattr(meta, name).device.type == "meta" for name in TENSORS)
     assert meta.ids == batch.ids and batch.images.device.type == "cpu"
-
-
-def test_an_image_of_the_right_size_is_decoded_and_not_resampled() -> None:
-    data = jpeg()
-    pixels = decode_square(data, S, "a")
-    assert pixels.shape == (S, S, 3) and pixels.dtype == np.uint8
-    assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(data))))
-
-
-@pytest.mark.parametrize("subsampling", [0, 1, 2])
-@pytest.mark.parametrize("progressive", [False, True])
-def test_the_faster_decoder_gives_the_pixels_of_pillow(subsampling: int, progressive: bool) -> None:
-    out = io.BytesIO()
-    noise = np.random.default_rng(subsampling).integers(0, 256, size=(S, S, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(out, "JPEG", quality=90, subsampling=subsampling, progressive=progressive)
-    assert np.array_equal(decode_square(out.getvalue(), S, "a"), np.asarray(Image.open(out)))
-
-
-@pytest.mark.parametrize("stored", [12, 48, 33])
-def test_an_image_of_another_size_is_resized_bilinearly(stored: int) -> None:
-    data = jpeg(stored)
-    pixels = decode_square(data, S, "a")
-    expected = Image.open(io.BytesIO(data)).resize((S, S), Image.Resampling.BILINEAR)
-    assert pixels.shape == (S, S, 3)
-    assert np.array_equal(pixels, np.asarray(expected))
-    assert np.abs(pixels.astype(float).mean() - np.asarray(Image.open(io.BytesIO(data))).mean()) < 6
-
-
-@pytest.mark.parametrize("size", [S, 30])
-@pytest.mark.parametrize("mode", ["L", "CMYK"])
-def test_an_image_of_another_mode_becomes_rgb(mode: str, size: int) -> None:
-    assert decode_square(jpeg(size, mode=mode), S, "a").shape == (S, S, 3)
-
-
-@pytest.mark.parametrize("size", [S, 40])
-@pytest.mark.parametrize("damage", ["empty", "text", "head only", "half", "a torn png", "a broken png"])
-def test_a_corrupt_image_is_an_error_that_names_the_item(damage: str, size: int) -> None:
-    intact = jpeg(size)
-    png = io.BytesIO()
-    Image.open(io.BytesIO(intact)).save(png, "PNG")
-    content = {
-        "empty": b"",
-        "text": b"<html>not here</html>",
-        "head only": intact[:60],
-        "half": intact[: len(intact) // 2],
-        "a torn png": png.getvalue()[:-30],
-        "a broken png": png.getvalue().replace(b"IDAT", b"I\0AT", 1),
-    }[damage]
-    with pytest.raises(ValueError, match="item 'B00-7'"):
-        decode_square(content, S, "B00-7")
-
-
-@pytest.mark.parametrize("stored", ["PNG", "GIF", "TIFF", "BMP", "PPM"])
-def test_an_image_that_prepare_does_not_store_meets_no_decoder(stored: str) -> None:
-    other = io.BytesIO()
-    Image.open(io.BytesIO(jpeg())).save(other, stored)
-    with pytest.raises(ValueError, match="item 'B00-7'"):
-        decode_square(other.getvalue(), S, "B00-7")
-    if stored == "PNG":  # what a picture from memory becomes for scoring
-        assert decode_square(other.getvalue(), S, "B00-7", ("JPEG", "PNG")).shape == (S, S, 3)
-
-
-def test_any_changed_byte_gives_pixels_or_an_error_that_names_the_item() -> None:
-    intact = jpeg()
-    rng = np.random.default_rng(11)
-    refused = 0
-    for position in rng.choice(len(intact), size=min(600, len(intact)), replace=False):
-        content = bytearray(intact)
-        content[position] ^= int(rng.integers(1, 256))
-        try:
-            assert decode_square(bytes(content), S, "B00-7").shape == (S, S, 3)
-        except ValueError as e:
-            assert "B00-7" in str(e)
-            refused += 1
-    assert refused > 0
 
 
 def test_one_corrupt_image_among_good_ones_names_the_right_item(prompt: PromptEncoder) -> None:
