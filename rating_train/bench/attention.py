@@ -145,8 +145,10 @@ def _seconds(shape: Shape, inputs: Sequence[Tensor], device: torch.device, kerne
 def _call(shape: Shape, inputs: Sequence[Tensor], kernel: str) -> None:
     """Run the attention of one layer, and its backward pass where the tower is trained."""
     query, key, value = inputs
-    attend = attention_by_products if kernel == _PRODUCTS else maskless_attention
     with torch.set_grad_enabled(shape.trained):
-        out, _ = attend(torch.nn.Module(), query, key, value, None, is_causal=shape.causal)
+        if kernel == _PRODUCTS:
+            out = attention_by_products(query, key, value, shape.causal)
+        else:
+            out, _ = maskless_attention(torch.nn.Module(), query, key, value, None, is_causal=shape.causal)
     if shape.trained:
         torch.autograd.grad(out, inputs, out)

@@ -49,11 +49,18 @@ def by_products(device: torch.device, bf16: bool) -> bool:
 
 
 def _trained_by_products(
-    module: nn.Module, query: Tensor, *arguments: Any, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Take the products where gradients are wanted. Scores, and what is frozen, round as everywhere else."""
-    attend = attention_by_products if query.requires_grad else maskless_attention
-    return attend(module, query, *arguments, **options)
+    if not query.requires_grad or attention_mask is not None or options.get("dropout"):
+        return maskless_attention(module, query, key, value, attention_mask, **options)
+    causal = _sees_no_later(module, options.get("is_causal"))
+    return attention_by_products(query, key, value, causal, options.get("scaling")), None
 
 
 def maskless_attention(
@@ -88,7 +95,10 @@ def maskless_attention(
     Raises:
         ValueError: a mask is given.
     """
-    _refuse_mask(attention_mask)
+    if attention_mask is not None:
+        raise ValueError(
+            f"{ATTENTION} takes no mask: causal attention over right-padded sequences needs none"
+        )
     output = torch.nn.functional.scaled_dot_product_attention(
         query,
         key,
@@ -102,24 +112,22 @@ def maskless_attention(
 
 
 def attention_by_products(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attend as :func:`maskless_attention` does, with matrix products in the dtype of ``value``.
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float | None = None
+) -> Tensor:
+    """Attend with matrix products in the dtype of ``value``.
 
     In bf16 the products of queries and keys are rounded before the softmax, as in the eager attention of
     ``transformers``; a flash kernel keeps them in fp32. Takes memory for T x T weights of each head and layer.
 
-    Args, Returns, Raises: as of :func:`maskless_attention`.
+    Args:
+        query: (B, N, T, d).
+        key, value: (B, K, T, d); each head serves N / K query heads.
+        causal: whether a token sees no later one.
+        scaling: factor of the products; 1 / sqrt(d) where it is ``None``.
+
+    Returns:
+        (B, T, N, d), in the dtype of ``value``.
     """
-    _refuse_mask(attention_mask)
     items, heads, tokens, width = query.shape
     groups, dtype = key.shape[1], value.dtype
     scale = width**-0.5 if scaling is None else scaling
@@ -127,20 +135,12 @@ def attention_by_products(
         # The heads that share a key head are rows of one product.
         rows = (query * scale).to(dtype).reshape(items, groups, heads // groups * tokens, width)
         products = rows @ key.to(dtype).transpose(-1, -2)  # (B, K, N / K * T, T)
-        if _sees_no_later(module, is_causal):
+        if causal:
             later = torch.full((tokens, tokens), float("-inf"), dtype=dtype, device=query.device).triu(1)
             products = (products.view(items, groups, -1, tokens, tokens) + later).view(products.shape)
-        weights = torch.nn.functional.dropout(torch.softmax(products, dim=-1), dropout)
-        output = (weights @ value).view(items, heads, tokens, width)
-    return output.transpose(1, 2).contiguous(), None
+        output = (torch.softmax(products, dim=-1) @ value).view(items, heads, tokens, width)
+    return output.transpose(1, 2).contiguous()
 
 
 def _sees_no_later(module: nn.Module, is_causal: bool | None) -> bool:
     return bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
-
-
-def _refuse_mask(attention_mask: Tensor | None) -> None:
-    if attention_mask is not None:
-        raise ValueError(
-            f"{ATTENTION} takes no mask: causal attention over right-padded sequences needs none"
-        )

@@ -15,7 +15,11 @@ from torch import Tensor
 from rating_train.config.schema import ModelConfig
 from rating_train.demo.model import demo_architecture
 from rating_train.model.architecture import Architecture
-from rating_train.model.attention import attention_by_products, choose_attention, maskless_attention
+from rating_train.model.attention import (
+    _trained_by_products,
+    choose_attention,
+    maskless_attention,
+)
 from rating_train.model.regressor import RatingRegressor, build_regressor
 
 IMAGE_START, PX, ITEMS, TEXT = 4, 64, 3, 40
@@ -124,9 +128,9 @@ def test_gradients_are_those_with_the_mask_but_for_the_order_of_additions(regres
         assert worst <= 1e-5 * max(1.0, float(gradient.abs().max())), (name, worst)
 
 
-@pytest.mark.parametrize("attend", [maskless_attention, attention_by_products])
+@pytest.mark.parametrize("attend", [maskless_attention, _trained_by_products])
 def test_a_mask_is_refused_not_ignored(attend: Callable[..., Any]) -> None:
-    q = torch.zeros(1, 2, 3, 4)
+    q = torch.zeros(1, 2, 3, 4, requires_grad=True)
     with pytest.raises(ValueError, match="takes no mask"):
         attend(torch.nn.Module(), q, q, q, torch.ones(1, 1, 3, 3, dtype=torch.bool))
 
@@ -150,7 +154,7 @@ def test_products_are_the_same_attention(
         return [output, *torch.autograd.grad(output, inputs, upstream)]
 
     exact = results(maskless_attention, torch.float64)
-    for found, wanted in zip(results(attention_by_products, dtype), exact, strict=True):
+    for found, wanted in zip(results(_trained_by_products, dtype), exact, strict=True):
         assert (found.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
