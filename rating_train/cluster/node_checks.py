@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import platform
@@ -143,11 +144,19 @@ def seen(path: Path, content: str, deadline: float) -> bool:
         time.sleep(0.2)
 
 
+def _shared_memory_need(config: Config, world: worlds.World) -> int:
+    try:
+        return shared_memory_need(config, world.size, world.local_size)
+    except UserError:  # features that cannot be read, which training says; an image takes more than they do
+        images = dataclasses.replace(config, data=dataclasses.replace(config.data, features=""))
+        return shared_memory_need(images, world.size, world.local_size)
+
+
 def check_shared_memory(report: Report, world: worlds.World, config: Config | None) -> None:
     """Check that /dev/shm of every node holds the batches that DataLoader workers keep ready."""
     needed, why = LEAST_SHARED_MEMORY_GIB, "as no configuration was given"
     if config is not None:
-        needed = shared_memory_need(config, world.size, world.local_size) / 2**30
+        needed = _shared_memory_need(config, world) / 2**30
         why = (
             f"for data.workers={config.data.workers} and data.prefetch_batches={config.data.prefetch_batches} "
             f"of {world.local_size} ranks"

@@ -17,9 +17,8 @@ from rating_train.checkpoint.resume import named_checkpoint
 from rating_train.config.phases import check_stages, stage_configs
 from rating_train.config.resolve import BatchPlan, plan_batch, source_shares
 from rating_train.config.schema import Config
-from rating_train.data.features.identity import read_features
 from rating_train.data.mixture import Mixture
-from rating_train.data.workers.shared_memory_need import batch_bytes
+from rating_train.data.workers.shared_memory_need import batch_bytes, image_bytes
 from rating_train.distributed import world as worlds
 from rating_train.distributed.collectives import all_gather
 from rating_train.distributed.world import World
@@ -264,10 +263,7 @@ def check_memory(
         UserError: with the estimate, the memory that is there, and what to change.
     """
     tokens = (config.data.text_tokens if config.model_fields else 0) + visual
-    data = config.data
-    stored = read_features(data.features).item_bytes if data.features else 0  # in place of an image
-    host = batch_bytes(plan.rank_items, 0 if stored else config.model_px, tokens, data.tiles_per_side)
-    host += plan.rank_items * stored
+    host = batch_bytes(plan.rank_items, image_bytes(config), tokens)
     available = available_memory() // world.local_size
     if host > available:
         raise UserError(
@@ -286,7 +282,7 @@ def check_memory(
             freeze=phase.model.freeze,
             bf16=config.train.precision == "bf16",
             gradient_checkpointing=config.model.gradient_checkpointing,
-            tiles_per_side=data.tiles_per_side,
+            tiles_per_side=config.data.tiles_per_side,
         )
         for phase in stage_configs(config)
     )

@@ -1,4 +1,4 @@
-"""How much shared memory a configuration's DataLoaders need: pure, for checks before a job starts. Imports no torch.
+"""How much shared memory a configuration's DataLoaders need, for checks before a job starts. Imports no torch.
 
 A DataLoader worker hands a batch over in /dev/shm, one block per tensor. Containers often have 64 MiB there, and a
 worker that finds it full dies of SIGBUS in the middle of training.
@@ -7,6 +7,7 @@ worker that finds it full dies of SIGBUS in the middle of training.
 from __future__ import annotations
 
 from rating_train.config.schema import Config
+from rating_train.data.features.identity import read_features
 
 _PAGE_BYTES = 4096
 #: Beside the prefetched batches: the one in use, and the one that follows it while the loop still holds the first.
@@ -38,7 +39,7 @@ def _loader_bytes(config: Config, items: int, tokens: int) -> int:
         return 0  # batches are made in the training process
     batches = data.workers * worker_batches(data.workers, data.prefetch_batches)
     flags = _PAGE_BYTES  # of the blocks, see shared_blocks
-    return batches * batch_bytes(items, config.model_px, tokens, data.tiles_per_side) + flags
+    return batches * batch_bytes(items, image_bytes(config), tokens) + flags
 
 
 def worker_batches(workers: int, prefetch: int) -> int:
@@ -51,17 +52,27 @@ def worker_batches(workers: int, prefetch: int) -> int:
     return prefetch + -(-_BATCHES_IN_USE // workers)
 
 
-def batch_bytes(items: int, image_px: int, tokens: int, tiles_per_side: int = 0) -> int:
+def image_bytes(config: Config) -> int:
+    """Return the bytes of an item's images in a batch, or of the visual tokens that stand for them.
+
+    Raises:
+        UserError: `data.features` cannot be read.
+    """
+    if config.data.features:
+        return read_features(config.data.features).item_bytes
+    return 3 * config.model_px**2 * (config.data.tiles_per_side**2 + 1)
+
+
+def batch_bytes(items: int, images: int, tokens: int) -> int:
     """Bytes of a batch's tensors in shared memory, each rounded up to pages (see ``collate.Batch``).
 
     Args:
         items: B.
-        image_px: side of the image, in pixels.
+        images: bytes of an item's images.
         tokens: T, text and visual tokens of an item.
-        tiles_per_side: with tiling, the most tiles beside or above one another.
     """
     item = {
-        "images": 3 * image_px**2 * (tiles_per_side**2 + 1),
+        "images": images,
         "input_ids": 8 * tokens,
         "used_tokens": 8,
         "ratings": 4,
