@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import platform
 import tempfile
@@ -21,6 +22,8 @@ from rating_train.shards.task import with_task_of_data
 from rating_train.training import setup
 from rating_train.training.checks import make_run_folder
 from rating_train.training.job import assemble_job, open_checkpoints
+
+log = logging.getLogger(__name__)
 
 #: Synthetic listings for each item of a global batch, and at least.
 _LISTINGS_PER_ITEM, _LEAST_LISTINGS = 4, 64
@@ -49,6 +52,7 @@ def run_bench(
         on_main(lambda: make_run_folder(run))
         checkpointer = open_checkpoints(measured, run, world)
         job = assemble_job(measured, run, world, device, checkpointer, None)
+        job.engine.warm_up(lambda length: log.info("compiling for %d tokens", length))
         bench = Bench(job, rounds, steps + 1 if "train" in parts else steps)
         rows = [row for part in parts for row in getattr(bench, part)()]
         all_gather(None)  # all ranks are done with the folder
