@@ -29,6 +29,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parents[1]
+_TRIES = 2  # a rank of the Trainer aborted once at its end, when its peer had closed the connection
 
 
 def launch(args: argparse.Namespace, command: list[str], extra: dict[str, str] | None = None) -> str:
@@ -50,12 +51,15 @@ def launch(args: argparse.Namespace, command: list[str], extra: dict[str, str] |
         "--standalone",
         f"--nproc-per-node={args.ranks}",
     ]
-    done = subprocess.run(
-        [*torchrun, *command], env=env, capture_output=True, text=True, timeout=args.timeout
-    )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return done.stdout
+    for _ in range(_TRIES):
+        done = subprocess.run(
+            [*torchrun, *command], env=env, capture_output=True, text=True, timeout=args.timeout
+        )
+        if not done.returncode:
+            return done.stdout
+        said = f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        print(said, file=sys.stderr, flush=True)
+    raise SystemExit(said)
 
 
 def peer(args: argparse.Namespace, script: str, *words: str) -> float:
