@@ -14,7 +14,7 @@ import time
 
 from rating_train.data.collate import Collator
 from rating_train.data.prompt import PromptEncoder, load_tokenizer
-from rating_train.data.streaming_dataset import Request, SplitDataset
+from rating_train.data.samples.streaming_dataset import Request, SplitDataset
 
 BATCH, VISUAL_TOKENS, TEXT_TOKENS, FIELD_CHARS = 16, 36, 176, 100
 

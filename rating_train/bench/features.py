@@ -17,7 +17,7 @@ from rating_train.bench.result import Row
 from rating_train.data.collate import Batch, Collator
 from rating_train.data.features.collate import FeatureCollator
 from rating_train.data.features.identity import Features
-from rating_train.data.streaming_dataset import Request
+from rating_train.data.samples.streaming_dataset import Request
 from rating_train.errors import UserError
 from rating_train.training.job import Job
 from rating_train.training.predictor import frozen_visual_tokens

@@ -20,7 +20,7 @@ from rating_train.bench.result import Row
 from rating_train.checkpoint.state import TrainState
 from rating_train.config.schema import PARTS as SECTIONS
 from rating_train.data.collate import Batch
-from rating_train.data.streaming_dataset import Request
+from rating_train.data.samples.streaming_dataset import Request
 from rating_train.engine.step_timer import StepTimer
 from rating_train.training.job import Job
 from rating_train.training.meters import Work, WorkCounter

@@ -18,13 +18,13 @@ from rating_train.config.schema import DataConfig, SourceConfig
 from rating_train.data.collate import Batch, Collator
 from rating_train.data.features.collate import collator_of
 from rating_train.data.features.identity import check_features, features_of, refuse_features
-from rating_train.data.mixed_dataset import MixedDataset
 from rating_train.data.mixture import Mixture, mixed_epoch, source_seed
 from rating_train.data.order import FirstReads, Ids, SampleOrder, evaluation_batches, rank_part
 from rating_train.data.prompt import PromptEncoder
-from rating_train.data.remote import Source
+from rating_train.data.samples.mixed_dataset import MixedDataset
+from rating_train.data.samples.remote import Source
+from rating_train.data.samples.streaming_dataset import Request, SplitDataset, fetch_split
 from rating_train.data.shuffle import shuffled_epoch
-from rating_train.data.streaming_dataset import Request, SplitDataset, fetch_split
 from rating_train.data.workers.reading import read_in_workers
 from rating_train.data.workers.shared_blocks import Room
 from rating_train.distributed.collectives import all_gather, on_main

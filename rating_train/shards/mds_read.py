@@ -1,7 +1,7 @@
 """Read MDS shards in plain Python, to inspect and check a dataset without torch.
 
-Training reads through streaming (``data/streaming_dataset.py``). This is a second, independent reader: ``verify`` and
-the report see what is in the files, not what a library makes of them.
+Training decodes through streaming (``data/samples/streaming_dataset.py``). This is a second, independent reader:
+``verify`` and the report see what is in the files, not what a library makes of them.
 
 A shard is ``uint32 count``, then ``uint32 offset`` for each sample and one for the end, then the index entry as
 JSON, then the samples. A sample is a ``uint32 size`` for each column without a fixed one, then all values. Everything

@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 
 from rating_train.config.load import config_from_dict
-from rating_train.data.remote import Source
+from rating_train.data.samples.remote import Source
 from rating_train.data.loader import _requests
 from rating_train.data.order import FirstReads
-from rating_train.data.streaming_dataset import SplitDataset, fetch_split
+from rating_train.data.samples.streaming_dataset import SplitDataset, fetch_split
 from rating_train.errors import UserError
 from tests.conftest import Ranks
 from tests.helpers.runs import losses

@@ -45,7 +45,7 @@ SAME_LAYER = {
 
 #: Dependency -> the only modules that may import it (a trailing dot opens a whole package).
 ADAPTERS: dict[str, tuple[str, ...]] = {
-    "streaming": ("data.streaming_dataset",),
+    "streaming": ("data.samples.streaming_dataset",),
     "deepspeed": ("engine.", "checkpoint.deepspeed_io"),
     "transformers": (
         "model.attention",
@@ -74,7 +74,7 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
 #: through others: a login node runs them.
 TORCH_FREE = (
     "cli errors files log processes run_dir commands. config. demo. prepare. reports. resilience.run_lock "
-    "scoring. shards. cluster.site cluster.submission checkpoint.store data.remote data.shard_cache "
+    "scoring. shards. cluster.site cluster.submission checkpoint.store data.samples.remote data.samples.shard_cache "
     "data.lengths data.features.identity data.workers.shared_memory_need model.architecture model.cost "
     "distributed.gpus training.provenance export.options prediction.options prediction.output prediction.rows "
     "prediction.work_dir bench.result evaluation.baselines evaluation.gate evaluation.stored evaluation.text "

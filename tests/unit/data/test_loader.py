@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from rating_train.config.load import config_from_dict
-from rating_train.data import streaming_dataset
 from rating_train.data.loader import OpenSplit, TrainingData, _requests, open_evaluation, open_training
 from rating_train.data.order import rank_part
 from rating_train.data.prompt import PromptEncoder, load_tokenizer
-from rating_train.data.streaming_dataset import SplitDataset
+from rating_train.data.samples import streaming_dataset
+from rating_train.data.samples.streaming_dataset import SplitDataset
 from rating_train.data.workers import reading
 from rating_train.distributed.world import World
 from rating_train.errors import UserError

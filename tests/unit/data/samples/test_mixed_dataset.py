@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from rating_train.config.load import config_from_dict
-from rating_train.data import streaming_dataset
 from rating_train.data.loader import OpenSplit, TrainingData, open_training
-from rating_train.data.mixed_dataset import MixedDataset
 from rating_train.data.order import rank_part
 from rating_train.data.prompt import PromptEncoder, load_tokenizer
-from rating_train.data.streaming_dataset import Request, SplitDataset
+from rating_train.data.samples import streaming_dataset
+from rating_train.data.samples.mixed_dataset import MixedDataset
+from rating_train.data.samples.streaming_dataset import Request, SplitDataset
 from rating_train.distributed.world import World
 from rating_train.errors import UserError
 from rating_train.shards.mds_read import iter_sampled, read_index

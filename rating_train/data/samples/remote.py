@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rating_train.data.shard_cache import PART, Download, is_live, locked, remove_part
+from rating_train.data.samples.shard_cache import PART, Download, is_live, locked, remove_part
 from rating_train.errors import UserError
 from rating_train.files import sha256_file
 from rating_train.shards.manifest import check_index, read_manifest

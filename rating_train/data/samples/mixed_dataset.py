@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from rating_train.data.order import Ids
-from rating_train.data.streaming_dataset import Request, SplitDataset
+from rating_train.data.samples.streaming_dataset import Request, SplitDataset
 
 
 class MixedDataset(Dataset[dict[str, Any]]):

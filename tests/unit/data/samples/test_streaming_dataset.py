@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from streaming import MDSWriter
 
-from rating_train.data import streaming_dataset
-from rating_train.data.streaming_dataset import Request, SplitDataset
+from rating_train.data.samples import streaming_dataset
+from rating_train.data.samples.streaming_dataset import Request, SplitDataset
 from rating_train.demo.catalogue import make_catalogue
 from rating_train.errors import UserError
 from rating_train.files import sha256_file
@@ -198,6 +198,7 @@ def test_a_file_system_that_fails_for_a_moment_is_waited_for(
     path = shard(data)
     dataset = SplitDataset(data, "train")
     expected = dataset[3]
+    dataset.close()
     path.rename(path.with_suffix(".moved"))
     path.mkdir()
 
@@ -214,6 +215,7 @@ def test_a_file_system_that_fails_for_a_moment_is_waited_for(
 
     monkeypatch.setattr(streaming_dataset.time, "sleep", sleep)
     assert dataset[3] == expected and len(waited) == 3
+    dataset.close()
     path.rename(path.with_suffix(".moved"))
     path.mkdir()
     monkeypatch.setattr(streaming_dataset.time, "sleep", waited.append)

@@ -1,12 +1,13 @@
 """Samples of a split by id, read from MDS shards through MosaicML Streaming.
 
-Of streaming, only public parts are used: the map-style ``LocalDataset`` reads what is on disk, and its downloaders copy
-what is not. Which samples are read, and in which order, is decided in :mod:`.order`; a DataLoader worker is told with
-each batch. So there is no state that is shared between processes.
+Of streaming, only public parts are used: the map-style ``LocalDataset`` knows the shards and decodes their samples, and
+streaming's downloaders copy what is not on disk. Which samples are read, and in which order, is decided in
+:mod:`..order`; a DataLoader worker is told with each batch. So there is no state that is shared between processes.
 
-Two things that streaming leaves out are done here. It checks no local shard: here each is hashed before it is first
-used (:class:`.order.FirstReads` says by which rank). And ``LocalDataset`` unpickles what a shard's columns ask for:
-here other columns than those of :data:`~rating_train.shards.schema.MDS_COLUMNS` are refused.
+Three things that streaming leaves out are done here. It opens a shard for each sample: here files stay open
+(:mod:`.open_shards`). It checks no local shard: here each is hashed before it is first used
+(:class:`..order.FirstReads` says by which rank). And it unpickles what a shard's columns ask for: here other columns
+than those of :data:`~rating_train.shards.schema.MDS_COLUMNS` are refused.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from streaming import LocalDataset
 from streaming.base.storage import CloudDownloader
 from torch.utils.data import Dataset
 
-from rating_train.data import remote
 from rating_train.data.order import Ids
-from rating_train.data.remote import Source
-from rating_train.data.shard_cache import Prefetch, ShardCache
+from rating_train.data.samples import remote
+from rating_train.data.samples.open_shards import MOST_OPEN, OpenShards
+from rating_train.data.samples.remote import Source
+from rating_train.data.samples.shard_cache import Prefetch, ShardCache
 from rating_train.errors import UserError
 from rating_train.shards.mds_read import INDEX_NAME, read_index
 from rating_train.shards.schema import MDS_COLUMNS
@@ -73,6 +75,12 @@ class SplitDataset(Dataset[dict[str, Any]]):
         self._files: list[dict[str, Any]] = [entry["raw_data"] for entry in entries]
         self.samples_per_shard: Ids = np.array([entry["samples"] for entry in entries], np.int64)
         self._ends = np.cumsum(self.samples_per_shard)
+        # A cache evicts files of this and other processes: one that is open would keep its space on the disk.
+        self._open = OpenShards(
+            [self._folder / file["basename"] for file in self._files],
+            self.samples_per_shard.tolist(),
+            most=0 if self.source.remote else MOST_OPEN,
+        )
         self._cache: ShardCache | None = None
         self._prefetch: Prefetch | None = None  # made by the process that reads
         if self.source.remote:
@@ -99,8 +107,8 @@ class SplitDataset(Dataset[dict[str, Any]]):
             for shard in dict.fromkeys(shards):
                 self._cache.ensure(shard)
         for shard in request.check:
-            self._retry(shard, self._check, shard)
-        return [self._retry(shard, self._read, sample) for shard, sample in zip(shards, request.ids)]
+            self._retry(shard, self._check)
+        return [self._retry(shard, self._read, int(sample)) for shard, sample in zip(shards, request.ids)]
 
     def identity(self) -> tuple[tuple[int, int, int], ...]:
         """What tells these files from copies of them: inode, size and change time of the index and two shards."""
@@ -115,24 +123,27 @@ class SplitDataset(Dataset[dict[str, Any]]):
         return np.searchsorted(self._ends, ids, side="right").tolist()
 
     def close(self) -> None:
-        """Stop fetching ahead. The next request starts it again."""
+        """Close files and stop fetching ahead. The next request starts both again."""
+        self._open.close()
         if self._prefetch is not None:
             self._prefetch.close()
             self._prefetch = None
 
-    def _read(self, sample: int) -> dict[str, Any]:
-        return self._local[sample]
+    def _read(self, shard: int, sample: int) -> dict[str, Any]:
+        before = int(self._ends[shard - 1]) if shard else 0
+        data = self._open.read(shard, sample - before)
+        return self._local.shards[shard].decode_sample(data)  # type: ignore[attr-defined]
 
     def _check(self, shard: int) -> None:
         file = self._files[shard]
         if problem := shard_problem(self._path(shard), file["bytes"], file["hashes"]):
             raise self._damaged(shard, f"{problem}; none of it was read")
 
-    def _retry(self, shard: int, action: Any, argument: int) -> Any:
-        """Act on a shard; where it was evicted, fetch it again first, and where it cannot be read, wait a little."""
+    def _retry(self, shard: int, action: Callable[..., Any], *arguments: int) -> Any:
+        """Call ``action`` with a shard. Where it was evicted, fetch it again; where reading fails, wait a little."""
         for attempt in range(_TRIES):
             try:
-                return action(argument)
+                return action(shard, *arguments)
             except FileNotFoundError as e:
                 if self._cache is None:
                     raise self._damaged(shard, "is missing") from e
@@ -214,5 +225,5 @@ class Downloader:
 
 
 def fetch_split(source: Source, split: str) -> dict[str, Any]:
-    """Fetch and check a remote dataset's manifest and index (:func:`rating_train.data.remote.fetch_split`)."""
+    """Fetch and check a remote dataset's manifest and index (:func:`rating_train.data.samples.remote.fetch_split`)."""
     return remote.fetch_split(source, split, Downloader(source.plain_remote))

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from rating_train.data import shard_cache
-from rating_train.data.remote import Source, fetch_split
-from rating_train.data.shard_cache import PART, Prefetch, ShardCache
+from rating_train.data.samples import shard_cache
+from rating_train.data.samples.remote import Source, fetch_split
+from rating_train.data.samples.shard_cache import PART, Prefetch, ShardCache
 from rating_train.errors import UserError
 from rating_train.shards.mds_read import read_index
 from tests.conftest import REPO, small_file_system
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.timeout(120)
 #: Runs as a process of its own: OPEN makes the cache of argv; its download takes the seconds of argv[4].
 OPEN = """
 import pathlib, random, shutil, sys, time
-from rating_train.data.shard_cache import ShardCache
+from rating_train.data.samples.shard_cache import ShardCache
 from rating_train.shards.mds_read import read_index
 
 remote, cache = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
