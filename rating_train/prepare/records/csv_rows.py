@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, BinaryIO, cast
 
 from rating_train.errors import UserError
@@ -25,6 +26,7 @@ from rating_train.shards.schema import Dropped, Listing
 log = logging.getLogger(__name__)
 
 _SAMPLE_BYTES = 1 << 16
+_SAMPLE_ROWS = 1000
 _DELIMITERS = ",;\t|"
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -175,13 +177,24 @@ def _dialect(stream: BinaryIO, source: str, reading: Reading) -> Dialect:
         delimiter = max(counts, key=lambda d: counts[d]) if any(counts.values()) else ","
     dialect = Dialect(delimiter, encoding)
     if reading.rated and not reading.decimal:
-        rows = list(csv.DictReader(lines[:-1], delimiter=delimiter))
-        cells = [pick(row, reading.task.target.column) for row in rows[:1000]]
+        cells = (pick(row, reading.task.target.column) for row in _sampled(lines[:-1], delimiter))
         dialect = replace(dialect, decimal=decimal_sign(c for c in cells if isinstance(c, str)))
     if reading.shown and dialect != Dialect():
         shown = replace(dialect, decimal=reading.decimal or dialect.decimal)
         log.info("%s: %s (other: --delimiter, --encoding, --decimal)", source, shown)
     return dialect
+
+
+def _sampled(lines: list[str], delimiter: str) -> Iterator[dict[str, str]]:
+    """Yield the first rows by the names of their columns, without those that have too many or too few cells."""
+    reader = csv.reader(lines, delimiter=delimiter)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        for row in islice(reader, _SAMPLE_ROWS):
+            if len(row) == len(header):
+                yield dict(zip(header, row))
+    except csv.Error:
+        return  # the rows before it are what there is to look at
 
 
 def _encoding(sample: bytes) -> str:

@@ -344,6 +344,18 @@ def test_a_corrupt_row_costs_only_itself(tmp_path: Path, row: bytes, expected: s
     assert isinstance(records[2].item, Listing)
 
 
+def test_a_row_that_is_too_long_costs_only_itself_at_the_beginning_too(tmp_path: Path) -> None:
+    header = "parent_asin,title,average_rating,rating_number\n"
+    records = read_csv(tmp_path, "B1,Pan,4.5,20\nB2,Pan, large,4.5,20\nB3,Pan,4.5,20\n", header)
+    assert [getattr(r.item, "reason", "kept") for r in records] == ["kept", "bad_csv", "kept"]
+
+
+def test_the_decimal_sign_is_found_out_beside_rows_that_cannot_be_read(tmp_path: Path) -> None:
+    text = "B1;Pan;4,5;20\nB2;Pan;4,5;20;too;long\nB3;Pan\nB4;Pan;4,25;20\nB5;Pan;4;20\n"
+    records = read_csv(tmp_path, text, "id;title;rating;rating_count\n")
+    assert [r.item.rating for r in records if isinstance(r.item, Listing)] == [4.5, 4.25, 4.0]
+
+
 def test_csv_header_that_lacks_columns(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"average_rating.*; title, description or features"):
         read_csv(tmp_path, "B1,4\n", "id,rating_count\n")
