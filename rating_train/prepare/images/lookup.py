@@ -20,9 +20,10 @@ EXTENSIONS = (".jpg", ".png", ".jpeg", ".webp")
 
 
 class ImageProblem(Exception):
-    """Why an image cannot be used: ``reason`` is a fixed word, ``detail`` is for a person."""
+    """Why an image cannot be used: ``reason`` is a fixed word, ``detail`` is for a person, and valid UTF-8."""
 
     def __init__(self, reason: str, detail: str) -> None:
+        detail = detail.encode("utf-8", "replace").decode("utf-8")  # a server's header may hold any bytes
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail

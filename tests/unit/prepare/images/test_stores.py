@@ -351,6 +351,17 @@ def test_cache(tmp_path: Path) -> None:
     assert reason(cache, URL) == "image_too_large"
 
 
+def test_a_recorded_problem_that_is_no_utf8_can_be_written_again(tmp_path: Path) -> None:
+    """Older versions recorded header bytes as they came, and a build met them again in every attempt."""
+    cache, url = CacheStore(tmp_path), "http://x/a.jpg"
+    cache.put_problem(url, ImageProblem("fetch_redirect", ""))
+    (record,) = tmp_path.rglob("*.problem")
+    record.write_text('{"url": "", "reason": "fetch_redirect", "detail": "to caf\\udce9"}', "ascii")
+    with pytest.raises(ImageProblem) as caught:
+        cache.read(url, "")
+    assert caught.value.detail == "to caf?"
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", "no json", '{"reason": "x"}'])
 def test_an_unreadable_record_of_a_problem_is_none(tmp_path: Path, content: str) -> None:
     cache = CacheStore(tmp_path)
