@@ -20,6 +20,7 @@ DEFAULT_MAX_PIXELS = 89_000_000  # about Pillow's own threshold: 256 MiB as RGB
 
 # Only these decoders run on untrusted bytes: others start programs (EPS) or are not needed.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_JPEG_KINDS = ("JPEG", "MPO")  # Pillow's name for a JPEG with further pictures behind the first; same decoder
 _WIDE_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _EXIF_ORIENTATION = 0x0112
 _MAX_SCANNED = 20  # scans of a JPEG of the largest size; ten are usual, and a small file may hold thousands
@@ -134,7 +135,7 @@ def _convert(data: bytes, size_px: int, quality: int, max_pixels: int, keep_aspe
         if width * height > max_pixels:
             raise ImageProblem("image_too_large", f"{width} x {height} pixels, at most {max_pixels} in all")
         most_scans = _MAX_SCANNED * max_pixels // (width * height)
-        if image.format == "JPEG" and data.count(_SCAN) > most_scans and _jpeg_scans(data) > most_scans:
+        if image.format in _JPEG_KINDS and data.count(_SCAN) > most_scans and _jpeg_scans(data) > most_scans:
             raise ImageProblem(
                 "image_too_large", f"more than {most_scans} scans of {width} x {height} pixels"
             )
@@ -144,6 +145,8 @@ def _convert(data: bytes, size_px: int, quality: int, max_pixels: int, keep_aspe
         # The side stays at least twice the target, so that the bilinear filter still sees real detail.
         drafted = image.draft(image.mode, (2 * target[0], 2 * target[1]))
         image.load()  # a truncated file raises here
+        if image.format == "TIFF":  # Pillow has turned it upright while loading, and has removed the tag
+            orientation, target = _orientation(image), _target(image.size, size_px, keep_aspect)
         # The bound excludes a file that is mostly metadata, the last marker one that lacks its end.
         if is_target and len(data) <= 3 * size_px**2 and data.endswith(b"\xff\xd9"):
             return data
@@ -195,7 +198,8 @@ def _to_rgb(image: Image.Image, size: tuple[int, int], box: Box | None) -> Image
     bilinear = Image.Resampling.BILINEAR
     if image.mode in _WIDE_GREY:
         wide = image.convert("I")
-        # Always divided by 256, not by the picture's own maximum: equal values stay equal across pictures.
+        # Divided by 256 and never by the picture's own maximum, so that pictures stay comparable. One without a value
+        # above 255 holds 8 bits in a wide type: of 16 bits, it would be black.
         scaled = wide.point(lambda value: value * (1 / 256)) if _maximum(wide) > 255 else wide
         return scaled.convert("L").resize(size, bilinear).convert("RGB")
     if image.mode == "F":

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from rating_train.prepare.images.lookup import DEFAULT_MAX_BYTES, ImageProblem, find_image, read_bounded
-from rating_train.prepare.images.square import square_jpeg
+from rating_train.prepare.images.square import square_file, square_jpeg
 
 S = 32
 RED, WHITE = (200, 30, 30), (255, 255, 255)
@@ -91,6 +91,8 @@ def test_16_bit_grey_keeps_its_scale(tmp_path: Path) -> None:
     assert np.abs(square(save(tmp_path / "a.png", Image.fromarray(values))) - 128).max() < 3
     wide = Image.fromarray(values.astype(np.int32))
     assert np.abs(square(save(tmp_path / "b.tif", wide)) - 128).max() < 3
+    eight_bits = Image.fromarray(np.full((40, 40), 200, dtype=np.uint16))
+    assert np.abs(square(save(tmp_path / "c.png", eight_bits)) - 200).max() < 3
 
 
 def test_first_frame_of_an_animation(tmp_path: Path) -> None:
@@ -99,16 +101,23 @@ def test_first_frame_of_an_animation(tmp_path: Path) -> None:
     assert np.abs(square(path) - RED).max() < 12
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
-    """The file of exactly S x S as well: its bytes cannot be kept if it lies on its side."""
-    upright = Image.new("RGB", (S, S), WHITE)
-    upright.paste(RED, (0, 0, S // 2, S // 2))  # red in the upper left, to whoever honours the tag
+def save_turned(path: Path, upright: Image.Image, orientation: int, **options: Any) -> Path:
+    """Save a picture that lies as the tag says, so that whoever honours the tag sees it upright."""
     undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that stores it so
     stored = upright if orientation == 1 else upright.transpose(Image.Transpose(undo[orientation]))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    pixels = square(save(tmp_path / "a.jpg", stored, exif=exif, quality=95))
+    return save(path, stored, exif=exif, **options)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "raw.tif", "lzw.tif"])
+def test_exif_orientation(tmp_path: Path, orientation: int, name: str) -> None:
+    """The file of exactly S x S as well: its bytes cannot be kept if it lies on its side."""
+    upright = Image.new("RGB", (S, S), WHITE)
+    upright.paste(RED, (0, 0, S // 2, S // 2))  # red in the upper left
+    saving = {"a.jpg": {"quality": 95}, "lzw.tif": {"compression": "tiff_lzw"}}.get(name, {})
+    pixels = square(save_turned(tmp_path / name, upright, orientation, **saving))
     assert (
         pixels[4, 4, 1] < 80 and pixels[4, -4, 1] > 200 and pixels[-4, 4, 1] > 200 and pixels[-4, -4, 1] > 200
     )
@@ -322,6 +331,19 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_takes_hours() -> None
     assert square_jpeg(data[:2] + comment + data[2:], S) == square_jpeg(data, S)
 
 
+def test_scans_are_counted_in_a_jpeg_that_holds_a_second_picture() -> None:
+    """Pillow gives such a file another name, MPO, and the same decoder."""
+    out = io.BytesIO()
+    big, small = Image.new("L", (2000, 2000)), Image.new("L", (20, 20))
+    big.save(out, "MPO", save_all=True, append_images=[small], progressive=True)
+    data = out.getvalue()
+    end = data.index(b"\xff\xd9")
+    scan = data[data.rindex(b"\xff\xda", 0, end) : end]
+    square_jpeg(data, S)
+    with pytest.raises(ImageProblem, match=r"image_too_large.*scans of 2000 x 2000 pixels"):
+        square_jpeg(data[:end] + scan * 1000 + data[end:], S)
+
+
 def test_float_pixels_are_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "a.tif", Image.fromarray(np.zeros((9, 9), dtype=np.float32)))
     assert problem(path) == "image_unsupported"
@@ -330,6 +352,13 @@ def test_float_pixels_are_refused(tmp_path: Path) -> None:
 def test_a_problem_survives_pickling() -> None:
     again = pickle.loads(pickle.dumps(ImageProblem("image_missing", "x")))
     assert (again.reason, again.detail) == ("image_missing", "x")
+
+
+def test_a_problem_can_be_written_whatever_a_server_said() -> None:
+    """A header byte outside ASCII arrives as a lone surrogate, which no file in UTF-8 can hold."""
+    header = b"http://x/caf\xe9.jpg".decode("ascii", "surrogateescape")
+    assert ImageProblem("fetch_redirect", f"to {header}").detail == "to http://x/caf?.jpg"
+    assert ImageProblem("fetch_redirect", "to café").detail == "to café"
 
 
 # --- finding ------------------------------------------------------------------------------------------
@@ -420,9 +449,29 @@ def test_a_picture_may_keep_its_shape(tmp_path: Path, size: tuple[int, int], sto
     assert square_jpeg(data, S, keep_aspect=True) == data
 
 
-def test_a_picture_that_keeps_its_shape_is_turned_upright(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    path = save(tmp_path / "a.jpg", Image.new("RGB", (100, 40), RED), exif=exif)
+@pytest.mark.parametrize("orientation", [3, 6, 7])
+@pytest.mark.parametrize("extension", ["jpg", "tif"])
+def test_a_picture_that_keeps_its_shape_is_turned_upright(
+    tmp_path: Path, extension: str, orientation: int
+) -> None:
+    upright = Image.new("RGB", (40, 100), WHITE)
+    upright.paste(RED, (0, 0, 40, 50))  # red above
+    path = save_turned(tmp_path / f"a.{extension}", upright, orientation)
     with Image.open(io.BytesIO(load_square_jpeg(path, S, keep_aspect=True))) as image:
         assert image.size == (13, 32)
+        pixels = np.asarray(image, dtype=int)
+    assert pixels[4, 6, 1] < 80 and pixels[-4, 6, 1] > 200
+
+
+def test_an_open_tiff_is_turned_upright_once(tmp_path: Path) -> None:
+    upright = Image.new("RGB", (S, S), WHITE)
+    upright.paste(RED, (0, 0, S // 2, S // 2))
+    path = save_turned(tmp_path / "a.tif", upright, 6)
+    with Image.open(path) as decoded:
+        decoded.load()
+        files = [square_file(decoded, S)]
+    with Image.open(path) as undecoded:
+        files.append(square_file(undecoded, S))
+    for file in files:
+        pixels = np.asarray(Image.open(io.BytesIO(file)), dtype=int)
+        assert pixels[4, 4, 1] < 80 and pixels[4, -4, 1] > 200 and pixels[-4, 4, 1] > 200
