@@ -77,7 +77,10 @@ def _ridge(train: Texts, items: Texts, target: Target) -> Baseline:
         return Baseline(name, None, f"cannot be fitted: {e}")
     alpha = search.best_params_["ridge__alpha"]
     terms = len(search.best_estimator_.named_steps["tfidfvectorizer"].vocabulary_)
-    predicted = np.clip(target.restored(search.predict(items.texts)), target.lower, target.upper)
+    # `np.clip` between two `None` is an error before numpy 2.1.
+    low = -np.inf if target.lower is None else target.lower
+    high = np.inf if target.upper is None else target.upper
+    predicted = np.clip(target.restored(search.predict(items.texts)), low, high)
     return Baseline(f"{name} (alpha {alpha:g}, {terms:,} terms)", np.asarray(predicted, np.float64))
 
 

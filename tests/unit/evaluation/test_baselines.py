@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rating_train.config.task import Target
 from rating_train.evaluation.baselines import predict_baselines, score_baselines
 from rating_train.evaluation.stored import Texts
 
@@ -45,6 +46,16 @@ def test_ridge_learns_what_words_say_and_a_better_model_is_told_from_the_means()
     low, high = found["training mean"]["model_minus_baseline"]["rmse"]["interval_95"]
     assert low < high < 0, "a smaller error"
     assert found["category mean"]["fitted_on"] == found["category mean"]["of"] == 200
+
+
+def test_predictions_keep_to_the_bounds_that_a_target_has() -> None:
+    pytest.importorskip("sklearn")
+    train, items = catalogue(60, 0), catalogue(40, 1)
+    *_, free = predict_baselines(train, items, target=Target(lower=None, upper=None))
+    *_, bounded = predict_baselines(train, items, target=Target(lower=None, upper=4.2))
+    assert free.predicted is not None and bounded.predicted is not None
+    assert free.predicted.max() > 4.2 > free.predicted.min()
+    assert bounded.predicted.tolist() == np.minimum(free.predicted, 4.2).tolist()
 
 
 def test_without_scikit_learn_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
