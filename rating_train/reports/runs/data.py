@@ -113,16 +113,17 @@ def read_run(path: Path) -> RunData:
         split or "val": rows for split, rows in rows_by_step(path / run_dir.EVAL_LOG, ("evaluate",)).items()
     }
     rows = [r for r in deduplicate(read_predictions(newest)) if r.rating is not None] if newest else []
+    settings = read_settings(path)
     return RunData(
         path,
         train,
         evaluations,
         curves,
-        read_settings(path),
+        settings,
         mapping_in(path / run_dir.PROVENANCE_FILE),
         newest,
         rows,
-        _judgement(path, newest, rows),
+        _judgement(path, newest, rows, target_of(settings).unit),
     )
 
 
@@ -187,8 +188,10 @@ def split_and_step(file: Path) -> tuple[str, int]:
     return (split, int(step)) if split and step.isdigit() else (file.stem, -1)
 
 
-def _judgement(path: Path, newest: Path | None, rows: Sequence[Prediction]) -> Mapping[str, Any] | None:
-    """Return what `evaluate` wrote of these very predictions, else the analysis alone."""
+def _judgement(
+    path: Path, newest: Path | None, rows: Sequence[Prediction], unit: str
+) -> Mapping[str, Any] | None:
+    """Return what `evaluate` wrote of these very predictions, else the analysis alone, in the target's ``unit``."""
     if newest is None or not rows:
         return None
     written = path / run_dir.EVALUATIONS_DIR / f"{newest.stem}.json"
@@ -197,4 +200,4 @@ def _judgement(path: Path, newest: Path | None, rows: Sequence[Prediction]) -> M
         found = mapping_in(written)
         if found.get("n") == len(rows) and "metrics" in found:
             return found
-    return analyse(rows, RESAMPLES)
+    return analyse(rows, RESAMPLES, unit=unit)

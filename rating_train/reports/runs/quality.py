@@ -123,7 +123,10 @@ def _range(run: RunData, pairs: Sequence[tuple[float, float]]) -> tuple[float, f
     lowest, highest = min(min(p) for p in pairs), max(max(p) for p in pairs)
     bounds = run.target.bounds
     if bounds is None:
-        return lowest, highest
+        if lowest < highest:
+            return lowest, highest
+        margin = max(0.5, abs(lowest) / 100)  # of one value: an axis needs a length
+        return lowest - margin, highest + margin
     low, high = min(bounds[0], lowest), max(bounds[1], highest)
     return (max(low, min(lowest - 0.1, 4.0)) if bounds == (1.0, 5.0) and lowest > 1.5 else low), high
 
