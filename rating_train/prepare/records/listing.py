@@ -44,7 +44,6 @@ def to_listing(
     item_id, task, rated = "", reading.task, reading.rated
     try:
         item_id = _id(record.get("parent_asin"))
-        group = record.get("group_id")
         rating = _rating(record.get("average_rating"), reading) if rated else math.nan
         image, *more_images = _images(record) or [""]
         return Listing(
@@ -54,7 +53,7 @@ def to_listing(
             image=image,
             rating=rating,
             rating_count=0 if math.isnan(rating) else _weight(record.get("rating_number"), task),
-            group=item_id if group is None else _clean(f"{group}"),
+            group=_group(record.get("group_id"), item_id),
             more_images=tuple(more_images),
         )
     except _Refused as e:
@@ -72,6 +71,12 @@ def _id(value: Any) -> str:
     if len(item_id) > MAX_ID_CHARS or not item_id.isprintable():
         raise _Refused("bad_id", f"{len(item_id)} characters: {item_id[:40]!a}")
     return item_id
+
+
+def _group(value: Any, item_id: str) -> str:
+    """Return the product group; the item is its own where the cell is blank or NaN, as pandas writes missing ones."""
+    is_blank = value is None or value != value or not f"{value}".strip()
+    return item_id if is_blank else _clean(f"{value}")
 
 
 def _text(record: Mapping[str, Any], field: str) -> str:
@@ -138,9 +143,10 @@ def _weight(value: Any, task: Task) -> float | None:
 def _images(record: Mapping[str, Any]) -> list[str]:
     """Return the paths or URLs that a record names, each once; else the URL of its main image; else nothing.
 
-    ``image_path`` comes before ``image_paths``, which is one text (``a.jpg;b.jpg``) or a list of texts.
+    ``image_path`` comes before ``image_paths``, which is one text (``a.jpg;b.jpg``) or a list of texts. ``images`` is
+    Amazon's, or a list of texts: paths, URLs, or the places of images in the rows of a file.
     """
-    path, paths = record.get("image_path"), record.get("image_paths")
+    path, paths, images = (record.get(name) for name in ("image_path", "image_paths", "images"))
     if path is not None and not isinstance(path, str):
         raise _Refused("bad_type", "image_path is not text")
     if isinstance(paths, str):
@@ -149,7 +155,10 @@ def _images(record: Mapping[str, Any]) -> list[str]:
         raise _Refused("bad_type", "image_paths is neither text nor a list of texts")
     local = [path] if path else []
     local += [p.strip() for p in paths or () if p.strip()]
-    found = local or [url for url in (_main_image_url(record.get("images")),) if url]
+    if isinstance(images, list) and all(image is None or isinstance(image, str) for image in images):
+        found = local or [image.strip() for image in images if image and image.strip()]
+    else:
+        found = local or [url for url in (_main_image_url(images),) if url]
     return list(dict.fromkeys(map(_clean, found)))
 
 

@@ -47,10 +47,12 @@ def _parse_row(
 ) -> Listing | Dropped:
     if columns is None:
         return to_listing(reading.record(dict(zip(header, map(_plain, row)))), source, line, reading)
-    record = {field: row[i] for field, i in columns.items()}
+    record = {field: _plain(row[i]) for field, i in columns.items()}
     return to_listing({k: v for k, v in record.items() if v != ""}, source, line, reading)
 
 
 def _plain(value: Any) -> Any:
-    """Return a DECIMAL as a float."""
-    return float(value) if isinstance(value, Decimal) else value
+    """Return a DECIMAL as an integer where it is whole, so that a long id keeps its digits, else as a float."""
+    if not isinstance(value, Decimal):
+        return value
+    return int(value) if value == value.to_integral_value() else float(value)

@@ -96,6 +96,18 @@ def test_local_path_comes_before_urls_and_group_before_id(tmp_path: Path) -> Non
     assert (item.image, item.group) == ("images/7.jpg", "0")
 
 
+@pytest.mark.parametrize("blank", [None, "", "  ", float("nan")])
+def test_a_blank_group_is_none(tmp_path: Path, blank: Any) -> None:
+    """As pandas and spreadsheets write a missing one: such items have nothing to do with each other."""
+    item = listing(read_one(tmp_path, group_id=blank))
+    assert item.group == item.id == "B0001"
+
+
+def test_a_list_of_texts_under_images_names_images(tmp_path: Path) -> None:
+    item = listing(read_one(tmp_path, images=["a.jpg", None, " ", "http://x/b.jpg"]))
+    assert (item.image, item.more_images) == ("a.jpg", ("http://x/b.jpg",))
+
+
 def test_absent_and_null_texts_are_empty(tmp_path: Path) -> None:
     item = listing(read_one(tmp_path, main_category=None, title=..., features=None, description=[None, "x"]))
     assert (item.category, *(item.texts[n] for n in ("title", "features", "description"))) == (
@@ -118,7 +130,8 @@ def test_absent_and_null_texts_are_empty(tmp_path: Path) -> None:
         ({"features": [1]}, "bad_type"),
         ({"description": {"a": 1}}, "bad_type"),
         ({"images": "http://x"}, "bad_type"),
-        ({"images": ["http://x"]}, "bad_type"),
+        ({"images": [3]}, "bad_type"),
+        ({"images": ["http://x", {"large": "http://x"}]}, "bad_type"),
         ({"image_path": 3}, "bad_type"),
         ({"image_paths": 3}, "bad_type"),
         ({"image_paths": ["a.jpg", None]}, "bad_type"),
@@ -440,6 +453,20 @@ def test_parquet_gives_the_listings_of_json_lines_in_order(tmp_path: Path) -> No
         if isinstance(item, Listing):
             assert item == other
     assert reason(found[8][1]) == "bad_rating" and listing(found[0][1]).image.endswith("main_hi.jpg")
+
+
+def test_parquet_of_decimal_columns(tmp_path: Path) -> None:
+    """As databases export numbers."""
+    import duckdb
+
+    path = str(tmp_path / "a.parquet")
+    duckdb.sql(
+        "COPY (SELECT 12::DECIMAL(18, 0) AS id, 'Pan' AS title, 4.50::DECIMAL(3, 2) AS rating, "
+        f"7::DECIMAL(10, 0) AS rating_count) TO '{path}'"
+    )
+    (record,) = read_source(path)
+    item = listing(record.item)
+    assert (item.id, item.rating, item.rating_count) == ("12", 4.5, 7)
 
 
 def test_parquet_that_cannot_be_read_is_one_error(tmp_path: Path) -> None:
