@@ -128,7 +128,7 @@ def leave(code: int) -> int:
 
     if code in (EXIT_DONE, EXIT_REQUIREMENT):  # after a failure other ranks may be gone: do not wait for them
         disconnect()
-    # DataLoader workers ignore SIGTERM (see data/loader.py), so multiprocessing's own exit would wait for them.
+    # DataLoader workers ignore SIGTERM (data/workers/reading.py): multiprocessing's own exit would wait for them.
     for child in multiprocessing.active_children():
         child.kill()
     logging.shutdown()

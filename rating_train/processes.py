@@ -50,12 +50,23 @@ def keep_freed_memory() -> None:
     """Have malloc keep what is freed, for the next step of a model on the CPU. glibc only.
 
     A tensor of some MiB would otherwise be mapped for each use, and given back when it is freed. The kernel clears its
-    pages every time: 280,000 of them in a step of the 228M model. What the process takes at its peak stays the same.
+    pages every time: 280,000 of them in a step of the 228M model. What the process takes at its peak stays the same;
+    before it forks, :func:`give_back_freed_memory`.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never
+
+
+def give_back_freed_memory() -> None:
+    """Give what malloc keeps back to the system, before a fork. glibc only.
+
+    A child would hold those pages as they were, and this process get others as soon as it writes to them: the memory of
+    a training step would be taken twice.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def allow_descriptors() -> tuple[int, int]:

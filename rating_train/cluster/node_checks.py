@@ -147,7 +147,7 @@ def seen(path: Path, content: str, deadline: float) -> bool:
 def _shared_memory_need(config: Config, world: worlds.World) -> int:
     try:
         return shared_memory_need(config, world.size, world.local_size)
-    except UserError:  # features that cannot be read, which training says; an image takes more than they do
+    except UserError:  # features that cannot be read, which training says: counted as images
         images = dataclasses.replace(config, data=dataclasses.replace(config.data, features=""))
         return shared_memory_need(images, world.size, world.local_size)
 

@@ -96,7 +96,10 @@ def _torchvision() -> _Decoder | None:
         return None
 
     def decode(content: bytes, size_px: int, out: np.ndarray | None) -> np.ndarray | None:
-        image = Image.open(io.BytesIO(content), formats=STORED_FORMATS)
+        try:
+            image = Image.open(io.BytesIO(content), formats=STORED_FORMATS)
+        except (OSError, SyntaxError):  # no JPEG file, or a damaged one
+            return None
         if image.size != (size_px, size_px) or image.mode != "RGB":
             return None
         # Channels as stored, no rotation by Exif: (3, S, S).

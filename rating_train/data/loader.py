@@ -22,6 +22,7 @@ from rating_train.data.mixture import Mixture, mixed_epoch, source_seed
 from rating_train.data.order import FirstReads, Ids, SampleOrder, evaluation_batches, rank_part
 from rating_train.data.prompt import PromptEncoder
 from rating_train.data.samples.mixed_dataset import MixedDataset
+from rating_train.data.samples.open_shards import MOST_OPEN
 from rating_train.data.samples.remote import Source
 from rating_train.data.samples.streaming_dataset import Request, SplitDataset, fetch_split
 from rating_train.data.shuffle import shuffled_epoch
@@ -215,7 +216,8 @@ def _open(
     else:
         manifest = on_main(lambda: check_split(source.path, split))
         _alike(lambda: refuse_features(source.path, manifest))
-    return manifest, _alike(lambda: SplitDataset(source, split))
+    most_open = max(1, MOST_OPEN // len(config.train_sources))
+    return manifest, _alike(lambda: SplitDataset(source, split, most_open))
 
 
 def _readable(

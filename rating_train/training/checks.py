@@ -263,7 +263,7 @@ def check_memory(
         UserError: with the estimate, the memory that is there, and what to change.
     """
     tokens = (config.data.text_tokens if config.model_fields else 0) + visual
-    host = batch_bytes(plan.rank_items, image_bytes(config), tokens)
+    host = batch_bytes(plan.rank_items, image_bytes(config, config.data.train_sources[0]), tokens)
     available = available_memory() // world.local_size
     if host > available:
         raise UserError(

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-#: Files that a process keeps open: of a block of the default order, the shards of 64 MiB are about as many.
+#: Files that a process keeps open, of all sources together: of a block of the default order, the shards of 64 MiB are
+#: about as many.
 MOST_OPEN = 128
 
 

@@ -60,12 +60,13 @@ class SplitDataset(Dataset[dict[str, Any]]):
     Args:
         source: where the shards are; what ``check_split`` or :func:`fetch_split` vouches for.
         split: sub-directory.
+        most_open: shards on disk that stay open in each process.
 
     Raises:
         UserError: the shards have other columns, or the cache limit is too low for them.
     """
 
-    def __init__(self, source: str | Path | Source, split: str) -> None:
+    def __init__(self, source: str | Path | Source, split: str, most_open: int = MOST_OPEN) -> None:
         self.source = source if isinstance(source, Source) else Source(str(source))
         self.split = split
         self._folder = Path(self.source.path).resolve() / split
@@ -79,7 +80,7 @@ class SplitDataset(Dataset[dict[str, Any]]):
         self._open = OpenShards(
             [self._folder / file["basename"] for file in self._files],
             self.samples_per_shard.tolist(),
-            most=0 if self.source.remote else MOST_OPEN,
+            most=0 if self.source.remote else most_open,
         )
         self._cache: ShardCache | None = None
         self._prefetch: Prefetch | None = None  # made by the process that reads

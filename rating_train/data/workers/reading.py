@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from rating_train.data.workers.shared_blocks import NONE, Room, SharedBlocks, plain_room
 from rating_train.data.workers.shared_memory_need import worker_batches
 from rating_train.errors import UserError
-from rating_train.processes import die_with_parent
+from rating_train.processes import die_with_parent, give_back_freed_memory
 
 
 class WithImages(Protocol):
@@ -102,6 +102,8 @@ def read_in_workers(
         # resumed run, and of every run that evaluates in between.
         generator=RandomGenerator().manual_seed(0),
     )
+    if workers:
+        give_back_freed_memory()
     batches = iter(loader)
     try:
         while (handed := next(batches, None)) is not None:

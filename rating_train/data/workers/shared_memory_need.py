@@ -6,8 +6,8 @@ worker that finds it full dies of SIGBUS in the middle of training.
 
 from __future__ import annotations
 
-from rating_train.config.schema import Config
-from rating_train.data.features.identity import read_features
+from rating_train.config.schema import Config, SourceConfig
+from rating_train.data.features.identity import features_of
 
 _PAGE_BYTES = 4096
 #: Beside the prefetched batches: the one in use, and the one that follows it while the loop still holds the first.
@@ -29,17 +29,18 @@ def shared_memory_need(config: Config, ranks: int, ranks_per_node: int, visual_t
     rank_items = -(-config.batch.global_items // ranks)
     evaluation_items = config.eval.micro_items or config.batch.micro_items or rank_items
     tokens = config.data.text_tokens + visual_tokens
-    per_rank = sum(_loader_bytes(config, items, tokens) for items in (rank_items, evaluation_items))
-    return per_rank * ranks_per_node
+    training = _loader_bytes(config, config.data.train_sources[0], rank_items, tokens)
+    evaluation = _loader_bytes(config, config.data.eval_source, evaluation_items, tokens)
+    return (training + evaluation) * ranks_per_node
 
 
-def _loader_bytes(config: Config, items: int, tokens: int) -> int:
+def _loader_bytes(config: Config, source: SourceConfig, items: int, tokens: int) -> int:
     data = config.data
     if data.workers == 0:
         return 0  # batches are made in the training process
     batches = data.workers * worker_batches(data.workers, data.prefetch_batches)
     flags = _PAGE_BYTES  # of the blocks, see shared_blocks
-    return batches * batch_bytes(items, image_bytes(config), tokens) + flags
+    return batches * batch_bytes(items, image_bytes(config, source), tokens) + flags
 
 
 def worker_batches(workers: int, prefetch: int) -> int:
@@ -52,14 +53,14 @@ def worker_batches(workers: int, prefetch: int) -> int:
     return prefetch + -(-_BATCHES_IN_USE // workers)
 
 
-def image_bytes(config: Config) -> int:
+def image_bytes(config: Config, source: SourceConfig) -> int:
     """Return the bytes of an item's images in a batch, or of the visual tokens that stand for them.
 
     Raises:
         UserError: `data.features` cannot be read.
     """
-    if config.data.features:
-        return read_features(config.data.features).item_bytes
+    if found := features_of(config.data, source):
+        return found.item_bytes
     return 3 * config.model_px**2 * (config.data.tiles_per_side**2 + 1)
 
 

@@ -31,7 +31,7 @@ class MlflowRun:
         uri = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else f"sqlite:///{file}"
         self._client = MlflowClient(uri)
         known = tracked.id_of("mlflow")
-        self._id = known if known and self._resumes(known) else self._create(tracked)
+        self._id = known if known and self._resumes(known, tracked) else self._create(tracked)
         log.info("mlflow: %s run %s at %s", "resumed" if known == self._id else "new", self._id, uri)
 
     def train(self, row: Mapping[str, Any]) -> None:
@@ -46,10 +46,12 @@ class MlflowRun:
         """Tell that nothing more comes."""
         self._client.set_terminated(self._id)
 
-    def _resumes(self, run_id: str) -> bool:
-        """Continue a run, or tell that the server does not have it (another server, a deleted run)."""
+    def _resumes(self, run_id: str, tracked: TrackedRun) -> bool:
+        """Continue a run, or tell that it cannot be: another server, a deleted run, a start with other settings."""
         try:
             self._client.update_run(run_id, status="RUNNING")
+            if not tracked.first_step:  # the attempt before may have been killed before it told them
+                self._tell_settings(run_id, tracked)
         except MlflowException as e:
             log.warning("mlflow: run %s cannot be resumed (%s); a new one follows", run_id, e.message)
             return False
@@ -61,10 +63,13 @@ class MlflowRun:
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
         run_id = str(self._client.create_run(experiment_id, run_name=tracked.name).info.run_id)
         tracked.remember_id("mlflow", run_id)  # at once: an attempt that is killed must not be another run
+        self._tell_settings(run_id, tracked)
+        return run_id
+
+    def _tell_settings(self, run_id: str, tracked: TrackedRun) -> None:
         settings = [Param(k, str(v)[:_VALUE_CHARS]) for k, v in flat(tracked.settings).items()]
         for first in range(0, len(settings), _BATCH):
             self._client.log_batch(run_id, params=settings[first : first + _BATCH])
-        return run_id
 
     def _send(self, prefix: str, row: Mapping[str, Any]) -> None:
         now = int(time.time() * 1000)  # in milliseconds

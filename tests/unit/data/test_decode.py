@@ -94,6 +94,7 @@ def test_a_corrupt_image_is_an_error_that_names_the_item(damage: str, size: int)
         decode_square(content, S, "B00-7")
 
 
+@pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("stored", ["PNG", "GIF", "TIFF", "BMP", "PPM"])
 def test_an_image_that_prepare_does_not_store_meets_no_decoder(stored: str) -> None:
     other = io.BytesIO()

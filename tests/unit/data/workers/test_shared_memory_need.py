@@ -49,13 +49,16 @@ def test_visual_tokens_are_counted_in_place_of_images(tmp_path: Path) -> None:
     config = config_from_dict(
         {"data": {"features": str(tmp_path), "image_px": 384}, "model": {"freeze": ["vision", "connector"]}}
     )
-    assert image_bytes(config) == 36 * 576 * 2
+    source = config.data.train_sources[0]
+    assert image_bytes(config, source) == 36 * 576 * 2
     images = dataclasses.replace(config, data=dataclasses.replace(config.data, features=""))
-    assert image_bytes(images) == IMAGE
+    assert image_bytes(images, source) == IMAGE
     assert 9 * shared_memory_need(config, 1, 1) < shared_memory_need(images, 1, 1)
+    elsewhere = dataclasses.replace(config, data=dataclasses.replace(config.data, eval_path="/another"))
+    assert 2 * shared_memory_need(elsewhere, 1, 1) > shared_memory_need(images, 1, 1), "its images are read"
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(UserError, match="manifest"):
-        image_bytes(config)
+        image_bytes(config, source)
 
 
 def shared_bytes() -> int:

@@ -16,6 +16,7 @@ import pytest
 from rating_train import run_dir
 from rating_train.config.schema import Config
 from rating_train.files import read_json
+from rating_train.training.trackers.base import TrackedRun
 from rating_train.training.tracking import Tracker
 
 pytestmark = pytest.mark.timeout(240)
@@ -96,6 +97,19 @@ def test_mlflow_keeps_one_run_in_a_local_file(tmp_path: Path, monkeypatch: pytes
     assert set(kept.data.metrics) == {"train/loss", "eval_val/plcc"}
     assert kept.data.params["optim.lr.head"] == "0.0004" and kept.data.params["name"] == "demo"
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("mlruns")] == []
+
+    # Killed after its run was made, before it had told its settings; then started anew with the same, and with others.
+    from rating_train.training.trackers.mlflow_run import MlflowRun
+
+    killed = client.create_run(kept.info.experiment_id).info.run_id
+    tracked = TrackedRun(tmp_path, settings={"optim": {"lr": 0.5}})
+    tracked.remember_id("mlflow", killed)
+    MlflowRun(tracked).close()
+    assert client.get_run(killed).data.params == {"optim.lr": "0.5"}
+    MlflowRun(dataclasses.replace(tracked, first_step=3, settings={"optim": {"lr": 0.25}})).close()
+    assert tracked.id_of("mlflow") == killed
+    MlflowRun(dataclasses.replace(tracked, settings={"optim": {"lr": 0.25}})).close()
+    assert tracked.id_of("mlflow") != killed and client.get_run(killed).data.params == {"optim.lr": "0.5"}
 
 
 def test_a_tracker_that_is_not_named_is_not_imported(tmp_path: Path) -> None:
