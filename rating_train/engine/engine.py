@@ -226,6 +226,7 @@ def build_engine(
     log.info("optimizer groups\n%s", group_table(model, groups))
     optimizer = build_optimizer(groups, config)
     _without_shared_memory_collectives(deepspeed)
+    _without_memory_reports()
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
         verbose=False,
@@ -263,6 +264,16 @@ def _without_shared_memory_collectives(deepspeed: Any) -> None:
     all collectives on CPUs. Nothing changes on GPUs.
     """
     getattr(deepspeed.ops, "__compatible_ops__")["deepspeed_shm_comm"] = False  # noqa: B009
+
+
+def _without_memory_reports() -> None:
+    """Turn off what DeepSpeed's optimizer for bf16 at stage 1 prints about memory, two reports for each group.
+
+    For each it also runs a full garbage collection, and resets the device's peak.
+    """
+    from deepspeed.runtime import bf16_optimizer
+
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
 
 
 def _decide_by_the_norm(optimizer: Any) -> None:
