@@ -63,7 +63,7 @@ class PredictOptions:
         """How the sources are read for a model of this task and these inputs: targets are not looked at.
 
         Raises:
-            UserError: ``map`` names something that the task does not have.
+            UserError: ``map`` names something that the task does not have; the delimiter or encoding is none.
         """
         own = with_map(task, self.map) if self.map else task
         needs_text = "text" in inputs

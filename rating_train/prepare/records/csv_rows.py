@@ -171,7 +171,7 @@ def _dialect(stream: BinaryIO, source: str, reading: Reading) -> Dialect:
     text = sample.decode(encoding, "replace").removeprefix("\ufeff")
     lines = text.splitlines()
     header = lines[0] if lines else ""
-    delimiter = {"tab": "\t", "\\t": "\t"}.get(reading.delimiter, reading.delimiter)
+    delimiter = reading.separator
     if not delimiter:
         counts = {d: header.count(d) for d in _DELIMITERS}
         delimiter = max(counts, key=lambda d: counts[d]) if any(counts.values()) else ","

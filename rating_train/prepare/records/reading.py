@@ -50,6 +50,25 @@ class Reading:
     encoding: str = ""
     shown: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse what no CSV file can be written with.
+
+        Raises:
+            UserError: the delimiter is not one character, or the encoding is not known.
+        """
+        problems = []
+        if self.separator in ('"', "\r", "\n") or len(self.separator) > 1:
+            problems.append(f"--delimiter {self.delimiter!r} is neither one character nor `tab`")
+        if self.encoding and not _is_encoding(self.encoding):
+            problems.append(f"--encoding {self.encoding!r} is not known (such as latin-1, cp1252, utf-16)")
+        if problems:
+            raise one_error(problems, where="how CSV files are read")
+
+    @property
+    def separator(self) -> str:
+        """The character between the columns of a CSV file; "" is found out."""
+        return {"tab": "\t", "\\t": "\t"}.get(self.delimiter, self.delimiter)
+
     @property
     def is_native(self) -> bool:
         """Whether the columns are the paper's: those of Amazon Reviews 2023, or of a CSV with its names."""
@@ -133,6 +152,17 @@ class Reading:
             return read_number(value, self.decimal)
         except NotANumber as e:
             return e
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        "a".encode(name)
+    except (
+        LookupError,
+        ValueError,
+    ):  # ValueError: a name with a zero byte, or an encoding that refuses any text
+        return False
+    return True
 
 
 def columns_of(task: Task) -> dict[str, Any]:

@@ -147,7 +147,12 @@ def kind_of_name(path: str) -> str:
 @contextmanager
 def _open(path: str) -> Iterator[BinaryIO]:
     suffix = Path(path).suffix.lower()
-    damage: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error)
+    damage: tuple[type[Exception], ...] = (
+        EOFError,
+        OSError,
+        zlib.error,
+        UnicodeError,
+    )  # UnicodeError: torn UTF-16
     zstandard = _import_zstandard(path) if suffix == ".zst" else None
     if zstandard is not None:
         damage += (zstandard.ZstdError,)

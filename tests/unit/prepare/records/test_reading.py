@@ -1,4 +1,4 @@
-"""Where a value is found in a record: by a name, whatever its case, or by a path into what is nested."""
+"""How a record is read: its values by names or paths, and the options of CSV files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from rating_train.prepare.records.reading import pick
+from rating_train.errors import UserError
+from rating_train.prepare.records.reading import Reading, pick
 
 RECORD: dict[str, Any] = {
     "Images": {"large": ["a.jpg", "b.jpg"]},
@@ -33,3 +34,25 @@ RECORD: dict[str, Any] = {
 )
 def test_a_value_at_a_path(path: str, value: Any) -> None:
     assert pick(RECORD, path) == value
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"delimiter": ";;"}, "--delimiter ';;'"),
+        ({"delimiter": '"'}, "--delimiter"),
+        ({"delimiter": "\n"}, "--delimiter"),
+        ({"encoding": "nope"}, "--encoding 'nope'"),
+        ({"encoding": "base64"}, "--encoding"),
+        ({"encoding": "a\0b"}, "--encoding"),
+        ({"encoding": "nope", "delimiter": "ab"}, "2 problems"),
+    ],
+)
+def test_what_no_csv_file_is_written_with_is_refused(options: dict[str, str], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        Reading(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("delimiter", "separator"), [("tab", "\t"), ("\\t", "\t"), ("|", "|"), ("", "")])
+def test_the_delimiter_is_one_character(delimiter: str, separator: str) -> None:
+    assert Reading(delimiter=delimiter, encoding="latin-1").separator == separator

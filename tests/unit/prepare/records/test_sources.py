@@ -369,6 +369,14 @@ def test_the_decimal_sign_is_found_out_beside_rows_that_cannot_be_read(tmp_path:
     assert [r.item.rating for r in records if isinstance(r.item, Listing)] == [4.5, 4.25, 4.0]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_a_torn_file_of_utf16_is_one_error(tmp_path: Path, encoding: str) -> None:
+    packed = ("\ufeff" + HEADER + "B1,T,,,,4.5,12,x.jpg\n" * 9).encode(encoding)
+    assert len(read_lines(tmp_path, packed, name="a.csv")) == 9
+    with pytest.raises(UserError, match=r"cannot read the source .*b\.csv"):
+        read_lines(tmp_path, packed[:-1], name="b.csv")
+
+
 def test_csv_header_that_lacks_columns(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"average_rating.*; title, description or features"):
         read_csv(tmp_path, "B1,4\n", "id,rating_count\n")
