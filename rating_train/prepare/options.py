@@ -102,7 +102,8 @@ class PrepareOptions(PlanRules):
         """How the sources are read: the task file or the paper's task, with the columns and bounds given here.
 
         Raises:
-            UserError: as :func:`rating_train.config.task.load_task`; or the columns, bounds, delimiter or encoding are none.
+            UserError: as :func:`rating_train.config.task.load_task`; or the columns, bounds, delimiter
+                or encoding is none.
         """
         task = _task(self.task, self.map, self.scale)
         return Reading(

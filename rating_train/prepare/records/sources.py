@@ -11,7 +11,6 @@ Reasons given here: ``not_utf8``, ``bad_json``, ``bad_csv``, ``line_too_long``; 
 from __future__ import annotations
 
 import gzip
-import importlib
 import io
 import json
 import zlib
@@ -27,6 +26,7 @@ from rating_train.prepare.records.csv_rows import csv_rows, read_csv
 from rating_train.prepare.records.lines import MAX_LINE_BYTES, Raw, read_lines, same
 from rating_train.prepare.records.listing import to_listing
 from rating_train.prepare.records.reading import Reading
+from rating_train.prepare.records.zstd import ZstdFile, import_zstandard
 from rating_train.prepare.tables.arrow import SUFFIX as ARROW_SUFFIX
 from rating_train.prepare.tables.arrow import arrow_rows, read_arrow
 from rating_train.prepare.tables.parquet import parquet_rows, read_parquet
@@ -153,7 +153,7 @@ def _open(path: str) -> Iterator[BinaryIO]:
         zlib.error,
         UnicodeError,
     )  # UnicodeError: torn UTF-16
-    zstandard = _import_zstandard(path) if suffix == ".zst" else None
+    zstandard = import_zstandard(path) if suffix == ".zst" else None
     if zstandard is not None:
         damage += (zstandard.ZstdError,)
     try:
@@ -161,21 +161,11 @@ def _open(path: str) -> Iterator[BinaryIO]:
             if suffix == ".gz":
                 yield cast(BinaryIO, gzip.GzipFile(fileobj=file))
             elif zstandard is not None:
-                # Across frames: parallel compressors write many, and one frame is not the complete file.
-                reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-                yield cast(BinaryIO, io.BufferedReader(reader, 1 << 20))
+                yield cast(BinaryIO, io.BufferedReader(ZstdFile(file, zstandard), 1 << 20))
             else:
                 yield file
     except damage as e:
         raise UserError(f"cannot read the source ({e})", where=path, fix="fetch the file again") from e
-
-
-def _import_zstandard(path: str) -> Any:
-    try:
-        return importlib.import_module("zstandard")
-    except ImportError as e:
-        fix = "pip install zstandard, or unpack the file with unzstd"
-        raise UserError("reading .zst needs the zstandard package", where=path, fix=fix) from e
 
 
 # --- JSON lines ---------------------------------------------------------------------------------------

@@ -257,6 +257,8 @@ def test_zstd_is_read_or_explained(tmp_path: Path) -> None:
         return
     pack = zstandard.ZstdCompressor().compress
     assert len(read_lines(tmp_path, pack(line), pack(line), name="a.jsonl.zst")) == 2
+    with pytest.raises(UserError, match="cannot read the source .*cut off"):
+        read_lines(tmp_path, pack(line), pack(line)[:-5], name="c.jsonl.zst")
     with pytest.raises(UserError, match="cannot read the source"):
         read_lines(tmp_path, b"no zstd at all", name="b.jsonl.zst")
 
