@@ -187,7 +187,7 @@ def _proposed(columns: list[Column], records: int, source: str) -> str:
         )
     weight = None if weight is target else weight
     group = take(_GROUPS, lambda c: not c.is_text or len(set(map(str, c.values))) < len(c.values))
-    images = [c for c in ([identity, *left]) if c.is_picture or _is_amazon(c)]
+    images = [c for c in ([identity, *left]) if c.is_picture or _amazon_path(c)]
     images.sort(key=lambda c: (c is identity, c.rank(_IMAGES)))
     left = [c for c in left if c not in images]
     fields = [c for c in left if c.is_text]
@@ -206,7 +206,7 @@ def _proposed(columns: list[Column], records: int, source: str) -> str:
         f"group: {_quoted(group.name if group else '')}  # the same for variants of one item, which stay in one split",
         f"category: {_quoted(category.name if category else '')}  # for slices",
         *_weight_lines(weight),
-        f"images: {json.dumps([_image_path(c) for c in images], ensure_ascii=False)}",
+        f"images: {json.dumps([_amazon_path(c) or c.name for c in images], ensure_ascii=False)}",
     ]
     lines += [f"# Not read: {', '.join(unread)}"] if unread else []
     return "\n".join(lines) + "\n"
@@ -228,14 +228,17 @@ def _is_target(column: Column) -> bool:
     return column.rank(_TARGETS) < len(_TARGETS) or any(n != int(n) for n in column.numbers)
 
 
-def _is_amazon(column: Column) -> bool:
-    """Whether the values are lists of pictures by size, as in Amazon Reviews 2023: ``{"large": [URL, ...], ...}``."""
+def _amazon_path(column: Column) -> str:
+    """Return the path to the first picture where a column has pictures by size, as in Amazon Reviews 2023, else "".
+
+    Both forms of the data set are known: ``{"large": [URL, ...], ...}`` and ``[{"large": URL, ...}, ...]``.
+    """
     value = column.values[0] if column.values else None
-    return isinstance(value, dict) and isinstance(value.get("large"), list)
-
-
-def _image_path(column: Column) -> str:
-    return f"{column.name}.large[0]" if _is_amazon(column) else column.name
+    if isinstance(value, dict) and isinstance(value.get("large"), list):
+        return f"{column.name}.large[0]"
+    if isinstance(value, list) and isinstance(value[0], dict) and isinstance(value[0].get("large"), str):
+        return f"{column.name}[0].large"
+    return ""
 
 
 def _question(target: Column, image: bool, text: bool) -> str:

@@ -123,6 +123,11 @@ class Reading:
         if self.shown and (names := self.unread(header)):
             log.info("%s: columns that are not read: %s", source, ", ".join(names[:20]))
 
+    @property
+    def of_amazon(self) -> bool:
+        """Whether images are also looked for where Amazon Reviews 2023 has them: in a nested column ``images``."""
+        return self.task.images == PAPER.images
+
     def record(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """Return a record in the field names of Amazon Reviews 2023 and of the task, from one in the source's."""
         task = self.task
@@ -135,6 +140,8 @@ class Reading:
         }
         if isinstance(found["parent_asin"], float) and found["parent_asin"].is_integer():
             found["parent_asin"] = int(found["parent_asin"])
+        if self.of_amazon and _is_nested(raw.get("images")):
+            found["images"] = raw["images"]
         if task.category:
             found["main_category"] = _as_text(pick(raw, task.category))
         for field in task.fields:
@@ -281,6 +288,12 @@ def _paths(task: Task) -> Iterator[str]:
     )
     yield from task.images
     yield from (column for field in task.fields for column in field.sources)
+
+
+def _is_nested(images: Any) -> bool:
+    return isinstance(images, dict) or (
+        isinstance(images, list) and all(isinstance(entry, dict) for entry in images)
+    )
 
 
 def _as_text(value: Any) -> Any:

@@ -30,7 +30,7 @@ def read_table(
         UserError: columns are missing.
     """
     columns = columns_or_check(header, source, reading, what)
-    reading.show_unread(header, source)
+    reading.show_unread([name for name in header if name != "images" or not reading.of_amazon], source)
     if columns is not None and "images" in header:  # nested, as Amazon's own files have them
         columns["images"] = list(header).index("images")
     for number, row in enumerate(rows, start=1):

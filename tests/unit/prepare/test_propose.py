@@ -72,6 +72,18 @@ def test_prices_have_no_bounds_and_a_log(tmp_path: Path) -> None:
     assert [one.image for one in listings[:2]] == ["http://x/1.jpg", "http://x/2.jpg"]
 
 
+def test_the_images_of_amazon_are_proposed_in_either_shape(tmp_path: Path) -> None:
+    rows = [
+        {"parent_asin": f"B{i}", "title": f"Thing {i}", "average_rating": 4.5, "rating_number": 20,
+         "images": [{"large": f"http://x/{i}.jpg", "variant": "MAIN"}, {"large": "http://x/side.jpg"}]}
+        for i in range(8)
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task, listings = propose_task(tmp_path / "t.yaml", [str(tmp_path)], Reading())
+    assert task.images == ["images[0].large"]
+    assert [one.image for one in listings[:2]] == ["http://x/0.jpg", "http://x/1.jpg"]
+
+
 @pytest.mark.parametrize("name", ["stars.csv", "film_scores.csv", "image_quality.csv", "price.tsv"])
 def test_the_examples_are_proposed_as_they_were_written(name: str, tmp_path: Path) -> None:
     folder = REPO / "configs" / "tasks"

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from rating_train.config.task import PAPER
 from rating_train.errors import UserError
 from rating_train.prepare.records import csv_rows, lines, sources
-from rating_train.prepare.records.reading import Reading
+from rating_train.prepare.records.reading import Reading, with_map
 from rating_train.prepare.records.sources import Record, read_source
 from rating_train.shards.schema import Dropped, Listing
 from tests.helpers.listings import listing as made
@@ -89,6 +90,23 @@ def test_a_listing_is_read_completely(tmp_path: Path) -> None:
 )
 def test_main_image_in_either_shape(tmp_path: Path, images: Any, url: str) -> None:
     assert listing(read_one(tmp_path, images=images)).image == url
+
+
+@pytest.mark.parametrize("more", [{"votes": 7}, {"image_path": "a.jpg", "votes": 7}])
+@pytest.mark.parametrize(
+    "images", [GOOD["images"], [{"large": "u/a.jpg", "variant": "MAIN"}], [], None, "u/a", ["u/a"]]
+)
+def test_images_are_those_of_amazon_with_other_columns_too(tmp_path: Path, images: Any, more: Any) -> None:
+    record = {**GOOD, "images": images, **more}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    usual = {**record, "images": images if images and "u/a" not in images else None}
+    (expected,) = read_lines(tmp_path, json.dumps(usual).encode(), name="b.jsonl")
+    for task in (PAPER, with_map(PAPER, ["rating_count=votes"])):
+        (found,) = read_source(str(path), Reading(task, unrated="predict"))
+        assert listing(found.item).image == listing(expected.item).image
+    (found,) = read_source(str(path), Reading(with_map(PAPER, ["image=other"])))
+    assert listing(found.item).image == "", "another column is asked for"
 
 
 def test_local_path_comes_before_urls_and_group_before_id(tmp_path: Path) -> None:
@@ -257,7 +275,7 @@ def test_zstd_is_read_or_explained(tmp_path: Path) -> None:
         return
     pack = zstandard.ZstdCompressor().compress
     assert len(read_lines(tmp_path, pack(line), pack(line), name="a.jsonl.zst")) == 2
-    with pytest.raises(UserError, match="cannot read the source .*cut off"):
+    with pytest.raises(UserError, match=r"cannot read the source .*cut off"):
         read_lines(tmp_path, pack(line), pack(line)[:-5], name="c.jsonl.zst")
     with pytest.raises(UserError, match="cannot read the source"):
         read_lines(tmp_path, b"no zstd at all", name="b.jsonl.zst")
@@ -456,6 +474,8 @@ def test_parquet_gives_the_listings_of_json_lines_in_order(tmp_path: Path) -> No
     rows[7]["features"] = []
     rows[8]["average_rating"] = 7.0
     path = write_parquet(tmp_path / "a.parquet", rows)
+    (first, *_) = read_source(path, Reading(unrated="predict"))
+    assert listing(first.item).image.endswith("main_hi.jpg")
     found = [(r.line, r.item) for r in read_source(path)]
     expected = [(r.line, r.item) for r in read_source(str(tmp_path / "a.jsonl"))]
     for (line, item), (other_line, other) in zip(found, expected, strict=True):
