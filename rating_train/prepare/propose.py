@@ -7,6 +7,7 @@ a comment beside it.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from rating_train.errors import UserError
 from rating_train.files import fsync_path
 from rating_train.prepare.records.folders import expand_sources
 from rating_train.prepare.records.listing import to_listing
-from rating_train.prepare.records.numbers import NotANumber, decimal_sign, read_number
+from rating_train.prepare.records.numbers import NotANumber, decimal_sign, is_absent, read_number
 from rating_train.prepare.records.reading import Reading
 from rating_train.prepare.records.sources import first_records
 from rating_train.shards.schema import Listing
@@ -61,10 +62,10 @@ class Column:
 
     @property
     def numbers(self) -> list[float]:
-        """Its values as numbers; empty where one is none."""
+        """Its values as numbers, without those that are not known; empty where one is no number."""
         try:
-            return [_number(value, self.decimal) for value in self.values]
-        except (NotANumber, TypeError):
+            return [_number(value, self.decimal) for value in self.values if not is_absent(value)]
+        except (NotANumber, TypeError, OverflowError):
             return []
 
     @property
@@ -139,7 +140,10 @@ def _sign(records: Sequence[Mapping[str, Any]], name: str) -> str:
 def _number(value: Any, decimal: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise TypeError
-    return read_number(value, decimal) if isinstance(value, str) else float(value)
+    number = read_number(value, decimal) if isinstance(value, str) else float(value)
+    if math.isinf(number):
+        raise NotANumber("infinite")
+    return number
 
 
 def _is_texts(value: Any) -> bool:

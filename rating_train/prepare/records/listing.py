@@ -6,6 +6,7 @@ Reasons given here: ``bad_id``, ``bad_type``, ``missing_field``, ``bad_rating``,
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -126,8 +127,8 @@ def _weight(value: Any, task: Task) -> float | None:
     if isinstance(value, NotANumber):
         raise _Refused("bad_number", f"{task.weight}: {value}")
     if not task.counted:
-        known = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
-        if not known:
+        known = isinstance(value, int | float) and not isinstance(value, bool)
+        if not known or not 0 <= value <= sys.float_info.max:  # an integer may be larger than any float
             raise _Refused(
                 "bad_rating_count", f"the weight is not a number of 0 or more: {ascii(value)[:60]}"
             )

@@ -1,23 +1,40 @@
 """Numbers as people write them, read by one rule or refused; nothing is guessed.
 
 The rule: a sign, digits and at most one decimal sign; digits may be grouped in threes by spaces, apostrophes, or
-whichever of point and comma is not the decimal sign; a currency sign or word may stand before or after. The decimal
-sign is the file's (a point unless found or said otherwise). "1,234" is a thousand only where the point is known to be
-the decimal sign, so without ``--decimal`` it is refused.
+whichever of point and comma is not the decimal sign; a currency may stand before or after, but no other word: "12K"
+and "from 12" are refused. The decimal sign is the file's (a point unless found or said otherwise). "1,234" is a
+thousand only where the point is known to be the decimal sign, so without ``--decimal`` it is refused.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 
 _SPACES = " \u00a0\u202f\u2009"
-_AROUND = re.compile(r"^(?:[^\W\d_]{1,4}\.?|[$€£¥₹])?\s*(.*?)\s*(?:[^\W\d_]{1,4}\.?|[$€£¥₹])?$")
+_CURRENCIES = (
+    r"(?:us|ca?|au?|nz|hk|sg?|mx|nt|r)?\$|[€£¥₹₩₽₺₫₪฿₱₦₴₸]|rs\.?|kr\.?|fr\.?|kč|zł|ft|lei|лв\.?|руб\.?|tl|"
+    "aed|ars|aud|bgn|brl|cad|chf|clp|cny|cop|czk|dkk|egp|eur|gbp|hkd|huf|idr|ils|inr|isk|jpy|krw|mxn|myr|nok|nzd|"
+    "php|pkr|pln|ron|rmb|rub|sar|sek|sgd|thb|try|twd|uah|usd|vnd|zar"
+)
+_AROUND = re.compile(rf"^(?:{_CURRENCIES})?\s*(.*?)\s*(?:{_CURRENCIES})?$", re.IGNORECASE)
 _PLAIN = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+#: What stands where a number is not known, besides nothing; in lower case.
+_ABSENT = ("", "none", "null", "nan", "n/a", "na")
 
 
 class NotANumber(ValueError):
     """A text that the rule does not read. The message says why."""
+
+
+def is_absent(value: object) -> bool:
+    """Whether a value says that there is no number: ``None``, NaN, a blank text, or a word such as ``n/a``."""
+    if isinstance(value, str):
+        return value.strip().casefold() in _ABSENT
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def read_number(text: str, decimal: str = "") -> float:

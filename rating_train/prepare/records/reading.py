@@ -11,9 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from rating_train.config.task import PAPER, Task
 from rating_train.errors import UserError, one_error
-from rating_train.prepare.records.numbers import NotANumber, read_number
+from rating_train.prepare.records.numbers import NotANumber, is_absent, read_number
 
 log = logging.getLogger(__name__)
 
@@ -150,11 +152,11 @@ class Reading:
         return found
 
     def _number(self, value: Any) -> Any:
-        """Return a text's number; what is none stays as it is, and is refused where it is checked."""
+        """Return a text's number, ``None`` if there is none; what is none stays, and is refused where it is checked."""
+        if is_absent(value):
+            return None
         if not isinstance(value, str):
             return value
-        if not value.strip():
-            return None
         try:
             return read_number(value, self.decimal)
         except NotANumber as e:
@@ -297,8 +299,21 @@ def _is_nested(images: Any) -> bool:
 
 
 def _as_text(value: Any) -> Any:
-    """Return numbers as text; what is neither text, list nor number is refused where it is checked."""
-    return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+    """Return numbers as text, with all their digits; what is neither text, list nor number is refused later."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    if isinstance(value, int):
+        try:
+            return str(value)
+        except ValueError:  # of thousands of digits, which Python does not write
+            return value
+    if math.isnan(value):
+        return None
+    if value.is_integer() and abs(value) < 1e16:  # a column of integers with gaps comes as floats
+        return str(int(value))
+    # A column of float32 has its own shortest text: 4.1, not 4.099999904632568.
+    single = np.float32(value) if abs(value) < 3e38 else None
+    return repr(value) if single is None or float(single) != value else str(single)
 
 
 def _joined(parts: list[Any]) -> list[Any]:

@@ -84,6 +84,19 @@ def test_the_images_of_amazon_are_proposed_in_either_shape(tmp_path: Path) -> No
     assert [one.image for one in listings[:2]] == ["http://x/0.jpg", "http://x/1.jpg"]
 
 
+def test_numbers_that_are_not_known_are_passed_over(tmp_path: Path) -> None:
+    rows = [
+        {"id": f"a{i}", "title": f"Thing {i}", "price": p}
+        for i, p in enumerate([5.5, "n/a", float("nan"), 7])
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task, listings = propose_task(tmp_path / "t.yaml", [str(tmp_path)], Reading())
+    assert task.target.column == "price" and task.field_names == ("title",)
+    assert [one.rating for one in listings] == pytest.approx(
+        [5.5, float("nan"), float("nan"), 7], nan_ok=True
+    )
+
+
 @pytest.mark.parametrize("name", ["stars.csv", "film_scores.csv", "image_quality.csv", "price.tsv"])
 def test_the_examples_are_proposed_as_they_were_written(name: str, tmp_path: Path) -> None:
     folder = REPO / "configs" / "tasks"
