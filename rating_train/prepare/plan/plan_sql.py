@@ -1,7 +1,8 @@
 """The SQL statements of ``prepare/plan/planner.py``, in the order in which they run.
 
 Legend of the columns: pos = source index * 2^40 + line; g, t = 64-bit hashes of the group and of (category, title
-key), NULL where the title is too generic; root = the smallest hash of a component, which names it.
+key), NULL where the title is too generic; root = the smallest hash of a component, which names it; unrated = the item
+has no target and can be scored only, so that neither windows nor the sizes of splits count it.
 """
 
 ROWS = """CREATE TABLE rows AS SELECT * FROM read_csv({files}, auto_detect=false, header=false, delim='\t', quote='',
@@ -17,7 +18,7 @@ ITEMS = """CREATE TABLE dups AS SELECT pos FROM rows JOIN (
     ) USING (id_hash) WHERE reason IS NULL AND pos <> first;
 CREATE TABLE categories AS SELECT category, row_number() OVER (ORDER BY category) AS c FROM (
     SELECT DISTINCT category FROM rows WHERE reason IS NULL);
-CREATE TABLE items AS SELECT pos, c, rating_count, id_hash, g, t
+CREATE TABLE items AS SELECT pos, c, rating IS NULL AS unrated, rating_count, id_hash, g, t
     FROM rows JOIN categories USING (category) ANTI JOIN dups USING (pos) WHERE reason IS NULL;"""
 
 # Only titles that several groups share can join groups; min(g) <> max(g) finds them without counting distinct ones.
@@ -39,13 +40,21 @@ CREATE TABLE roots AS SELECT base.g AS g, coalesce(joined.root, base.root) AS ro
     FROM base LEFT JOIN joined USING (g);"""
 
 # One total order per category: its two ends never share a listing, and ties are always resolved the same way.
-WINDOW = """CREATE TABLE chosen AS SELECT pos, g FROM (
+WINDOW = """CREATE TABLE chosen AS SELECT pos, g, false AS unrated FROM (
     SELECT pos, g, c, row_number() OVER (PARTITION BY c ORDER BY rating_count DESC, id_hash) AS place FROM items
-    ) JOIN (SELECT c, count(*) AS n FROM items GROUP BY c) USING (c) WHERE place <= {top} OR place > n - {bottom}"""
+        WHERE NOT unrated
+    ) JOIN (SELECT c, count(*) AS n FROM items WHERE NOT unrated GROUP BY c) USING (c)
+    WHERE place <= {top} OR place > n - {bottom};
+INSERT INTO chosen SELECT pos, g, true FROM items WHERE unrated;"""
 
-GROUPS = """CREATE TABLE taken AS SELECT g, count(*) AS items FROM chosen GROUP BY g;
-CREATE TABLE members AS SELECT g, root, items FROM taken JOIN roots USING (g);
-CREATE TABLE groups AS SELECT root, sum(items)::BIGINT AS items FROM members GROUP BY root;"""
+ALL = "CREATE VIEW chosen AS SELECT pos, g, unrated FROM items"
+
+# listings: all of a group; items: those with a target.
+GROUPS = """CREATE TABLE taken AS SELECT g, count(*) AS listings, count(*) FILTER (NOT unrated) AS items
+    FROM chosen GROUP BY g;
+CREATE TABLE members AS SELECT g, root, listings, items FROM taken JOIN roots USING (g);
+CREATE TABLE groups AS SELECT root, sum(listings)::BIGINT AS listings, sum(items)::BIGINT AS items
+    FROM members GROUP BY root;"""
 
 PICKED = """CREATE TABLE member_sides AS SELECT g, root, split FROM members JOIN sides USING (root);
 CREATE TABLE placed AS SELECT pos, root, split FROM chosen JOIN member_sides USING (g);
@@ -57,7 +66,7 @@ CREATE TABLE picked AS SELECT pos, id, category, rating, rating_count, image, ro
 # listings are taken from below: a smaller sample is part of a larger one, and no stratum is off by more than one.
 SAMPLE = """CREATE TABLE trained AS SELECT pos, c, id_hash FROM items
     SEMI JOIN (SELECT pos FROM picked WHERE split = 'train') USING (pos);
-CREATE TABLE strata AS SELECT pos, c, floor(2 * rating)::INTEGER AS stars, id_hash FROM trained JOIN picked USING (pos);
+CREATE TABLE strata AS SELECT pos, c, floor(2 * rating) AS stars, id_hash FROM trained JOIN picked USING (pos);
 CREATE TABLE spread AS SELECT pos, id_hash, (place - 0.5::DOUBLE) / n AS height FROM (
     SELECT *, row_number() OVER (PARTITION BY c, stars ORDER BY id_hash) AS place FROM strata
     ) JOIN (SELECT c, stars, count(*) AS n FROM strata GROUP BY ALL) USING (c, stars);
@@ -65,7 +74,7 @@ CREATE TABLE sampled AS SELECT pos FROM (
     SELECT pos, row_number() OVER (ORDER BY height, id_hash) AS place FROM spread) WHERE place <= {sample};
 CREATE TABLE left_out AS SELECT pos FROM trained ANTI JOIN sampled USING (pos);
 CREATE OR REPLACE TABLE picked AS SELECT * FROM picked ANTI JOIN left_out USING (pos) ORDER BY pos;
-CREATE OR REPLACE TABLE groups AS SELECT root, count(*)::BIGINT AS items FROM picked GROUP BY root;"""
+CREATE OR REPLACE TABLE groups AS SELECT root, count(*)::BIGINT AS listings FROM picked GROUP BY root;"""
 
 SELECTION = """COPY (SELECT id, category, rating, rating_count, image,
     lpad(lower(to_hex(root)), 16, '0') AS "group", split FROM picked ORDER BY pos)

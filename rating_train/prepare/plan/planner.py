@@ -185,7 +185,7 @@ def _select(db: Any, rules: PlanRules, work: Path, read: int, on_progress: OnPro
         if not moved:
             break
     db.execute(plan_sql.ROOTS)
-    db.execute(window if windowed else "CREATE VIEW chosen AS SELECT pos, g FROM items")
+    db.execute(window if windowed else plan_sql.ALL)
     db.execute(plan_sql.GROUPS)
     if rules.val_items is None:
         db.execute("CREATE TABLE sides AS SELECT root, split_of(root) AS split FROM groups")
@@ -205,7 +205,7 @@ def _select(db: Any, rules: PlanRules, work: Path, read: int, on_progress: OnPro
     kept = sum(splits.values())
     dropped["duplicate_id"] = _one(db, "SELECT count(*) FROM dups")[0]
     dropped["not_selected"] = _one(db, "SELECT count(*) FROM items")[0] - kept
-    count, largest = _one(db, "SELECT count(*), coalesce(max(items), 0) FROM groups")
+    count, largest = _one(db, "SELECT count(*), coalesce(max(listings), 0) FROM groups")
     on_progress("select", read, read)
     return {
         "read": read,
@@ -219,9 +219,9 @@ def _select(db: Any, rules: PlanRules, work: Path, read: int, on_progress: OnPro
 def _split_by_size(db: Any, val_items: int, test_items: int) -> None:
     """Fill ``sides`` with groups in the order of their hash; validation ends before the first that would exceed it."""
     db.execute("CREATE TABLE hashed AS SELECT root, items, split_hash(root) AS h FROM groups")
-    # Every group has at least one listing, so more groups than this cannot be needed.
+    # Each of these groups has at least one item, so more groups than this cannot be needed.
     bounded = [val_items + test_items + 2]
-    cursor = db.execute("SELECT h, root, items FROM hashed ORDER BY h, root LIMIT ?", bounded)
+    cursor = db.execute("SELECT h, root, items FROM hashed WHERE items > 0 ORDER BY h, root LIMIT ?", bounded)
     groups = itertools.chain.from_iterable(iter(lambda: cursor.fetchmany(10_000), []))
     group, end, ends = next(groups, None), (-1, -1), []
     for size in (val_items, test_items):

@@ -7,18 +7,20 @@ import itertools
 import json
 import random
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pytest
 
+from rating_train.config.task import PAPER, Task
 from rating_train.errors import UserError
 from rating_train.files import read_json, read_json_lines
 from rating_train.prepare.plan import planner, selection
 from rating_train.prepare.plan.plan_dir import locked
 from rating_train.prepare.plan.planner import PlanRules, make_plan
+from rating_train.prepare.records.reading import Reading
 from rating_train.prepare.records.sources import read_source
 from rating_train.shards.schema import Dropped, Listing
 from tests.helpers import selection_reference
@@ -342,3 +344,63 @@ def test_a_sample_is_nested_stratified_and_leaves_validation_alone(tmp_path: Pat
     assert contents(tmp_path / "again").keys() == contents(tmp_path / "7").keys()
     differing = {n for n, b in contents(tmp_path / "7").items() if contents(tmp_path / "again")[n] != b}
     assert differing <= {"plan.json"}
+
+
+@dataclass(frozen=True)
+class Predicting(PlanRules):
+    """Rules that keep records without a target, of any task."""
+
+    task: Task = PAPER
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(task=self.task, unrated="predict")
+
+
+def write_partly_rated(folder: Path, rated: int, unrated: int) -> list[str]:
+    """Items of their own groups; those without a rating come first."""
+    lines: list[dict[str, Any]] = [{"parent_asin": f"B{n}", "title": f"x{n}"} for n in range(rated + unrated)]
+    for n, line in enumerate(lines[unrated:]):
+        line.update(average_rating=1 + n % 5, rating_number=10 + n)
+    path = folder / "s.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    return [str(path)]
+
+
+def test_items_to_predict_count_neither_for_validation_nor_for_the_window(tmp_path: Path) -> None:
+    sources = write_partly_rated(tmp_path, rated=40, unrated=160)
+    plan = make_plan(sources, tmp_path / "sized", Predicting(val_items=12, test_items=6))
+    assert plan["items"] == {"train": 22, "val": 12, "test": 6, "predict": 160}
+    assert plan["groups"] == {"count": 200, "largest": 1} and plan["dropped"] == {}
+    rules = Predicting(bottom_per_category=10, top_per_category=5, val_items=3)
+    plan = make_plan(sources, tmp_path / "windowed", rules)
+    assert plan["items"] == {"train": 12, "val": 3, "predict": 160}
+    assert plan["dropped"] == {"not_selected": 25}
+    counts = sorted(row[3] for row in table(tmp_path / "windowed") if row[-1] != "predict")
+    assert counts == [*range(10, 20), *range(45, 50)]
+    plan = make_plan(sources, tmp_path / "sampled", Predicting(val_items=12, sample=8))
+    assert plan["items"] == {"train": 8, "val": 12, "predict": 160}
+
+
+def test_an_item_to_predict_is_so_in_a_group_of_validation_too(tmp_path: Path) -> None:
+    """It stays in its group, and what is rated there is what counts."""
+    source = tmp_path / "s.jsonl"
+    lines = [{"parent_asin": f"B{n}", "title": f"x{n}", "group_id": f"g{n // 4}"} for n in range(40)]
+    rated = [{**line, "average_rating": 4, "rating_number": 10} for line in lines[::2]]
+    source.write_text("\n".join(map(json.dumps, [*lines[1::2], *rated])), "utf-8")
+    plan = make_plan([str(source)], tmp_path / "plan", Predicting(val_items=6))
+    assert plan["items"] == {"train": 14, "val": 6, "predict": 20}
+    assert plan["groups"] == {"count": 10, "largest": 4}
+
+
+def test_a_sample_of_targets_beyond_integers_of_32_bits(tmp_path: Path) -> None:
+    task = replace(PAPER, target=replace(PAPER.target, lower=None, upper=None))
+    source = tmp_path / "s.jsonl"
+    prices = [1.5e9 + n for n in range(30)] + [-1e30, 1e30]
+    lines = [
+        {"parent_asin": f"B{n}", "title": f"x{n}", "average_rating": price, "rating_number": 10}
+        for n, price in enumerate(prices)
+    ]
+    source.write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    rules = Predicting(task=task, val_items=0, sample=10)
+    assert make_plan([str(source)], tmp_path / "plan", rules)["items"] == {"train": 10}
