@@ -6,7 +6,6 @@ Reasons given here: ``not_utf8``, ``bad_csv``.
 from __future__ import annotations
 
 import codecs
-import csv
 import io
 import logging
 from collections.abc import Iterator
@@ -17,7 +16,8 @@ from typing import Any, BinaryIO, cast
 
 from rating_train.errors import UserError
 from rating_train.prepare.records.columns import RATINGS, columns_or_check
-from rating_train.prepare.records.lines import MAX_LINE_BYTES, Lines, Raw, read_lines, same
+from rating_train.prepare.records.csv_split import Row, split_rows
+from rating_train.prepare.records.lines import Lines, Raw, read_lines, same
 from rating_train.prepare.records.listing import is_clean, to_listing
 from rating_train.prepare.records.numbers import decimal_sign, read_number
 from rating_train.prepare.records.reading import Reading, pick
@@ -83,52 +83,21 @@ def csv_rows(
     """
     buffered = cast(BinaryIO, stream if hasattr(stream, "peek") else io.BufferedReader(stream, _SAMPLE_BYTES))  # type: ignore[arg-type]
     dialect = _dialect(buffered, source, reading)
-    text = _Text(buffered if dialect.encoding == "utf-8" else _Recoded(buffered, dialect.encoding), source)
-    reader = csv.reader(text, delimiter=dialect.delimiter)
-    try:
-        header = [name.strip() for name in next(reader, [])]
-    except csv.Error as e:
-        raise UserError(f"cannot read the CSV header ({e})", where=source) from e
-
-    def rows() -> Iterator[tuple[int, list[str] | Dropped]]:
-        while True:
-            text.start = line = reader.line_num + 1
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as e:
-                yield line, Dropped(source, line, "", "bad_csv", str(e))
-                continue
-            if row:
-                yield line, row
-
-    return header, reading.decimal or dialect.decimal, rows()
+    text = buffered if dialect.encoding == "utf-8" else _Recoded(buffered, dialect.encoding)
+    rows = split_rows(_lines(text, source), dialect.delimiter, source)
+    first = next(rows, Row(1, []))
+    if first.problem:
+        raise UserError(f"cannot read the CSV header ({first.problem})", where=source)
+    found = (
+        (row.line, Dropped(source, row.line, "", "bad_csv", row.problem) if row.problem else row.cells)
+        for row in rows
+    )
+    return [name.strip() for name in first.cells], reading.decimal or dialect.decimal, found
 
 
-class _Text:
-    """The lines of a source as text, for a reader that joins those that a quote spans.
-
-    Attributes:
-        start: the first line of the row that is being read.
-    """
-
-    def __init__(self, lines: Lines, source: str) -> None:
-        self.start = 0
-        self._lines, self._source = lines, source
-
-    def __iter__(self) -> Iterator[str]:
-        size = 0
-        for number, raw, _ in read_lines(self._lines, self._source):
-            size = len(raw) + (size if number > self.start else 0)
-            if size > MAX_LINE_BYTES:  # quoted line ends can join lines to a row without end
-                raise UserError(
-                    f"a row of more than {MAX_LINE_BYTES >> 20} MiB",
-                    where=f"{self._source}:{self.start}",
-                    fix="look for a quote that is never closed",
-                )
-            # surrogateescape keeps undecodable bytes visible, so that only their own row is refused.
-            yield raw.decode("utf-8", "surrogateescape")
+def _lines(stream: Lines, source: str) -> Iterator[str]:
+    """Yield lines as text; undecodable bytes stay visible, so that only their own row is refused."""
+    return (raw.decode("utf-8", "surrogateescape") for _, raw, _ in read_lines(stream, source))
 
 
 def _parse_row(
@@ -177,7 +146,7 @@ def _dialect(stream: BinaryIO, source: str, reading: Reading) -> Dialect:
         delimiter = max(counts, key=lambda d: counts[d]) if any(counts.values()) else ","
     dialect = Dialect(delimiter, encoding)
     if reading.rated and not reading.decimal:
-        cells = (pick(row, reading.task.target.column) for row in _sampled(lines[:-1], delimiter))
+        cells = (pick(row, reading.task.target.column) for row in _sampled(lines[:-1], delimiter, source))
         dialect = replace(dialect, decimal=decimal_sign(c for c in cells if isinstance(c, str)))
     if reading.shown and dialect != Dialect():
         shown = replace(dialect, decimal=reading.decimal or dialect.decimal)
@@ -185,16 +154,13 @@ def _dialect(stream: BinaryIO, source: str, reading: Reading) -> Dialect:
     return dialect
 
 
-def _sampled(lines: list[str], delimiter: str) -> Iterator[dict[str, str]]:
+def _sampled(lines: list[str], delimiter: str, source: str) -> Iterator[dict[str, str]]:
     """Yield the first rows by the names of their columns, without those that have too many or too few cells."""
-    reader = csv.reader(lines, delimiter=delimiter)
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        for row in islice(reader, _SAMPLE_ROWS):
-            if len(row) == len(header):
-                yield dict(zip(header, row))
-    except csv.Error:
-        return  # the rows before it are what there is to look at
+    rows = split_rows(lines, delimiter, source)
+    header = [name.strip() for name in next(rows, Row(1, [])).cells]
+    for row in islice(rows, _SAMPLE_ROWS):
+        if len(row.cells) == len(header):
+            yield dict(zip(header, row.cells))
 
 
 def _encoding(sample: bytes) -> str:

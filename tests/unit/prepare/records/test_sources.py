@@ -13,7 +13,7 @@ import pytest
 
 from rating_train.config.task import PAPER
 from rating_train.errors import UserError
-from rating_train.prepare.records import csv_rows, lines, sources
+from rating_train.prepare.records import csv_split, lines, sources
 from rating_train.prepare.records.reading import Reading, with_map
 from rating_train.prepare.records.sources import Record, read_source
 from rating_train.shards.schema import Dropped, Listing
@@ -229,7 +229,7 @@ def test_a_packed_source_that_expands_without_a_record_is_refused(
 
 def test_a_csv_row_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every field is short and closed, and the line ends are inside them: the row never ends."""
-    monkeypatch.setattr(csv_rows, "MAX_LINE_BYTES", 10_000)
+    monkeypatch.setattr(csv_split, "MAX_LINE_BYTES", 10_000)
     content = HEADER_BYTES + b"B1,T,,,,4.5,12,x.jpg\n" + b'"a\n",' * 5000
     with pytest.raises(UserError, match=r"a row of more than .* MiB.*a\.csv:3.*never closed"):
         read_lines(tmp_path, content, name="a.csv")
@@ -395,6 +395,16 @@ def test_a_torn_file_of_utf16_is_one_error(tmp_path: Path, encoding: str) -> Non
     assert len(read_lines(tmp_path, packed, name="a.csv")) == 9
     with pytest.raises(UserError, match=r"cannot read the source .*b\.csv"):
         read_lines(tmp_path, packed[:-1], name="b.csv")
+
+
+@pytest.mark.parametrize("stray", ['B1,"12 inch pan,4.5,20', '"B1,Pan,4.5,20', 'B1,Pan,4.5,"20'])
+@pytest.mark.parametrize("last", ['B9,"Pan",4.5,20', "B9,Pan,4.5,20", 'B9,"A ""pan""\nof two lines",4.5,20'])
+def test_a_stray_quote_costs_its_own_row_and_no_other(tmp_path: Path, stray: str, last: str) -> None:
+    good = "".join(f"C{i},Pan,4.5,20\n" for i in range(500))
+    records = read_csv(tmp_path, f"{stray}\n{good}{last}\n", "id,title,rating,rating_count\n")
+    assert [r.line for r in records] == list(range(2, 504))
+    assert reason(records[0].item) == "bad_csv"
+    assert [listing(r.item).id for r in records[1:]] == [*(f"C{i}" for i in range(500)), "B9"]
 
 
 def test_csv_header_that_lacks_columns(tmp_path: Path) -> None:
