@@ -10,9 +10,10 @@ from rating_train.commands.shared import add_options, options_from
 from rating_train.config.data_schema import DataConfig
 from rating_train.errors import EXIT_DONE
 from rating_train.extensions import load_extensions
-from rating_train.prepare.images.embedded import holds_images
+from rating_train.prepare.images.embedded import have_images
 from rating_train.prepare.options import PrepareOptions
 from rating_train.prepare.propose import propose_task
+from rating_train.prepare.records.reading import Reading
 from rating_train.prepare.run import prepare
 
 FIELD_CHARS = DataConfig().field_chars  # of the rows that are shown
@@ -50,7 +51,7 @@ def _proposal(file: str, options: PrepareOptions) -> str:
     for listing in listings:
         number = "not known" if math.isnan(listing.rating) else f"{listing.rating:g}{unit}"
         lines.append(f"  {readable(words, listing.texts, FIELD_CHARS)}  ->  {number}")
-    images = " --images DIR" if task.images and not any(map(holds_images, options.source)) else ""
+    images = " --images DIR" if task.images and not have_images(options.source, Reading(task)) else ""
     return "\n".join(
         [
             *lines,

@@ -25,7 +25,7 @@ from rating_train.prediction.options import PredictOptions, check_options
 from rating_train.prediction.output import Summary, merge, merge_submission, part_text
 from rating_train.prediction.rows import DatasetRows, Rows, SourceRows
 from rating_train.prediction.work_dir import WorkDir
-from rating_train.prepare.images.embedded import holds_images
+from rating_train.prepare.images.embedded import have_images
 from rating_train.prepare.images.fetch_options import parse_fetch_options
 from rating_train.prepare.images.stores import open_store
 from rating_train.prepare.records.folders import expand_sources
@@ -83,7 +83,7 @@ def _plan(options: PredictOptions, work: WorkDir, held: contextlib.ExitStack) ->
         return None
     found = find_model(Path(options.model), options.checkpoint, options.settings)
     task = found.config.task
-    stored = bool(options.images) or any(map(holds_images, options.source))
+    stored = bool(options.images) or have_images(options.source, options.reading(task))
     needed = bool(options.source) and "image" in found.config.model.inputs
     if needed and not stored and not options.fetch:
         raise UserError("neither --images nor --fetch is given", where="predict options")

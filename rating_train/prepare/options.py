@@ -13,7 +13,7 @@ from typing import Any, Literal
 from rating_train.config.fields import Rule, bound_problems, broken_rules, setting
 from rating_train.config.task import PAPER, Task, load_task
 from rating_train.errors import UserError, one_error
-from rating_train.prepare.images.embedded import holds_images
+from rating_train.prepare.images.embedded import have_images
 from rating_train.prepare.images.fetch_options import read_fetch_options
 from rating_train.prepare.plan.rules import PlanRules
 from rating_train.prepare.records.reading import Reading, with_map, with_scale
@@ -159,7 +159,7 @@ _RULES = (
     Rule("source", lambda c: len(set(c.source)) == len(c.source), "a source is given twice"),
     Rule(
         "images",
-        lambda c: c.images or c.fetch or not c.reading.task.images or any(map(holds_images, c.source)),
+        lambda c: c.images or c.fetch or not c.reading.task.images or have_images(c.source, c.reading),
         "neither --images nor --fetch is given",
     ),
     Rule(

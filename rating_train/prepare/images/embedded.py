@@ -6,16 +6,29 @@ from collections.abc import Iterable
 
 from rating_train.errors import UserError
 from rating_train.prepare.images.lookup import DEFAULT_MAX_BYTES, ImageProblem, ImageStore, check_size
+from rating_train.prepare.records.reading import Reading
 from rating_train.prepare.tables import arrow, parquet, parquet_pictures
-from rating_train.prepare.tables.pictures import Place
+from rating_train.prepare.tables.pictures import ImageColumns, Place
 
 _IMAGE_AT = {"arrow": arrow.image_at, "parquet": parquet_pictures.image_at}
 
 
-def holds_images(source: str) -> bool:
-    """Whether a source may hold images itself: an Arrow file, or a Parquet file with a column of them."""
+def holds_images(source: str, images: ImageColumns | None = None) -> bool:
+    """Whether a source may hold images itself: an Arrow file, or a Parquet file with a column of them.
+
+    Args:
+        source: the file.
+        images: which binary columns are read as images; ``None``: any may be.
+    """
     name = source.lower()
-    return name.endswith(arrow.SUFFIX) or (name.endswith(parquet.SUFFIX) and parquet.holds_pictures(source))
+    return name.endswith(arrow.SUFFIX) or (
+        name.endswith(parquet.SUFFIX) and parquet.holds_pictures(source, images)
+    )
+
+
+def have_images(sources: Iterable[str], reading: Reading) -> bool:
+    """Whether one of the sources, read so, may hold images itself."""
+    return any(holds_images(source, reading.image_columns) for source in sources)
 
 
 class EmbeddedStore:

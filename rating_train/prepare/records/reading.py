@@ -125,6 +125,11 @@ class Reading:
         if self.shown and (names := self.unread(header)):
             log.info("%s: columns that are not read: %s", source, ", ".join(names[:20]))
 
+    def image_columns(self, header: Sequence[str]) -> set[str]:
+        """Return the columns of a source that are read as images."""
+        found = {_find(header, path) for path in self.task.images}
+        return found | ({"images"} if self.of_amazon else set())
+
     @property
     def of_amazon(self) -> bool:
         """Whether images are also looked for where Amazon Reviews 2023 has them: in a nested column ``images``."""
@@ -293,8 +298,11 @@ def _paths(task: Task) -> Iterator[str]:
 
 
 def _is_nested(images: Any) -> bool:
-    return isinstance(images, dict) or (
-        isinstance(images, list) and all(isinstance(entry, dict) for entry in images)
+    """Whether these are Amazon's images, or a list of images in the rows of a file, which are texts here."""
+    if not isinstance(images, list):
+        return isinstance(images, dict)
+    return all(isinstance(one, dict) for one in images) or all(
+        one is None or isinstance(one, str) for one in images
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from rating_train.errors import UserError
 from rating_train.prepare.records.lines import Raw
 from rating_train.prepare.records.reading import Reading
-from rating_train.prepare.tables.pictures import Place, bytes_of, columns_of, import_pyarrow
+from rating_train.prepare.tables.pictures import ImageColumns, Place, bytes_of, columns_of, import_pyarrow
 from rating_train.prepare.tables.table import read_table
 
 SUFFIX = ".arrow"
@@ -21,14 +21,18 @@ _FILE_MAGIC = b"ARROW1"  # the format with random access; `datasets` writes the 
 _STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
-def arrow_rows(path: str) -> tuple[list[str], Iterator[tuple[Any, ...]]]:
+def arrow_rows(path: str, images: ImageColumns | None = None) -> tuple[list[str], Iterator[tuple[Any, ...]]]:
     """Return the column names of an Arrow file, and its rows as Python values, with places for the images.
+
+    Args:
+        path: the file.
+        images: which binary columns hold images; ``None``: those without a value that is text.
 
     Raises:
         UserError: pyarrow is not installed, the file is not Arrow, or is damaged (also while its rows are read).
     """
     table = _table(path)
-    return list(table.column_names), _rows(table, path)
+    return list(table.column_names), _rows(table, path, images)
 
 
 def read_arrow(source: str, reading: Reading) -> Iterator[Raw]:
@@ -37,7 +41,7 @@ def read_arrow(source: str, reading: Reading) -> Iterator[Raw]:
     Raises:
         UserError: it lacks columns, or as :func:`arrow_rows`.
     """
-    header, rows = arrow_rows(source)
+    header, rows = arrow_rows(source, reading.image_columns)
     yield from read_table(header, rows, source, reading, "Arrow schema lacks")
 
 
@@ -82,8 +86,8 @@ def _damaged(path: str, error: Exception) -> UserError:
     return UserError(f"cannot read the Arrow file ({said})", where=path, fix="fetch or save it again")
 
 
-def _rows(table: Any, path: str) -> Iterator[tuple[Any, ...]]:
+def _rows(table: Any, path: str, images: ImageColumns | None) -> Iterator[tuple[Any, ...]]:
     first = 0
     for batch in table.to_batches():
-        yield from zip(*columns_of(batch, first, path, "arrow"))
+        yield from zip(*columns_of(batch, first, path, "arrow", images))
         first += batch.num_rows

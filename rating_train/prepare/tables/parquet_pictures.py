@@ -12,15 +12,19 @@ from itertools import accumulate
 from typing import Any
 
 from rating_train.errors import UserError
-from rating_train.prepare.tables.pictures import Place, bytes_of, columns_of, import_pyarrow
+from rating_train.prepare.tables.pictures import ImageColumns, Place, bytes_of, columns_of, import_pyarrow
 
 #: Of the rows that are held at once, uncompressed; at least one row.
 _BYTES_AT_ONCE = 16 << 20
 _ROWS_AT_ONCE = 2048
 
 
-def picture_rows(path: str) -> Iterator[tuple[Any, ...]]:
+def picture_rows(path: str, images: ImageColumns | None = None) -> Iterator[tuple[Any, ...]]:
     """Yield the rows of a file as Python values, with places for the images.
+
+    Args:
+        path: the file.
+        images: which binary columns hold images; ``None``: those without a value that is text.
 
     Raises:
         UserError: pyarrow is not installed, or the file is damaged.
@@ -30,7 +34,7 @@ def picture_rows(path: str) -> Iterator[tuple[Any, ...]]:
     try:
         for group in range(file.num_row_groups):
             for batch in _batches(file, group):
-                yield from zip(*columns_of(batch, first, path, "parquet"))
+                yield from zip(*columns_of(batch, first, path, "parquet", images))
                 first += batch.num_rows
     except damage as e:
         raise _damaged(path, e) from e

@@ -1,17 +1,22 @@
 """Images in the rows of a source, as the ``datasets`` library of Hugging Face writes them to Arrow and Parquet files.
 
-An image is a struct of ``bytes`` and ``path``, or a binary value; a column holds one per row, or a list of them. Its
-bytes stay in the file until they are asked for: a listing names it by its place, ``KIND:ROW:COLUMN:NUMBER:FILE`` (all
-from 0). Values are those of ``pyarrow``.
+An image is a struct of ``bytes`` and ``path``, or a binary value in a column that is read as images: any other binary
+column is text, as old writers of Parquet have it. A column holds one image per row, or a list of them. Its bytes stay
+in the file until they are asked for: a listing names it by its place, ``KIND:ROW:COLUMN:NUMBER:FILE`` (all from 0).
+Values are those of ``pyarrow``.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from rating_train.errors import UserError
+
+#: The columns, of those of a file, that are read as images.
+ImageColumns = Callable[[Sequence[str]], Collection[str]]
 
 _PLACE = re.compile(r"(arrow|parquet):(\d+):(\d+):(\d+):(.+)", re.DOTALL)
 
@@ -55,7 +60,7 @@ def import_pyarrow(path: str, what: str, submodule: str) -> Any:
     return arrow
 
 
-def columns_of(batch: Any, first: int, path: str, kind: str) -> list[list[Any]]:
+def columns_of(batch: Any, first: int, path: str, kind: str, images: ImageColumns | None) -> list[list[Any]]:
     """Return the columns of a record batch as Python values, with places for the images.
 
     Args:
@@ -63,13 +68,36 @@ def columns_of(batch: Any, first: int, path: str, kind: str) -> list[list[Any]]:
         first: number of its first row in the file.
         path: the file.
         kind: of the file, see :class:`Place`.
+        images: which binary columns hold images; ``None``: those without a value that is text.
     """
-    return [
-        _places(values, Place(first, column, 0, path, kind))
-        if is_pictures(values.type)
-        else values.to_pylist()
-        for column, values in enumerate(batch.columns)
-    ]
+    names = batch.schema.names
+    wanted = None if images is None else set(images(names))
+    columns: list[list[Any]] = []
+    for column, (name, values) in enumerate(zip(names, batch.columns)):
+        place = Place(first, column, 0, path, kind)
+        if not is_pictures(values.type):
+            columns.append(values.to_pylist())
+        elif _is_picture(_one(values.type)) or (wanted is not None and name in wanted):
+            columns.append(_places(values, place))
+        else:
+            texts = [text_of(value) for value in values.to_pylist()]
+            columns.append(texts if wanted is not None or _are_texts(texts) else _places(values, place))
+    return columns
+
+
+def text_of(value: Any) -> Any:
+    """Return a binary value as text, also within a list; what is not UTF-8 stays as it is, and is refused later."""
+    if isinstance(value, list):
+        return [text_of(one) for one in value]
+    try:
+        return value.decode("utf-8") if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        return value
+
+
+def _are_texts(values: list[Any]) -> bool:
+    flat = (one for value in values for one in (value if isinstance(value, list) else [value]))
+    return any(isinstance(one, str) and one for one in flat)  # no image file is UTF-8
 
 
 def bytes_of(value: Any, number: int) -> bytes:
@@ -95,9 +123,8 @@ def bytes_of(value: Any, number: int) -> bytes:
 
 
 def is_pictures(kind: Any) -> bool:
-    """Whether a column of this type holds images."""
-    one = kind.value_type if _is_list(kind) else kind
-    return _is_picture(one) or _is_binary(one)
+    """Whether a column of this type may hold images."""
+    return _is_picture(_one(kind)) or _is_binary(_one(kind))
 
 
 def _places(values: Any, first: Place) -> list[Any]:
@@ -123,6 +150,11 @@ def _heads(values: Any) -> list[tuple[bool, str | None]]:
 
 def _named(head: tuple[bool, str | None], first: Place, row: int, number: int) -> str | None:
     return str(first._replace(row=first.row + row, number=number)) if head[0] else head[1]
+
+
+def _one(kind: Any) -> Any:
+    """Return the type of the values in a list; of anything else, its own."""
+    return kind.value_type if _is_list(kind) else kind
 
 
 def _is_list(kind: Any) -> bool:

@@ -82,7 +82,7 @@ def test_lists_of_images_binary_columns_and_rows_without_one(tmp_path: Path) -> 
     file = str(tmp_path / "odd:name.arrow")
     with pa.OSFile(file, "wb") as sink, pa.ipc.new_stream(sink, pa.table(rows).schema) as out:
         out.write_table(pa.table(rows), max_chunksize=2)
-    header, found = arrow_rows(file)
+    header, found = arrow_rows(file, lambda header: {"raw"})
     first, second, third = (dict(zip(header, row)) for row in found)
     assert [image_at(Place.of(p) or pytest.fail(p)) for p in first["photos"]] == [b"one", b"two"]
     assert first["photo"] is None and (second["photos"], second["photo"], second["raw"]) == (

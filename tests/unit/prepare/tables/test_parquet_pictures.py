@@ -10,15 +10,18 @@ import pytest
 
 from rating_train.errors import UserError
 from rating_train.files import read_json_lines
-from rating_train.prepare.images.embedded import EmbeddedStore, holds_images
+from rating_train.prepare.images.embedded import EmbeddedStore, have_images, holds_images
 from rating_train.prepare.images.lookup import ImageProblem
 from rating_train.prepare.images.stores import NoStore, open_store
 from rating_train.prepare.records.folders import expand_sources
+from rating_train.prepare.records.reading import Reading
+from rating_train.prepare.records.sources import first_records, read_source
 from rating_train.prepare.run import prepare
 from rating_train.prepare.tables import parquet_pictures
 from rating_train.prepare.tables.parquet import parquet_rows
 from rating_train.prepare.tables.parquet_pictures import image_at
 from rating_train.prepare.tables.pictures import Place
+from rating_train.shards.schema import Dropped, Listing
 from tests.unit.prepare.tables.test_arrow import SAVED, files, options
 
 pytestmark = pytest.mark.timeout(60)
@@ -76,7 +79,7 @@ def test_lists_of_images_binary_columns_paths_and_any_order_of_reading(tmp_path:
     }
     file = str(tmp_path / "odd:name.parquet")
     parquet.write_table(pa.table(rows), file, row_group_size=3)
-    header, found = parquet_rows(file)
+    header, found = parquet_rows(file, lambda header: {"raw"})
     assert header == list(rows)
     read = [dict(zip(header, row)) for row in found]
     assert [row["photo"] for row in read] == ["b.jpg"] * 9 + [None]
@@ -121,3 +124,51 @@ def test_damage_within_a_file_is_an_error_of_the_source_and_no_small_catalogue(
     with pytest.raises(UserError, match="cannot read the Parquet file"):
         list(parquet_rows(str(damaged))[1])
     assert parquet_pictures._column.cache_info().maxsize == 8, "files that stay open are few"
+
+
+@pytest.mark.parametrize("with_image", [False, True])
+def test_binary_columns_that_are_not_read_as_images_are_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_image: bool
+) -> None:
+    """Old writers of Parquet leave texts without their annotation."""
+    import duckdb
+
+    if with_image:
+        pytest.importorskip("pyarrow")
+    else:
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+    file = str(tmp_path / "old.parquet")
+    image = "'\\xFF\\xD8'::BLOB" if with_image else "'a.jpg'"
+    duckdb.sql(
+        f"COPY (SELECT i AS id, encode('Café') AS title, t AS description, 'Toys'::BLOB AS main_category, "
+        f"[encode('x')] AS features, 4.5 AS rating, 12 AS rating_count, {image} AS image FROM (VALUES "
+        f"(encode('B1'), encode('d')), (encode('B2'), '\\xFF'::BLOB), ('\\xFE'::BLOB, NULL)) t(i, t)) TO '{file}'"
+    )
+    good, no_text, no_id = (record.item for record in read_source(file))
+    assert isinstance(good, Listing) and (good.id, good.category) == ("B1", "Toys")
+    assert good.texts == {"title": "Café", "description": "d", "features": "x", "main_category": "Toys"}
+    assert good.image == (str(Place(0, 7, 0, file, "parquet")) if with_image else "a.jpg")
+    assert isinstance(no_text, Dropped) and (no_text.id, no_text.reason) == ("B2", "bad_type")
+    assert isinstance(no_id, Dropped) and no_id.reason == "bad_id"
+    assert have_images([file], Reading()) == with_image
+    if with_image:
+        (first, *_) = first_records(file, 1)
+        assert (first["id"], first["image"]) == ("B1", good.image), "before the columns are known"
+
+
+def test_a_list_of_images_in_rows_of_the_papers_columns(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    images = pa.array([[{"bytes": b"one", "path": "x"}, {"bytes": None, "path": "b.jpg"}]], pa.list_(picture))
+    rows = {"id": ["a"], "title": ["Pan"], "rating": [4.5], "rating_count": [12], "images": images}
+    file = str(tmp_path / "a.parquet")
+    parquet.write_table(pa.table(rows), file)
+    for reading in (Reading(), Reading(unrated="predict")):
+        (record,) = read_source(file, reading)
+        assert isinstance(record.item, Listing)
+        assert (record.item.image, record.item.more_images) == (
+            str(Place(0, 4, 0, file, "parquet")),
+            ("b.jpg",),
+        )
