@@ -55,10 +55,11 @@ class StopFlag:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def done(self) -> None:
-        """Ignore signals that arrive from now on, also after the context: everything is saved.
+        """Ignore signals that arrive from now on, also after the context: this process is leaving.
 
         A scheduler and a launcher may both forward the same signal, one a little later than the other; its default
-        action would turn a graceful shutdown into a failure.
+        action would turn a graceful shutdown into a failure. And the launcher ends all ranks as soon as the first one
+        has failed: the others have yet to release the lock and to tell their error.
         """
         self._previous.update(dict.fromkeys((signal.SIGUSR1, signal.SIGTERM), _ignore))
 

@@ -94,8 +94,10 @@ def supervise(
         stop = StopFlag(run / run_dir.STOP_FILE, deadline(config, job, started), world.is_main)
         watchdog.leave_early = lambda reason: _leave(run, lock, reason)
         with watchdog, stop:
-            yield Supervisor(lock, watchdog, stop)
-            stop.done()
+            try:
+                yield Supervisor(lock, watchdog, stop)
+            finally:
+                stop.done()
     except BaseException as e:
         reason = f"{type(e).__name__}: {e}"
         raise

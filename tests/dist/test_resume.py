@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,22 +13,11 @@ import pytest
 import torch
 
 from rating_train.checkpoint.deepspeed_io import consolidated_weights
-from tests.conftest import Ranks
+from tests.conftest import REPO, Ranks
 from tests.helpers.runs import assert_same, read_ids, read_log
 
 
-def kill_after_step(ranks: Ranks, config: Path, run: Path, step: int, saved: int) -> None:
-    """Start a run and kill -9 all of it once rank 0 has done ``step`` and ``saved`` is committed, before its end."""
-    process = ranks.start(2, "-m", "rating_train", "train", config, torchrun=False)
-    samples, checkpoint = run / "samples" / "rank_00000.jsonl", run / "checkpoints" / f"step_{saved:08d}"
-    deadline = time.monotonic() + 120
-    while not (checkpoint.exists() and samples.is_file() and f'"step": {step},' in samples.read_text()):
-        assert process.poll() is None, process.communicate()[0][-4000:]
-        assert time.monotonic() < deadline, f"step {step} was not reached in 120 s"
-        time.sleep(0.01)
-    ranks.kill(process)
-    process.wait(timeout=30)
-    assert not (run / "checkpoints" / "step_00000010").exists(), "killed too late: the run had ended"
+CHECKPOINT_WORKER = REPO / "tests" / "faults" / "checkpoint_worker.py"
 
 
 @pytest.mark.timeout(600)
@@ -48,7 +36,10 @@ def test_ten_steps_equal_five_kill_five(
     straight, broken = tiny_config("straight", **sections), tiny_config("broken", **sections)
     a, b = tmp_path / "runs" / "straight", tmp_path / "runs" / "broken"
     ranks.train(2, straight)
-    kill_after_step(ranks, broken, b, step=6, saved=5)
+    # Rank 0 dies when it begins to save step 10: steps 6 to 10 are lost.
+    ranks.run(2, CHECKPOINT_WORKER, "die", "begun@10", "train", broken, code=1)
+    assert (b / "checkpoints" / "step_00000005").exists()
+    assert not (b / "checkpoints" / "step_00000010").exists()
     output = ranks.train(2, broken, "--resume", "must")
     assert "resuming from step 5 of 10" in output
 

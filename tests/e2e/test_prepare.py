@@ -520,7 +520,7 @@ from rating_train.prepare.images import square
 from rating_train.prepare.run import PrepareOptions, prepare
 real = square.square_jpeg
 def slow(*args):
-    time.sleep(0.05)
+    time.sleep(0.5)
     return real(*args)
 square.square_jpeg = slow
 prepare(PrepareOptions(source=(sys.argv[1],), images=sys.argv[2], out=sys.argv[3], image_size_px=32, val_fraction=0.25))

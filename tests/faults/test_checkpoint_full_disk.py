@@ -12,7 +12,7 @@ from rating_train.checkpoint import store
 from rating_train.files import read_json_lines
 from tests.conftest import Ranks, full, small_file_system
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(800)
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 CONTINUES = "training continues (train.max_failed_saves)"
@@ -58,7 +58,7 @@ def test_a_disk_that_fills_while_saving(
 
     def start(steps: int, cases: str, code: int = 0) -> str:
         process = ranks.start(2, WORKER, "disk", cases, "train", config_of(tiny_config, small_disk, steps))
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=240)
         assert process.returncode == code, output[-6000:]
         return output
 

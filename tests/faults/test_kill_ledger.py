@@ -47,13 +47,15 @@ def test_kills_change_nothing(
 def test_torchrun_restarts_a_killed_rank_by_itself(
     ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    steps, stage, token = 14, 1, str(tmp_path)
+    steps, stage, token = 30, 1, str(tmp_path)
     ranks.train(2, tiny_config("straight", **sections(stage, steps)))
     broken = tmp_path / "runs/broken"
     config = tiny_config("broken", **sections(stage, steps))
     job = Attempt(ranks, config, broken, token, max_restarts=3)
+    assert job.wait(lambda: len(job.ranks()) == 2, 120, "the ranks"), job.output[-4000:]
+    rank = job.ranks()["rank 1"]
     assert job.wait(lambda: len(job.new_steps()) >= 5, 120, "step 5")
-    job.ranks()["rank 1"].kill()
+    rank.kill()
     assert not job.wait(lambda: False, 120, "the end")
     job.join()
     assert job.process.returncode == 0, job.output[-40000:]

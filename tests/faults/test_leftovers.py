@@ -17,7 +17,7 @@ from tests.conftest import Ranks, full
 from tests.helpers.ranks import SHARED_MEMORY, wait_for_step
 
 # Constant rates, so that the losses do not depend on how long the run was meant to be.
-LONG = {"optim": {"schedule": "constant", "warmup_fraction": 0.0}, "train": {"epochs": 400}}
+LONG = {"optim": {"schedule": "constant", "warmup_fraction": 0.0}, "train": {"epochs": 4000}}
 
 
 def losses(run: Path) -> list[float]:
@@ -59,7 +59,7 @@ def test_a_killed_job_leaves_no_shared_memory_and_its_neighbour_continues(
     """Both train from one remote through one cache, which the killed job leaves as good as it was."""
     temporary = tmp_path / "t"
     temporary.mkdir()
-    env = {"TMPDIR": str(temporary)}
+    env = {"TMPDIR": str(temporary), "RATING_TRAIN_LOG": "WARNING"}  # nobody reads the output meanwhile
     cache = {"workers": 1, "remote": str(demo / "data"), "path": str(tmp_path / "cache")}
     killed_run, live_run = tmp_path / "runs/killed", tmp_path / "runs/live"
     killed = ranks.start(2, "-m", "rating_train", "train", tiny_config("killed", **LONG, data=cache), env=env)

@@ -11,10 +11,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rating_train.errors import UserError
 from rating_train.resilience.run_lock import RunLock
+from tests.faults.ledger import stop_process
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -107,7 +109,7 @@ def test_a_suspended_owner_elsewhere_is_replaced_and_stops_when_it_wakes(
     tmp_path: Path, processes: list[subprocess.Popen[str]]
 ) -> None:
     suspended = owner(processes, tmp_path, "elsewhere")
-    os.kill(suspended.pid, signal.SIGSTOP)
+    stop_process(psutil.Process(suspended.pid))
     with RunLock(tmp_path, beat_seconds=0.1, stale_seconds=1.5) as lock:
         os.kill(suspended.pid, signal.SIGCONT)
         output, _ = suspended.communicate(timeout=30)

@@ -178,11 +178,13 @@ def launch(job: Job) -> dict[str, str]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    ranks = []
+    ranks, launcher = [], os.getpid()
     for rank in range(job.ranks):
         pid = os.fork()
         if pid == 0:
             die_with_parent()
+            if os.getppid() != launcher:  # it was killed before
+                os._exit(1)
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.ranks, "LOCAL_WORLD_SIZE": job.ranks}
             return {
                 **{name: str(value) for name, value in place.items()},

@@ -57,6 +57,7 @@ JobRequeue=1
 SlurmdParameters=config_overrides
 FirstJobId={first_job}
 KillWait=15
+MinJobAge=3600
 OverTimeLimit=0
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} RealMemory=2000
 NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cpus} RealMemory=2000

@@ -35,7 +35,7 @@ def machine(ranks: Ranks, tmp_path: Path) -> Callable[..., subprocess.Popen[str]
 def test_two_machines_resume_after_a_process_was_killed(
     machine: Callable[..., subprocess.Popen[str]], tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    config = tiny_config(train={"epochs": 400, "max_steps": 100, "save_every_steps": 5})
+    config = tiny_config(train={"epochs": 4000, "save_every_steps": 5, "stop_check_steps": 5})
     run, logs = tmp_path / "runs" / "run", [tmp_path / "machine-0.log", tmp_path / "machine-1.log"]
     explain = lambda: "\n".join(log.read_text()[-3000:] for log in logs if log.exists())  # noqa: E731
     second = machine(1, "--max-restarts", "3", "train", config)
@@ -44,10 +44,12 @@ def test_two_machines_resume_after_a_process_was_killed(
     wait_until(lambda: (run / "checkpoints" / "latest.json").is_file(), 250, "a checkpoint", explain)
     (rank,) = psutil.Process(second.pid).children()
     os.kill(rank.pid, signal.SIGKILL)
+    wait_until(lambda: "resuming from step" in logs[0].read_text(), 250, "a restart", explain)
+    (run / "STOP").touch()
     for process in (first, second):
         assert process.wait(timeout=250) == 0, explain()
     text = explain() + "".join(log.read_text() for log in logs)
     assert "2 ranks, 2 nodes on cpu" in text and "resuming from step" in text
-    assert json.loads((run / "checkpoints" / "latest.json").read_text())["step"] == 100
+    last = json.loads((run / "checkpoints" / "latest.json").read_text())["step"]
     steps = [json.loads(line)["step"] for line in (run / "train.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 101))
+    assert steps == list(range(1, last + 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.timeout(900)
 
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
 SLURM = REPO / "slurm"
-LONG = {"epochs": 400, "stop_check_steps": 2, "save_every_steps": 0}
+LONG = {"epochs": 4000, "stop_check_steps": 2, "save_every_steps": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +64,7 @@ def test_signals_and_requeues_leave_no_trace_in_a_run(cluster: Cluster, config: 
 
     job = cluster.sbatch(*TWO_NODES, "--output=broken.log", SLURM / "train.sbatch", broken)
     wait_for_step(cluster, b, 5)
-    cluster.user("scancel", "--signal=USR1", "--batch", job)
+    signal_in_time(cluster, job, job)
     cluster.wait_for_requeue(job)
     stopped = saved_step(b)
     assert 5 <= stopped < steps
@@ -71,6 +72,8 @@ def test_signals_and_requeues_leave_no_trace_in_a_run(cluster: Cluster, config: 
     assert f"requeued 1 of at most 20: signal SIGUSR1 at step {stopped}" in log
 
     wait_for_step(cluster, b, stopped + 5)
+    for process in rank_processes(job):  # Slurm has them continue when it ends them
+        process.suspend()
     cluster.user("scontrol", "requeue", job)
     cluster.wait_for_requeue(job)
     known = cluster.wait_for_end(job)
@@ -97,7 +100,8 @@ def test_the_time_limit_the_bound_and_cancelling(cluster: Cluster, config: Calla
     stopped = saved_step(run)
     assert "requeued 1 of at most 1: " in log.read_text()
     wait_for_step(cluster, run, stopped + 2)
-    cluster.user("scancel", "--signal=USR1", "--batch", job)
+    # Slurm's own may have come first.
+    cluster.user("scancel", "--signal=USR1", "--batch", job, check=False)
     known = cluster.wait_for_end(job)
     assert (known["JobState"], known["ExitCode"], known["Restarts"]) == ("FAILED", "1:0", "1")
     assert "not requeued: MAX_REQUEUES=1 reached (signal SIGUSR1 at step" in log.read_text()
@@ -158,6 +162,7 @@ def test_mistakes_and_crashes(cluster: Cluster, config: Callable[..., Path]) -> 
     # Not a step: the files of a checkpoint are written while the next steps are taken.
     wait_until((run / "checkpoints" / "latest.json").is_file, 250, "a checkpoint", cluster.logs)
     kill_ranks(cluster, job)
+    config("crash", max_steps=100_000)  # the next attempt saves nothing: it cannot do so before it is killed
     cluster.wait_for_requeue(job)
     assert "requeued 1 of at most 20: crashed with exit code 137, after it had saved" in log.read_text()
     saved = saved_step(run)
@@ -171,15 +176,41 @@ def test_mistakes_and_crashes(cluster: Cluster, config: Callable[..., Path]) -> 
     )
 
 
-def kill_ranks(cluster: Cluster, job: str) -> None:
-    """kill -9 of the training processes of a job, as the kernel does it when memory is short."""
+def rank_processes(job: str) -> list[psutil.Process]:
+    """The training processes of a job."""
+    found = []
     for process in psutil.process_iter():
-        try:
+        with contextlib.suppress(psutil.Error):
             is_rank = process.environ().get("SLURM_JOB_ID") == job and "SLURM_STEP_ID" in process.environ()
             if is_rank and "rating_train" in process.cmdline() and process.name().startswith("python"):
-                process.send_signal(signal.SIGKILL)
-        except psutil.Error:
-            continue
+                found.append(process)
+    return found
+
+
+def kill_ranks(cluster: Cluster, job: str) -> None:
+    """kill -9 of the training processes of a job, as the kernel does it when memory is short."""
+    for process in rank_processes(job):
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(signal.SIGKILL)
+
+
+def signal_in_time(cluster: Cluster, job: str, target: str) -> None:
+    """SIGUSR1 to a job through Slurm. Its ranks stand still until they have it: the run cannot end before."""
+    ranks = rank_processes(job)
+    assert ranks, cluster.logs()
+    for process in ranks:
+        process.suspend()
+    cluster.user("scancel", "--signal=USR1", "--batch", target)
+    wait_until(lambda: all(map(has_usr1, ranks)), 100, "the signal", cluster.logs)
+    for process in ranks:
+        process.resume()
+
+
+def has_usr1(process: psutil.Process) -> bool:
+    """Whether SIGUSR1 waits for a process."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    (pending,) = re.findall(r"^ShdPnd:\s*(\w+)", status, flags=re.MULTILINE)
+    return bool(int(pending, 16) >> (signal.SIGUSR1 - 1) & 1)
 
 
 def test_an_array_of_ablations_and_its_evaluations(cluster: Cluster, config: Callable[..., Path]) -> None:
@@ -196,7 +227,7 @@ def test_an_array_of_ablations_and_its_evaluations(cluster: Cluster, config: Cal
     configs[1].write_text("name: [edited after it was submitted")
     # The last task of an array has the id of the array: what it requeues is itself alone.
     wait_for_step(cluster, cluster.folder / "runs" / "a3", 5)
-    cluster.user("scancel", "--signal=USR1", "--batch", f"{train}_2")
+    signal_in_time(cluster, train, f"{train}_2")
     cluster.wait_for_requeue(f"{train}_2")
     for index, name in enumerate(names):
         for job in (train, evaluate):
