@@ -58,7 +58,7 @@ class MixedDataset(Dataset[dict[str, Any]]):
         return np.searchsorted(self._ends, ids, side="right").tolist()
 
     def close(self) -> None:
-        """Stop fetching ahead. The next request starts it again."""
+        """Close files and stop fetching ahead. The next request starts both again."""
         for part in self.parts:
             part.close()
 

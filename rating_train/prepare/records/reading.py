@@ -171,10 +171,8 @@ class Reading:
 def _is_encoding(name: str) -> bool:
     try:
         "a".encode(name)
-    except (
-        LookupError,
-        ValueError,
-    ):  # ValueError: a name with a zero byte, or an encoding that refuses any text
+    # ValueError: a name with a zero byte, or an encoding that refuses any text.
+    except (LookupError, ValueError):
         return False
     return True
 

@@ -147,12 +147,8 @@ def kind_of_name(path: str) -> str:
 @contextmanager
 def _open(path: str) -> Iterator[BinaryIO]:
     suffix = Path(path).suffix.lower()
-    damage: tuple[type[Exception], ...] = (
-        EOFError,
-        OSError,
-        zlib.error,
-        UnicodeError,
-    )  # UnicodeError: torn UTF-16
+    # UnicodeError: torn UTF-16.
+    damage: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error, UnicodeError)
     zstandard = import_zstandard(path) if suffix == ".zst" else None
     if zstandard is not None:
         damage += (zstandard.ZstdError,)
