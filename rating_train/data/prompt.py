@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from rating_train.config.task import PAPER_FIELDS, PAPER_QUESTION, Task
+from rating_train.data.field_tokenizer import ID_BYTES, FieldTokenizer, id_bytes
 from rating_train.errors import UserError
 
 BEFORE_TEXT = "<|im_start|>User:"
@@ -148,14 +148,15 @@ class PromptEncoder:
         self.field_chars = field_chars
         self.words = words
         before = piece(BEFORE_IMAGE if words.image else BEFORE_TEXT)
-        self._after = [piece(text) for text in words.pieces()]
-        self._end = piece(END)
+        after, end = [piece(text) for text in words.pieces()], piece(END)
         self.image_token_id: int = tokenizer.token_to_id(IMAGE_TOKEN)
         self.pad_token_id: int = tokenizer.token_to_id(PAD_TOKEN)
-        self._start = [*before, *[self.image_token_id] * visual_tokens]
-        template = len(before) + sum(map(len, self._after)) + len(self._end)
+        self._start = id_bytes([*before, *[self.image_token_id] * visual_tokens])
+        self._after, self._end = [id_bytes(ids) for ids in after], id_bytes(end)
+        template = len(before) + sum(map(len, after)) + len(end)
         text_tokens = text_tokens if words.fields else template
         self.layout = PromptLayout(len(before), visual_tokens, text_tokens)
+        self._pad = id_bytes([self.pad_token_id])
         self.field_budget = text_tokens - template
         if self.field_budget < len(words.fields):
             raise UserError(
@@ -163,51 +164,41 @@ class PromptEncoder:
                 where="data.text_tokens",
                 fix=f"set data.text_tokens to at least {template + 4 * len(words.fields)}",
             )
-        # A copy that encodes the text of a special token in a listing ("<image>") as plain text.
-        self._field_tokenizer = Tokenizer.from_str(tokenizer.to_str())
-        self._field_tokenizer.encode_special_tokens = True
-        self._field_tokenizer.no_padding()
-        self._field_tokenizer.no_truncation()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._field_tokenizer.encode_special_tokens = True  # not preserved by pickling
+        self._field_tokenizer = FieldTokenizer(tokenizer)
 
     def encode(self, fields: Mapping[str, str]) -> EncodedPrompt:
         """Encode a listing; ``fields`` holds the texts of ``words``."""
         return self.encode_all([fields])[0]
 
     def encode_all(
-        self, listings: Sequence[Mapping[str, str]], starts: Sequence[list[int]] = ()
+        self, listings: Sequence[Mapping[str, str]], starts: Sequence[bytes] = ()
     ) -> list[EncodedPrompt]:
-        """Encode listings, with one call of the tokenizer for all of their fields.
+        """Encode listings.
 
         Args:
             listings: each with the texts of ``words``.
-            starts: of each listing, the tokens up to the image's last, where they are not the same in all.
+            starts: of each listing, the ids up to the image's last, where they are not the same in all.
         """
         names = self.words.names
         texts = [fields[name].strip()[: self.field_chars].strip() for fields in listings for name in names]
-        encoded = self._field_tokenizer.encode_batch_fast(  # without offsets, which nothing here needs
-            [f" {t}" if t else "" for t in texts], add_special_tokens=False
-        )
-        tokens = [e.ids for e in encoded]
+        tokens = self._field_tokenizer.encode_all([f" {t}" if t else "" for t in texts])
         each = len(names)
         starts = starts or [self._start] * len(listings)
         return [self._assemble(starts[i], tokens[i * each : (i + 1) * each]) for i in range(len(listings))]
 
-    def _assemble(self, start: list[int], tokens: Sequence[list[int]]) -> EncodedPrompt:
-        """Put the tokens of a listing's fields into the template after the image, cut to fit and padded."""
-        kept = fit_lengths([len(t) for t in tokens], self.field_budget)
-        sequence = start.copy()
+    def _assemble(self, start: bytes, fields: Sequence[bytes]) -> EncodedPrompt:
+        """Put the ids of a listing's fields into the template after the image, cut to fit and padded."""
+        lengths = [len(ids) // ID_BYTES for ids in fields]
+        kept = fit_lengths(lengths, self.field_budget)
+        parts = [start]
         for place, template in enumerate(self._after):
-            sequence += template
-            if place < len(tokens):
-                sequence += tokens[place][: kept[place]]
-        sequence += self._end
-        ids = np.full(self.layout.length, self.pad_token_id, np.int64)
-        ids[: len(sequence)] = sequence
-        return EncodedPrompt(ids, len(sequence), sum(map(len, tokens)) - sum(kept))
+            parts.append(template)
+            if place < len(fields):
+                parts.append(fields[place][: ID_BYTES * kept[place]])
+        parts.append(self._end)
+        used = sum(map(len, parts)) // ID_BYTES
+        parts.append(self._pad * (self.layout.length - used))
+        return EncodedPrompt(np.frombuffer(b"".join(parts), np.int64), used, sum(lengths) - sum(kept))
 
 
 def fit_lengths(lengths: Sequence[int], budget: int) -> list[int]:

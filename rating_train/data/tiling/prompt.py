@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from tokenizers import Tokenizer
 
+from rating_train.data.field_tokenizer import id_bytes
 from rating_train.data.prompt import BEFORE_IMAGE, EncodedPrompt, PromptEncoder, PromptLayout, PromptWords
 
 _AROUND = "<fake_token_around_image>"
@@ -46,16 +47,17 @@ class TiledPromptEncoder(PromptEncoder):
         self._tiles = {(r, c): piece(f"{_AROUND}<row_{r}_col_{c}>") + visual for r in places for c in places}
         self._row_end, self._last_row_end = piece("\n"), piece("\n\n")
         self._opening, self._complete = piece(_OPENING), piece(_COMPLETE) + visual
-        self._start = self._image_part((tiles_per_side, tiles_per_side))  # the longest
+        longest = self._image_part((tiles_per_side, tiles_per_side))
+        self._start = id_bytes(longest)
         # The opening and the markers of the complete image are counted as text, as without tiling.
         markers = len(piece(BEFORE_IMAGE))
-        self.layout = PromptLayout(len(self._opening), len(self._start) - markers, self.layout.text_tokens)
+        self.layout = PromptLayout(len(self._opening), len(longest) - markers, self.layout.text_tokens)
 
     def encode_tiled(
         self, listings: Sequence[Mapping[str, str]], grids: Sequence[tuple[int, int]]
     ) -> list[EncodedPrompt]:
         """Encode listings whose images have these rows and columns of tiles."""
-        return self.encode_all(listings, [self._image_part(grid) for grid in grids])
+        return self.encode_all(listings, [id_bytes(self._image_part(grid)) for grid in grids])
 
     def _image_part(self, grid: tuple[int, int]) -> list[int]:
         rows, columns = grid
