@@ -1,4 +1,4 @@
-"""What grows with the number of ranks: start-up, memory, /dev/shm, descriptors, collectives, files of a checkpoint.
+"""What grows with the number of ranks: start-up, memory, descriptors, collectives, files of a checkpoint.
 
     python benchmarks/many_ranks.py [--ranks 8 16 4] [--steps 4] [--workers 1] [--folder F] [--json F]
     srun python benchmarks/many_ranks.py --join F --until 4     on every rank of a Slurm job, then --table F
@@ -178,13 +178,13 @@ def process_facts() -> dict[str, Any]:
 
 
 def shared_memory_mib() -> float:
-    """Return what this rank and its DataLoader workers have mapped of /dev/shm, in MiB; the names are gone already."""
+    """Return the blocks that this rank and its DataLoader workers have mapped, in MiB."""
     blocks: dict[str, int] = {}
     for pid in [os.getpid(), *(child.pid for child in psutil.Process().children())]:
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
                 place, _, _, device, inode, *path = line.split()
-                if path and path[0].startswith("/dev/shm/"):
+                if path and path[0].startswith("/memfd:rating_train"):
                     first, _, last = place.partition("-")
                     blocks[f"{device} {inode}"] = int(last, 16) - int(first, 16)
     return sum(blocks.values()) / 2**20
@@ -291,7 +291,7 @@ def summarize(folder: Path) -> list[dict[str, Any]]:
                 "first step s": max(r["marks"]["first step"] for r in rows),
                 "PSS MiB": mean("pss_mib"),
                 "private MiB": mean("private_mib"),
-                "/dev/shm MiB": mean("shared_memory_mib"),
+                "shared memory MiB": mean("shared_memory_mib"),
                 "sockets": mean("sockets"),
                 "descriptors": mean("descriptors"),
                 "threads": mean("threads"),

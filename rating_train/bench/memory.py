@@ -16,7 +16,7 @@ _MIB = 2**20
 def family_bytes() -> int:
     """Return the memory of this process and of all that it has started; what they share is counted once.
 
-    The sum of their proportional set sizes (Linux), which includes blocks of /dev/shm that one of them has mapped.
+    The sum of their proportional set sizes (Linux), which includes blocks of shared memory that one of them has mapped.
     """
     own, total = psutil.Process(), 0
     for process in (own, *own.children(recursive=True)):

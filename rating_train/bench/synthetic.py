@@ -41,7 +41,6 @@ def noise_batch(
     g = torch.Generator().manual_seed(seed)
     return Batch(
         ids=[f"{seed}-{i}" for i in range(items)],
-        categories=["c"] * items,
         images=torch.randint(0, 256, (items, 3, image_px, image_px), generator=g, dtype=torch.uint8),
         input_ids=torch.randint(20, vocabulary, (items, tokens), generator=g),
         used_tokens=torch.full((items,), tokens - padding),

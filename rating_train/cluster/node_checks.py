@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import math
 import platform
 import secrets
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,17 +19,17 @@ import torch.distributed as dist
 
 import rating_train
 from rating_train.config.schema import Config
-from rating_train.data.workers.shared_memory_need import shared_memory_need
+from rating_train.data.workers.memory_need import shared_memory_need
 from rating_train.distributed import world as worlds
 from rating_train.distributed.collectives import all_gather, broadcast
 from rating_train.errors import UserError
 from rating_train.log import process_rank
-from rating_train.training.checks import missing_cores
+from rating_train.training.checks import available_memory, missing_cores
 
 PACKAGE = Path(rating_train.__file__).resolve().parent
 CONNECT_MINUTES = 3.0
 SHARED_FILE_SECONDS = 60.0  # network file systems show a new file late: attribute caches live up to a minute
-LEAST_SHARED_MEMORY_GIB = 1.0  # where no configuration says how much DataLoader workers need
+NCCL_SHARED_MEMORY_GIB = 1.0  # what its user guide gives a container
 MOST_SKEW_SECONDS = 1.0
 PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "transformers", "numpy", "pillow")
 
@@ -152,32 +152,42 @@ def _shared_memory_need(config: Config, world: worlds.World) -> int:
         return shared_memory_need(images, world.size, world.local_size)
 
 
-def check_shared_memory(report: Report, world: worlds.World, config: Config | None) -> None:
-    """Check that /dev/shm of every node holds the batches that DataLoader workers keep ready."""
-    needed, why = LEAST_SHARED_MEMORY_GIB, "as no configuration was given"
-    if config is not None:
-        needed = _shared_memory_need(config, world) / 2**30
-        why = (
-            f"for data.workers={config.data.workers} and data.prefetch_batches={config.data.prefetch_batches} "
-            f"of {world.local_size} ranks"
-        )
-    found = None
-    if world.local_rank == 0:
-        usage = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
-        total, free = (usage.total / 2**30, usage.free / 2**30) if usage else (0.0, 0.0)
-        found = (worlds.node_name(), total, free)
-    nodes = [row for row in all_gather(found) if row]
-    problems = [
-        f"{name}: {free:.2f} of {total:.2f} GiB free, expected {needed:.2f} GiB ({why})"
-        for name, total, free in nodes
-        if free < needed
-    ]
-    least = min(nodes, key=lambda row: row[2])
+def check_memory(report: Report, world: worlds.World, config: Config) -> None:
+    """Check that every node has memory for the batches that DataLoader workers keep ready."""
+    needed = _shared_memory_need(config, world) / 2**30
+    why = (
+        f"for data.workers={config.data.workers} and data.prefetch_batches={config.data.prefetch_batches} "
+        f"of {world.local_size} ranks"
+    )
+    nodes = _of_nodes(world, available_memory)
     report.check(
-        "/dev/shm", problems, f"at least {least[2]:.2f} of {least[1]:.2f} GiB free, {needed:.2f} GiB needed ({why})",
-        f"remove what dead jobs left there, give the container more (--shm-size={math.ceil(needed) + 1}g), or lower "
-        "data.workers or data.prefetch_batches",
+        "memory", [f"{name}: {free:.2f} GiB available, expected {needed:.2f} GiB ({why})" for name, free in nodes
+                   if free < needed],
+        f"at least {min(free for _, free in nodes):.2f} GiB available, {needed:.2f} GiB needed for batches ({why})",
+        "lower data.workers or data.prefetch_batches, or ask for more memory (--mem)",
     )  # fmt: skip
+
+
+def check_shared_memory(report: Report, world: worlds.World, device: torch.device) -> None:
+    """Check that /dev/shm of every node has room for NCCL, which hands data over there between GPUs of a node."""
+    if device.type != "cuda" or world.local_size == 1:
+        return
+    nodes = _of_nodes(world, lambda: shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0)
+    problems = [
+        f"{name}: {free:.2f} GiB free, expected {NCCL_SHARED_MEMORY_GIB:.2f} GiB for NCCL"
+        for name, free in nodes
+        if free < NCCL_SHARED_MEMORY_GIB
+    ]
+    report.check(
+        "/dev/shm", problems, f"at least {min(free for _, free in nodes):.2f} GiB free",
+        "remove what dead jobs left there, or give the container more (--shm-size=1g)",
+    )  # fmt: skip
+
+
+def _of_nodes(world: worlds.World, measure: Callable[[], int]) -> list[tuple[str, float]]:
+    """Return each node's name and what it measures, in GiB. A collective."""
+    own = (worlds.node_name(), measure() / 2**30) if world.local_rank == 0 else None
+    return [row for row in all_gather(own) if row]
 
 
 def check_cores(report: Report, world: worlds.World, config: Config) -> None:
@@ -269,8 +279,9 @@ def checks(
     check_clocks(report)
     check_all_reduce(report, world, device)
     check_shared_folder(report, world, folder)
-    check_shared_memory(report, world, config)
+    check_shared_memory(report, world, device)
     if config is not None:
+        check_memory(report, world, config)
         check_cores(report, world, config)
 
 
@@ -279,7 +290,7 @@ def preflight(folder: Path, config: Config | None = None, wanted: str = "auto") 
 
     Args:
         folder: a folder that all nodes must share.
-        config: the job's configuration; without it, cores are not checked, and /dev/shm for a usual need.
+        config: the job's configuration; without it, cores and memory are not checked.
         wanted: kind of device, as ``train.device``.
 
     Returns:

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         type=Path,
-        help="configuration of the job: what it needs of cores and /dev/shm (default: RUN/config.yaml, if present)",
+        help="configuration of the job: what it needs of cores and memory (default: RUN/config.yaml, if present)",
     )
     add_set_option(parser)
 

@@ -18,7 +18,7 @@ from rating_train.config.phases import check_stages, stage_configs
 from rating_train.config.resolve import BatchPlan, plan_batch, source_shares
 from rating_train.config.schema import Config
 from rating_train.data.mixture import Mixture
-from rating_train.data.workers.shared_memory_need import batch_bytes, image_bytes
+from rating_train.data.workers.memory_need import batch_bytes, image_bytes
 from rating_train.distributed import world as worlds
 from rating_train.distributed.collectives import all_gather
 from rating_train.distributed.world import World
@@ -305,10 +305,12 @@ def available_memory() -> int:
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        stat = (group / "memory.stat").read_text().split()
     except OSError:  # not in a control group of its own, or an older kernel
         limit = "max"
     if limit != "max":
-        found.append(max(0, int(limit) - int(used)))
+        cached = int(stat[stat.index("inactive_file") + 1])  # files that were read: the kernel gives it back
+        found.append(max(0, int(limit) - int(used) + cached))
     return min(found)
 
 

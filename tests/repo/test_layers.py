@@ -75,7 +75,7 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
 TORCH_FREE = (
     "cli errors files log processes run_dir commands. config. demo. prepare. reports. resilience.run_lock "
     "scoring. shards. cluster.site cluster.submission checkpoint.store data.samples.remote data.samples.shard_cache "
-    "data.lengths data.features.identity data.workers.shared_memory_need model.architecture model.cost "
+    "data.lengths data.features.identity data.workers.memory_need model.architecture model.cost "
     "distributed.gpus training.provenance export.options prediction.options prediction.output prediction.rows "
     "prediction.work_dir bench.result evaluation.baselines evaluation.gate evaluation.stored evaluation.text "
     "model.accounting "

@@ -2,64 +2,93 @@
 
 from __future__ import annotations
 
+import mmap
 import signal
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Generator as RandomGenerator
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from rating_train.data.workers.shared_blocks import NONE, Room, SharedBlocks, plain_room
-from rating_train.data.workers.shared_memory_need import worker_batches
+from rating_train.data.workers.memory_need import worker_batches
+from rating_train.data.workers.packing import pack, unpack
+from rating_train.data.workers.shared_blocks import Lent, Room, SharedBlocks, plain_room
 from rating_train.errors import UserError
 from rating_train.processes import die_with_parent, give_back_freed_memory
 
 
-class WithImages(Protocol):
-    """What a worker makes: some tensors, of which the images are most of the bytes."""
-
-    @property
-    def images(self) -> Tensor | None: ...
+class Pinnable(Protocol):
+    """What a worker makes. It can be pickled."""
 
     def pin_memory(self) -> Any: ...
 
 
 Asked = TypeVar("Asked")
-Made = TypeVar("Made", bound=WithImages)
+Made = TypeVar("Made", bound=Pinnable)
 
 
 @dataclass
-class _HandedOver:
-    """What a worker made, and the block in which the images lie."""
+class _Packed:
+    """What a worker made, on its way to the rank: where it lies.
+
+    It is small. A message that a pipe takes in parts could end in the middle, where a worker is killed: the rank would
+    wait for the rest for ever.
+    """
+
+    lent: Lent | None
+    begin: int = 0
+    end: int = 0
+    alone: Tensor | None = None  # the bytes, in memory that torch hands over, where no block was free
+
+    def unpack(self) -> tuple[Any, mmap.mmap | None]:
+        if self.lent is None:
+            assert self.alone is not None
+            return unpack(self.alone.numpy().tobytes()), None
+        memory = self.lent.map()
+        return unpack(memoryview(memory)[self.begin : self.end], memory), memory
+
+    def pin_memory(self) -> _Pinned:
+        """Copy to pinned memory. Called by the DataLoader's pinning thread."""
+        return _Pinned(self.unpack()[0].pin_memory(), self.lent)
+
+
+@dataclass
+class _Pinned:
+    """What a worker made, in pinned memory, and the block that it no longer needs."""
 
     made: Any
-    worker: int
-    block: int
-    pinned: bool = False
-
-    def pin_memory(self) -> _HandedOver:
-        return _HandedOver(self.made.pin_memory(), self.worker, self.block, pinned=True)
+    lent: Lent | None
 
 
 class _Maker:
-    """A dataset of what is asked for: makes it, with its images in a block of this worker."""
+    """A dataset of what is asked for: makes it, in a worker with its images in a block."""
 
     def __init__(self, make: Callable[[Any, Room], Any], blocks: SharedBlocks | None) -> None:
         self._make, self._blocks = make, blocks
 
-    def __getitem__(self, asked: Any) -> _HandedOver:
+    def __getitem__(self, asked: Any) -> Any:
         worker = get_worker_info()
-        if worker is None or self._blocks is None:
-            return _HandedOver(self._make(asked, plain_room), 0, NONE)
-        blocks, taken = self._blocks, [NONE]
+        blocks = self._blocks
+        if worker is None or blocks is None:
+            return self._make(asked, plain_room)
+        taken: list[tuple[Lent | None, Tensor]] = []
 
         def room(size_bytes: int) -> Tensor:
-            taken[0], memory = blocks.take(worker.id, size_bytes)
-            return memory
+            taken.append(blocks.take(worker.id, size_bytes))
+            return taken[0][1]
 
-        return _HandedOver(self._make(asked, room), worker.id, taken[0])
+        made = self._make(asked, room)
+        lent, memory = taken[0] if taken else (None, None)
+        content = pack(made, memory if lent else None)
+        begin = len(memory) if lent and memory is not None else 0
+        if lent is None:  # no image, or no block was free
+            lent, _ = blocks.take(worker.id, len(content))
+        if lent is None:
+            return _Packed(None, alone=torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        return _Packed(blocks.write(lent, begin, content), begin, begin + len(content))
 
 
 class _Once:
@@ -106,11 +135,9 @@ def read_in_workers(
         give_back_freed_memory()
     batches = iter(loader)
     try:
-        while (handed := next(batches, None)) is not None:
-            made = handed.made
+        while (made := next(batches, None)) is not None:
             if blocks is not None:
-                blocks.receive(handed.worker, handed.block, None if handed.pinned else made.images)
-            del handed
+                made = _received(made, blocks)
             yield made
             del made
             if blocks is not None:
@@ -125,8 +152,17 @@ def read_in_workers(
     finally:
         # Now, not when the last traceback is collected: at the end of this process, multiprocessing would send
         # SIGTERM to DataLoader workers that are left, which they ignore, and wait for them for ever.
-        if workers:
+        if blocks is not None:
             batches._shutdown_workers()  # type: ignore[attr-defined]
+            blocks.close()
+
+
+def _received(handed: _Packed | _Pinned, blocks: SharedBlocks) -> Any:
+    """Return what a worker made, and note what becomes of its block."""
+    made, memory = (handed.made, None) if isinstance(handed, _Pinned) else handed.unpack()
+    if handed.lent:
+        blocks.receive(handed.lent, memory)
+    return made
 
 
 def _as_it_is(made: Any) -> Any:

@@ -1,19 +1,21 @@
-"""What preflight asks of a node for one configuration: /dev/shm and cores, on this machine."""
+"""What preflight asks of a node for one configuration: memory and cores, on this machine."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from rating_train.cluster.node_checks import Report, check_cores, check_shared_memory
+from rating_train.cluster import node_checks
+from rating_train.cluster.node_checks import Report, check_cores, check_memory, check_shared_memory
 from rating_train.config.load import config_from_dict
 from rating_train.config.schema import Config
-from rating_train.data.workers.shared_memory_need import shared_memory_need
+from rating_train.data.workers.memory_need import shared_memory_need
 from rating_train.distributed.world import World
+from rating_train.training.checks import available_memory
 
 
 def config(**data: object) -> Config:
@@ -28,31 +30,40 @@ def checked(
     return report.failures, capsys.readouterr().out
 
 
-@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm here")
-def test_shared_memory_is_what_the_loaders_of_the_configuration_need(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_memory_is_what_the_loaders_of_the_configuration_need(capsys: pytest.CaptureFixture[str]) -> None:
     small = config(workers=1, prefetch_batches=1, image_px=64)
-    failures, line = checked(check_shared_memory, capsys, small)
-    assert failures == 0 and line.startswith("PASS  /dev/shm: at least ")
-    assert f"{shared_memory_need(small, 1, 1) / 2**30:.2f} GiB needed (for data.workers=1" in line
+    failures, line = checked(check_memory, capsys, small)
+    assert failures == 0 and line.startswith("PASS  memory: at least ")
+    assert f"{shared_memory_need(small, 1, 1) / 2**30:.2f} GiB needed for batches (for data.workers=1" in line
 
-    free = shutil.disk_usage("/dev/shm").free
     large = config(workers=256, prefetch_batches=1024, image_px=384)
     needed = shared_memory_need(large, 1, 1)
-    assert needed > free, "the case is as large as a configuration can be"
-    failures, line = checked(check_shared_memory, capsys, large)
-    assert failures == 1 and line.startswith("FAIL  /dev/shm: ")
+    assert needed > available_memory(), "the case is as large as a configuration can be"
+    failures, line = checked(check_memory, capsys, large)
+    assert failures == 1 and line.startswith("FAIL  memory: ")
     assert f"expected {needed / 2**30:.2f} GiB (for data.workers=256 and data.prefetch_batches=1024" in line
     assert "lower data.workers or data.prefetch_batches" in line
 
-    failures, line = checked(check_shared_memory, capsys, config(workers=0))
+    failures, line = checked(check_memory, capsys, config(workers=0))
     assert failures == 0 and "0.00 GiB needed" in line
 
 
-def test_without_a_configuration_a_usual_need_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
-    _, line = checked(check_shared_memory, capsys, None)
-    assert "1.00 GiB" in line and "as no configuration was given" in line
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm here")
+def test_dev_shm_is_for_nccl_between_the_gpus_of_a_node(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(device: str, gpus: int) -> tuple[int, str]:
+        report = Report(is_main=True)
+        check_shared_memory(report, World(local_size=gpus), torch.device(device))
+        return report.failures, capsys.readouterr().out
+
+    assert said("cpu", 8) == (0, "") and said("cuda", 1) == (0, "")
+    monkeypatch.setattr(node_checks, "NCCL_SHARED_MEMORY_GIB", 0.0)
+    failures, line = said("cuda", 8)
+    assert failures == 0 and line.startswith("PASS  /dev/shm: at least ")
+    monkeypatch.setattr(node_checks, "NCCL_SHARED_MEMORY_GIB", 2.0**20)
+    failures, line = said("cuda", 8)
+    assert failures == 1 and "expected 1048576.00 GiB for NCCL" in line and "--shm-size=1g" in line
 
 
 def test_cores_are_those_that_the_job_may_use(capsys: pytest.CaptureFixture[str]) -> None:

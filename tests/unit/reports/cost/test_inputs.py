@@ -12,7 +12,7 @@ from rating_train.cli import main
 from rating_train.config.load import load_config
 from rating_train.config.schema import Config
 from rating_train.data.lengths import text_tokens_of
-from rating_train.data.workers.shared_memory_need import shared_memory_need
+from rating_train.data.workers.memory_need import shared_memory_need
 from rating_train.files import atomic_write_json, read_json
 from rating_train.model.cost import count_forward, count_parameters, training_flops, visual_tokens
 from rating_train.reports.cost.sweep import parse_sweep, run_sweep

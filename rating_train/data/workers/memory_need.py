@@ -1,8 +1,4 @@
-"""How much shared memory a configuration's DataLoaders need, for checks before a job starts. Imports no torch.
-
-A DataLoader worker hands a batch over in /dev/shm, one block per tensor. Containers often have 64 MiB there, and a
-worker that finds it full dies of SIGBUS in the middle of training.
-"""
+"""How much memory the batches of a configuration need, for checks before a job starts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ _BATCHES_IN_USE = 2
 
 
 def shared_memory_need(config: Config, ranks: int, ranks_per_node: int, visual_tokens: int = 256) -> int:
-    """Bytes of /dev/shm that the DataLoaders of one node occupy at most.
+    """Bytes that the blocks of all DataLoader workers of one node occupy at most (see ``shared_blocks``).
 
     The training loader's workers keep their prefetched batches while an evaluation runs, so both loaders count.
 
@@ -38,9 +34,9 @@ def _loader_bytes(config: Config, source: SourceConfig, items: int, tokens: int)
     data = config.data
     if data.workers == 0:
         return 0  # batches are made in the training process
-    batches = data.workers * worker_batches(data.workers, data.prefetch_batches)
+    blocks = data.workers * worker_batches(data.workers, data.prefetch_batches)
     flags = _PAGE_BYTES  # of the blocks, see shared_blocks
-    return batches * batch_bytes(items, image_bytes(config, source), tokens) + flags
+    return blocks * batch_bytes(items, image_bytes(config, source), tokens) + flags
 
 
 def worker_batches(workers: int, prefetch: int) -> int:
@@ -65,7 +61,7 @@ def image_bytes(config: Config, source: SourceConfig) -> int:
 
 
 def batch_bytes(items: int, images: int, tokens: int) -> int:
-    """Bytes of a batch's tensors in shared memory, each rounded up to pages (see ``collate.Batch``).
+    """Bytes of a batch's tensors, each rounded up to pages (see ``collate.Batch``).
 
     Args:
         items: B.
@@ -80,5 +76,8 @@ def batch_bytes(items: int, images: int, tokens: int) -> int:
         "rating_counts": 4,
         "id_hashes": 8,
     }
-    sizes = (items * size for size in item.values())
-    return sum(-(-size // _PAGE_BYTES) * _PAGE_BYTES for size in sizes)
+    return sum(_pages(items * size) for size in item.values())
+
+
+def _pages(size_bytes: int) -> int:
+    return -(-size_bytes // _PAGE_BYTES) * _PAGE_BYTES
