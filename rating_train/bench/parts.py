@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,10 @@ from rating_train.training.job import Job
 from rating_train.training.meters import Work, WorkCounter
 from rating_train.training.recording import Recorder
 
+#: Steps after the start of DataLoader workers that are not timed. Where workers are forked, the first write to a page
+#: of this process copies it, and memory that was given back before is taken again: at full size 1.3 million page
+#: faults in the first step, 150,000 in the next two, and 95,000 in each one after them.
+_WARM_UP_STEPS = 3
 #: What of a step is the model's own work; the rest is spent around it.
 _MODEL = ("forward", "backward")
 
@@ -60,9 +65,9 @@ class Bench:
             self._flops = matrix_flops(self.device, self.dtype)
         return self._flops
 
-    def batches(self) -> list[Batch]:
-        """Return this rank's first batches, on the device."""
-        with contextlib.closing(self.job.data.batches(0, self.steps)) as batches:
+    def batches(self, first: int = 0) -> list[Batch]:
+        """Return this rank's batches from step ``first`` on, on the device."""
+        with contextlib.closing(self.job.data.batches(first, first + self.steps)) as batches:
             found = [batch.to(self.device) for batch in batches]
         synchronize(self.device)
         return found
@@ -153,11 +158,14 @@ class Bench:
         rows = self._rows(
             "step", "step", seconds, sum(map(len, batches)), self._work(batches, self._training)
         )
-        return [*rows, *self._split("step", lambda: self._take(batches), len(batches))]
+        timer = StepTimer(self.device)
+        with self._clocked(timer):
+            total = seconds_of(lambda: self._take(batches), self.device)
+        return [*rows, *_split("step", timer, total, len(batches))]
 
     def train(self) -> list[Row]:
         """Train as `rating-train train` does, against the same steps on batches that lie on the device."""
-        batches = self.batches()[1:]
+        batches = self.batches(_WARM_UP_STEPS)
         state, resident, trained, waits = TrainState(), [], [], []
         self._take(batches)
         with Recorder(self.job, state) as recorder:
@@ -178,7 +186,9 @@ class Bench:
             Row("train", "waiting for data", 1000 * statistics.median(waits) / count, "ms/step",
                 larger_is_better=False),
         ]  # fmt: skip
-        rows += self._split("train", lambda: self._train(state, None), count)
+        timer = StepTimer(self.device)
+        total, _ = self._train(state, None, timer)
+        rows += _split("train", timer, total, count)
         rows.append(Row("train", "pause of a save", 1000 * pause, "ms/save", larger_is_better=False))
         return rows
 
@@ -201,47 +211,42 @@ class Bench:
             self.job.engine.step(batch, 0, self.job.total_steps)
         self.job.engine.read_skipped(wait=True)
 
-    def _train(self, state: TrainState, recorder: Recorder | None) -> tuple[float, float]:
-        """Train on the same batches from the loader: (seconds, of them waiting for data). The first is warm-up.
-
-        A step belongs to it: where DataLoader workers are forked, the first write to a page of this process copies it.
-        """
-        job, every = self.job, min(self.job.config.train.log_every_steps, self.steps - 1)
-        with contextlib.closing(job.data.batches(0, self.steps)) as batches:
-            self._take([next(batches)])
+    def _train(
+        self, state: TrainState, recorder: Recorder | None, timer: StepTimer | None = None
+    ) -> tuple[float, float]:
+        """Train on the same batches from the loader, after a warm-up: (seconds, of them waiting for data)."""
+        job, every = self.job, min(self.job.config.train.log_every_steps, self.steps)
+        with contextlib.closing(job.data.batches(0, _WARM_UP_STEPS + self.steps)) as batches:
+            self._take(list(itertools.islice(batches, _WARM_UP_STEPS)))
             synchronize(self.device)
             if recorder is not None:
                 recorder.pause()
             waited, started = 0.0, time.perf_counter()
-            while True:
-                asked = time.perf_counter()
-                batch = next(batches, None)
-                waited += time.perf_counter() - asked
-                if batch is None:
-                    break
-                loss = job.engine.step(batch, 0, job.total_steps)
-                state.record_step(job.plan.global_items)
-                if recorder is not None:
-                    recorder.step(batch, loss)
-                    if state.step % every == 0:
-                        recorder.log_training()
-            job.engine.read_skipped(wait=True)
-            synchronize(self.device)
+            with self._clocked(timer):
+                while True:
+                    asked = time.perf_counter()
+                    batch = next(batches, None)
+                    waited += time.perf_counter() - asked
+                    if batch is None:
+                        break
+                    loss = job.engine.step(batch, 0, job.total_steps)
+                    state.record_step(job.plan.global_items)
+                    if recorder is not None:
+                        recorder.step(batch, loss)
+                        if state.step % every == 0:
+                            recorder.log_training()
+                job.engine.read_skipped(wait=True)
+                synchronize(self.device)
             return time.perf_counter() - started, waited
 
-    def _split(self, part: str, run: Callable[[], object], steps: int) -> list[Row]:
-        """Return what a step's time is spent on, from one more round with a clock around each part."""
-        engine = self.job.engine
-        engine.timer = StepTimer(self.device)
-        total = seconds_of(run, self.device)
-        found = engine.timer.seconds()
-        engine.timer = None
-        found["outside forward and backward"] = total - sum(found.get(name, 0.0) for name in _MODEL)
-        return [
-            Row(part, name, 1000 * seconds / steps, "ms/step", limit=1000 * total / steps, limit_name="of the step",
-                larger_is_better=False if name != "outside forward and backward" else None)
-            for name, seconds in found.items()
-        ]  # fmt: skip
+    @contextlib.contextmanager
+    def _clocked(self, timer: StepTimer | None) -> Iterator[None]:
+        """Have a clock around each part of a step."""
+        self.job.engine.timer = timer
+        try:
+            yield
+        finally:
+            self.job.engine.timer = None
 
     def _save(self, state: TrainState) -> float:
         """Return how long training pauses for a checkpoint that is written in the background."""
@@ -269,3 +274,14 @@ class Bench:
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:
     return min(values), max(values)
+
+
+def _split(part: str, timer: StepTimer, total: float, steps: int) -> list[Row]:
+    """Return what a step's time was spent on, in a round of ``total`` seconds with a clock around each part."""
+    found = timer.seconds()
+    found["outside forward and backward"] = total - sum(found.get(name, 0.0) for name in _MODEL)
+    return [
+        Row(part, name, 1000 * seconds / steps, "ms/step", limit=1000 * total / steps, limit_name="of the step",
+            larger_is_better=False if name != "outside forward and backward" else None)
+        for name, seconds in found.items()
+    ]  # fmt: skip

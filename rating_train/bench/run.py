@@ -53,7 +53,7 @@ def run_bench(
         checkpointer = open_checkpoints(measured, run, world)
         job = assemble_job(measured, run, world, device, checkpointer, None)
         job.engine.warm_up(lambda length: log.info("compiling for %d tokens", length))
-        bench = Bench(job, rounds, steps + 1 if "train" in parts else steps)
+        bench = Bench(job, rounds, steps)
         rows = [row for part in parts for row in getattr(bench, part)()]
         all_gather(None)  # all ranks are done with the folder
         checkpointer.close()
