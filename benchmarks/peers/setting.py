@@ -19,7 +19,7 @@ from streaming import LocalDataset
 from rating_train.config.load import load_config
 from rating_train.config.resolve import BatchPlan, plan_batch
 from rating_train.config.schema import Config
-from rating_train.data.collate import Batch, Collator
+from rating_train.data.collate import Batch, Collator, Purpose
 from rating_train.model.regressor import RatingRegressor, build_regressor
 from rating_train.training.setup import read_model_inputs
 
@@ -69,7 +69,7 @@ def read_setting(connect: bool) -> Setting:
         plan=plan_batch(config.batch.global_items, config.batch.micro_items, ranks),
         model=model,
         dataset=LocalDataset(local=config.data.path, split=config.data.train_split),
-        collate=Collator(inputs.prompt, config.data.image_px),
+        collate=Collator(inputs.prompt, config.data.image_px, purpose=Purpose(slices=False)),
         device=device,
         rank=rank,
         ranks=ranks,

@@ -34,7 +34,6 @@ class Batch:
     """
 
     ids: list[str]
-    categories: list[str]
     #: (B, 3, S, S) uint8; S is 0 where the model reads no images. With tiling (B, M, 3, S, S), M the most of an item.
     #: The channels of a pixel lie beside each other in memory (channels last), as a decoder gives them.
     #: With `data.features` (B, V, D), the visual tokens, in the dtype that they were computed in.
@@ -47,7 +46,9 @@ class Batch:
     #: (B,) int64, CRC-32 of each id; dropout masks derive from it. Computed here, in the DataLoader worker,
     #: so that it is pinned and copied with the other tensors.
     id_hashes: Tensor = None  # type: ignore[assignment]
-    #: What an evaluation is sliced by: each item's product group, and its characters in all fields together.
+    #: What an evaluation is sliced by: each item's category and product group, and its characters in all fields
+    #: together. Empty in training.
+    categories: list[str] = dataclasses.field(default_factory=list)
     groups: list[str] = dataclasses.field(default_factory=list)
     text_chars: list[int] = dataclasses.field(default_factory=list)
     #: ``used_tokens`` on the host, where lengths are decided without waiting for the device; empty where a batch was
@@ -103,6 +104,23 @@ class Batch:
         return dataclasses.replace(self, **mapped)
 
 
+@dataclass(frozen=True)
+class Purpose:
+    """What batches are for.
+
+    Attributes:
+        by_length: whether the longest items come first, so that micro-batches have items of about one length.
+        slices: whether a batch says what an evaluation is sliced by.
+    """
+
+    by_length: bool = False
+    slices: bool = True
+
+
+#: Every item in the order in which it was asked for, with what an evaluation is sliced by.
+EVALUATION = Purpose()
+
+
 class Collator:
     """A collate function: decodes and tokenizes samples (mappings with the MDS columns) into a batch.
 
@@ -110,7 +128,7 @@ class Collator:
         prompt: makes token ids of the text.
         image_px: side of the images, in pixels; 0 where the model reads none.
         formats: of the samples' images.
-        by_length: whether the longest items come first, so that micro-batches have items of about one length.
+        purpose: of the batches.
     """
 
     def __init__(
@@ -118,12 +136,12 @@ class Collator:
         prompt: PromptEncoder,
         image_px: int,
         formats: tuple[str, ...] = STORED_FORMATS,
-        by_length: bool = False,
+        purpose: Purpose = EVALUATION,
     ) -> None:
         self.prompt = prompt
         self.image_px = image_px
         self.formats = formats
-        self.by_length = by_length
+        self.purpose = purpose
 
     def __call__(self, samples: Sequence[Mapping[str, Any]], room: Room = plain_room) -> Batch:
         """Make a batch of samples.
@@ -137,7 +155,7 @@ class Collator:
         """
         prompts = self._encode(samples)
         places: list[int] = []
-        if self.by_length:
+        if self.purpose.by_length:
             places = longest_first([p.used for p in prompts])
             samples, prompts = [samples[i] for i in places], [prompts[i] for i in places]
         lengths = [p.used for p in prompts]
@@ -146,7 +164,6 @@ class Collator:
             self._fill(image, s)
         return Batch(
             ids=[s["id"] for s in samples],
-            categories=[s.get("main_category", "") for s in samples],
             images=self._as_model_input(images),
             input_ids=torch.from_numpy(np.stack([p.ids for p in prompts])),
             used_tokens=torch.tensor(lengths, dtype=torch.int64),
@@ -155,11 +172,20 @@ class Collator:
                 [float(s.get("rating_count", math.nan)) for s in samples], dtype=torch.float32
             ),
             truncated_tokens=sum(p.cut for p in prompts),
-            groups=[product_group(s) for s in samples],
-            text_chars=[sum(len(s[name]) for name in self.prompt.words.names) for s in samples],
             lengths=lengths,
             places=places,
+            **self._slices(samples),
         )
+
+    def _slices(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if not self.purpose.slices:
+            return {}
+        names = self.prompt.words.names
+        return {
+            "categories": [s.get("main_category", "") for s in samples],
+            "groups": [product_group(s) for s in samples],
+            "text_chars": [sum(len(s[name]) for name in names) for s in samples],
+        }
 
     @property
     def _image_shape(self) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import torch
 
 from rating_train.config.resolve import source_shares
 from rating_train.config.schema import DataConfig, SourceConfig
-from rating_train.data.collate import Batch, Collator
+from rating_train.data.collate import Batch, Collator, Purpose
 from rating_train.data.features.collate import collator_of
 from rating_train.data.features.identity import check_features, features_of, refuse_features
 from rating_train.data.mixture import Mixture, mixed_epoch, source_seed
@@ -165,7 +165,7 @@ def open_training(
         _alike(lambda: refuse_unlike(paths, manifests))
         _alike(lambda: mixture.refuse_tiny_shares(paths))
         epoch_ids = functools.partial(mixed_epoch, mixture, passes)
-    collator = collator_of(config, sources[0], prompt, by_length)
+    collator = collator_of(config, sources[0], prompt, Purpose(by_length, slices=False))
     split = _readable(dataset, config, collator, world, device)
     return TrainingData(split, SampleOrder(len(dataset), global_items, epoch_ids), rank_items, manifests)
 

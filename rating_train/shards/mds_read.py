@@ -1,7 +1,7 @@
-"""Read MDS shards in plain Python, to inspect and check a dataset without torch.
+"""Read MDS shards in plain Python, without torch: their index, their samples, some columns of them.
 
-Training decodes through streaming (``data/samples/streaming_dataset.py``). This is a second, independent reader:
-``verify`` and the report see what is in the files, not what a library makes of them.
+Training decodes its samples here too (``data/samples``): what ``verify`` and the report see is what a model sees. Tests
+compare it with streaming's own writer and reader.
 
 A shard is ``uint32 count``, then ``uint32 offset`` for each sample and one for the end, then the index entry as
 JSON, then the samples. A sample is a ``uint32 size`` for each column without a fixed one, then all values. Everything
@@ -131,7 +131,7 @@ def read_shard(
             f.seek(begin)
             try:
                 yield decode(f.read(end - begin), shard)
-            except (ValueError, struct.error, KeyError) as e:
+            except BadShard as e:
                 raise BadShard(f"sample {place} cannot be decoded: {e}") from e
 
 
@@ -158,7 +158,7 @@ def read_columns(path: Path, shard: Mapping[str, Any], names: Sequence[str]) -> 
             raise BadShard(f"sample {place} has impossible offsets {begin} and {end}")
         try:
             yield decode(content[begin:end], shard, names)
-        except (ValueError, struct.error, KeyError) as e:
+        except BadShard as e:
             raise BadShard(f"sample {place} cannot be decoded: {e}") from e
 
 
@@ -196,7 +196,24 @@ _NUMBERS = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i", "int
 def decode(
     data: bytes | memoryview, shard: Mapping[str, Any], names: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """Decode one sample, or the columns ``names`` of it, by its shard's entry in the index."""
+    """Decode one sample, or the columns ``names`` of it, by its shard's entry in the index.
+
+    Raises:
+        BadShard: the bytes are not those of a sample with these columns.
+    """
+    try:
+        return _decode(data, shard, names)
+    except UnicodeDecodeError as e:
+        raise BadShard(f"a text is not UTF-8: {e}") from e
+    except struct.error as e:
+        raise BadShard(f"it has {len(data)} bytes, and a size or a number lacks some: {e}") from e
+    except KeyError as e:
+        raise BadShard(f"its columns have an encoding that is not known: {e}") from e
+
+
+def _decode(
+    data: bytes | memoryview, shard: Mapping[str, Any], names: Sequence[str] | None
+) -> dict[str, Any]:
     sizes: list[int] = []
     at = 0
     for size in shard["column_sizes"]:
@@ -205,7 +222,7 @@ def decode(
             at += 4
         sizes.append(size)
     if at + sum(sizes) != len(data):
-        raise ValueError(f"its columns take {at + sum(sizes)} bytes, it has {len(data)}")
+        raise BadShard(f"its columns take {at + sum(sizes)} bytes, it has {len(data)}")
     sample: dict[str, Any] = {}
     for name, encoding, size in zip(shard["column_names"], shard["column_encodings"], sizes):
         value = data[at : at + size]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rating_train.config.schema import DataConfig, SourceConfig
-from rating_train.data.collate import Collator, new_images
+from rating_train.data.collate import EVALUATION, Collator, Purpose, new_images
 from rating_train.data.decode import decode_square
 from rating_train.data.features.identity import Features, features_of
 from rating_train.data.prompt import PromptEncoder
@@ -26,12 +26,12 @@ class FeatureCollator(Collator):
     """A collate function for samples with visual tokens in place of an image: a batch's images are (B, V, D).
 
     Args:
-        prompt, by_length: as of :class:`Collator`.
+        prompt, purpose: as of :class:`Collator`.
         features: what the samples hold.
     """
 
-    def __init__(self, prompt: PromptEncoder, features: Features, by_length: bool = False) -> None:
-        super().__init__(prompt, image_px=0, by_length=by_length)  # nothing is decoded
+    def __init__(self, prompt: PromptEncoder, features: Features, purpose: Purpose = EVALUATION) -> None:
+        super().__init__(prompt, image_px=0, purpose=purpose)  # nothing is decoded
         self.features = features
 
     @property
@@ -52,12 +52,16 @@ class FeatureCollator(Collator):
 
 
 def collator_of(
-    config: DataConfig, source: SourceConfig, prompt: PromptEncoder, by_length: bool = False
+    config: DataConfig,
+    source: SourceConfig,
+    prompt: PromptEncoder,
+    purpose: Purpose = EVALUATION,
 ) -> Collator:
     """Return the collate function of a source's samples: of its images, or of the features that stand for them."""
     if (features := features_of(config, source)) is not None:
-        return FeatureCollator(prompt, features, by_length)
-    return make_collator(prompt, config.image_px if prompt.words.image else 0, config.tiling_px, by_length)
+        return FeatureCollator(prompt, features, purpose)
+    image_px = config.image_px if prompt.words.image else 0
+    return make_collator(prompt, image_px, config.tiling_px, purpose)
 
 
 @dataclass

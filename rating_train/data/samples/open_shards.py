@@ -7,6 +7,7 @@ GPUs at 800 samples per second each, 51,200 requests per second to a server that
 from __future__ import annotations
 
 import os
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ class OpenShards:
     def __init__(self, paths: Sequence[Path], samples: Sequence[int], most: int = MOST_OPEN) -> None:
         self._paths, self._samples, self._most = paths, samples, most
         self._open: OrderedDict[int, _Shard] = OrderedDict()  # by number; the last was used last
+        weakref.finalize(self, _close, self._open)
 
     def read(self, shard: int, place: int) -> bytes:
         """Read the sample at ``place`` of a shard.
@@ -60,8 +62,7 @@ class OpenShards:
 
     def close(self) -> None:
         """Close all files."""
-        while self._open:
-            os.close(self._open.popitem()[1].descriptor)
+        _close(self._open)
 
     def _opened(self, shard: int) -> _Shard:
         if shard not in self._open:
@@ -75,12 +76,14 @@ class OpenShards:
         self._open.move_to_end(shard)
         return self._open[shard]
 
-    def __del__(self) -> None:
-        self.close()
-
     def __reduce__(self) -> tuple[Any, ...]:
         """For DataLoader workers that are spawned: descriptors do not travel."""
         return OpenShards, (self._paths, self._samples, self._most)
+
+
+def _close(shards: OrderedDict[int, _Shard]) -> None:
+    while shards:
+        os.close(shards.popitem()[1].descriptor)
 
 
 def _read(descriptor: int, size_bytes: int, offset: int) -> bytes:

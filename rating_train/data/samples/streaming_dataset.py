@@ -1,13 +1,12 @@
-"""Samples of a split by id, read from MDS shards through MosaicML Streaming.
+"""Samples of a split by id, read from MosaicML Streaming's MDS shards.
 
-Of streaming, only public parts are used: the map-style ``LocalDataset`` knows the shards and decodes their samples, and
-streaming's downloaders copy what is not on disk. Which samples are read, and in which order, is decided in
-:mod:`..order`; a DataLoader worker is told with each batch. So there is no state that is shared between processes.
+The shards are those that streaming's writer makes, and streaming's downloaders copy what is not on disk. Which samples
+are read, and in which order, is decided in :mod:`..order`; a DataLoader worker is told with each batch. So there is no
+state that is shared between processes.
 
-Three things that streaming leaves out are done here. It opens a shard for each sample: here files stay open
-(:mod:`.open_shards`). It checks no local shard: here each is hashed before it is first used
-(:class:`..order.FirstReads` says by which rank). And it unpickles what a shard's columns ask for: here other columns
-than those of :data:`~rating_train.shards.schema.MDS_COLUMNS` are refused.
+Two things that streaming's own readers leave out are done here. They open a shard for each sample: here files stay open
+(:mod:`.open_shards`). They check no local shard: here each is hashed before it is first used
+(:class:`..order.FirstReads` says by which rank).
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from streaming import LocalDataset
 from streaming.base.storage import CloudDownloader
 from torch.utils.data import Dataset
 
@@ -31,7 +29,7 @@ from rating_train.data.samples.open_shards import MOST_OPEN, OpenShards
 from rating_train.data.samples.remote import Source
 from rating_train.data.samples.shard_cache import Prefetch, ShardCache
 from rating_train.errors import UserError
-from rating_train.shards.mds_read import INDEX_NAME, read_index
+from rating_train.shards.mds_read import INDEX_NAME, decode, read_index
 from rating_train.shards.schema import MDS_COLUMNS
 from rating_train.shards.verify import shard_problem
 
@@ -72,7 +70,7 @@ class SplitDataset(Dataset[dict[str, Any]]):
         self._folder = Path(self.source.path).resolve() / split
         entries = read_index(self._folder)
         _refuse_other_columns(entries, self._folder)
-        self._local = LocalDataset(str(self._folder.parent), split)
+        self._entries = entries
         self._files: list[dict[str, Any]] = [entry["raw_data"] for entry in entries]
         self.samples_per_shard: Ids = np.array([entry["samples"] for entry in entries], np.int64)
         self._ends = np.cumsum(self.samples_per_shard)
@@ -133,7 +131,7 @@ class SplitDataset(Dataset[dict[str, Any]]):
     def _read(self, shard: int, sample: int) -> dict[str, Any]:
         before = int(self._ends[shard - 1]) if shard else 0
         data = self._open.read(shard, sample - before)
-        return self._local.shards[shard].decode_sample(data)  # type: ignore[attr-defined]
+        return decode(data, self._entries[shard])
 
     def _check(self, shard: int) -> None:
         file = self._files[shard]
@@ -175,7 +173,7 @@ class SplitDataset(Dataset[dict[str, Any]]):
 
 
 def _refuse_other_columns(entries: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Raise :class:`UserError` where a shard has other columns: streaming would unpickle them if they say so."""
+    """Raise :class:`UserError` where a shard has other columns than ``prepare`` writes."""
     for entry in entries:
         columns = dict(zip(entry["column_names"], entry["column_encodings"]))
         if columns != MDS_COLUMNS and not _is_of_a_task(columns):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rating_train.data.collate import Collator
+from rating_train.data.collate import EVALUATION, Collator, Purpose
 from rating_train.data.decode import STORED_FORMATS
 from rating_train.data.prompt import EncodedPrompt, PromptEncoder
 from rating_train.data.tiling.prompt import TiledPromptEncoder
@@ -24,7 +24,7 @@ class TiledCollator(Collator):
     """A collate function for images in tiles: a batch's images are (B, M, 3, S, S), black where an item has fewer.
 
     Args:
-        prompt, image_px, formats, by_length: as of :class:`Collator`; ``image_px`` is a tile's side.
+        prompt, image_px, formats, purpose: as of :class:`Collator`; ``image_px`` is a tile's side.
         tiling_px: the longest side before an image is cut.
     """
 
@@ -36,9 +36,9 @@ class TiledCollator(Collator):
         image_px: int,
         tiling_px: int,
         formats: tuple[str, ...] = STORED_FORMATS,
-        by_length: bool = False,
+        purpose: Purpose = EVALUATION,
     ) -> None:
-        super().__init__(prompt, image_px, formats, by_length)
+        super().__init__(prompt, image_px, formats, purpose)
         self.tiling_px = tiling_px
 
     @property
@@ -68,11 +68,13 @@ class TiledCollator(Collator):
             raise _undecodable(sample, e) from e
 
 
-def make_collator(prompt: PromptEncoder, image_px: int, tiling_px: int, by_length: bool = False) -> Collator:
+def make_collator(
+    prompt: PromptEncoder, image_px: int, tiling_px: int, purpose: Purpose = EVALUATION
+) -> Collator:
     """Return the collate function of stored samples: squares, or tiles where ``tiling_px`` is not 0."""
     if isinstance(prompt, TiledPromptEncoder):
-        return TiledCollator(prompt, image_px, tiling_px, by_length=by_length)
-    return Collator(prompt, image_px, by_length=by_length)
+        return TiledCollator(prompt, image_px, tiling_px, purpose=purpose)
+    return Collator(prompt, image_px, purpose=purpose)
 
 
 def _undecodable(sample: Mapping[str, Any], error: Exception) -> ValueError:

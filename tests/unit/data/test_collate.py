@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rating_train.data.collate import Batch, Collator
+from rating_train.data.collate import Batch, Collator, Purpose
 from rating_train.data.prompt import PromptEncoder, load_tokenizer
 from rating_train.demo.tokenizer import make_tokenizer
 
@@ -120,7 +120,7 @@ def test_one_corrupt_image_among_good_ones_names_the_right_item(prompt: PromptEn
 
 
 def test_items_ordered_by_length_are_the_same_items(prompt: PromptEncoder, batch: Batch) -> None:
-    ordered = Collator(prompt, S, by_length=True)([sample(i) for i in range(8)])
+    ordered = Collator(prompt, S, purpose=Purpose(by_length=True))([sample(i) for i in range(8)])
     assert ordered.lengths == sorted(batch.lengths, reverse=True) == ordered.used_tokens.tolist()
     assert len(set(ordered.lengths)) > 1 and ordered.ids != batch.ids
     assert ordered.ids_as_read() == batch.ids == batch.ids_as_read()
@@ -132,7 +132,7 @@ def test_items_ordered_by_length_are_the_same_items(prompt: PromptEncoder, batch
 
 
 def test_a_micro_batch_is_cut_to_its_own_longest_item_without_a_copy(prompt: PromptEncoder) -> None:
-    ordered = Collator(prompt, S, by_length=True)([sample(i) for i in range(8)])
+    ordered = Collator(prompt, S, purpose=Purpose(by_length=True))([sample(i) for i in range(8)])
     lengths = []
     for micro in ordered.split(2):
         cut = micro.cut(4)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from rating_train.data.collate import Purpose
 from rating_train.data.features.collate import FeatureCollator, ImageCollator
 from rating_train.data.features.identity import Features
 from rating_train.data.prompt import PromptEncoder, load_tokenizer
@@ -29,7 +30,7 @@ def stored(number: int, visual: torch.Tensor) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_batch_holds_the_stored_bits(prompt: PromptEncoder, dtype: str) -> None:
     visual = torch.randn(3, 4, 8).to(getattr(torch, dtype))
-    collator = FeatureCollator(prompt, Features("", "", S, 4, 8, dtype), by_length=True)
+    collator = FeatureCollator(prompt, Features("", "", S, 4, 8, dtype), Purpose(by_length=True))
     batch = collator([stored(i, visual[i]) for i in range(3)])
     assert batch.images.dtype == visual.dtype and batch.images.shape == (3, 4, 8)
     assert sorted(batch.places) == [0, 1, 2] and batch.ids_as_read() == [f"item-{i}" for i in range(3)]
