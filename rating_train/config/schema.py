@@ -152,7 +152,7 @@ class BatchConfig:
 @dataclass(frozen=True)
 class ZeroConfig:
     stage: Literal[0, 1, 2, 3] = setting(
-        2,
+        1,
         "DeepSpeed ZeRO stage: what is divided over the ranks (0: nothing, 1: optimizer state, 2: gradients too, "
         "3: weights too).",
     )

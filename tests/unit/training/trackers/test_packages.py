@@ -7,6 +7,7 @@ import json
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def train_and_resume(run: Path, tracker: str, checkpoint: int) -> str:
         rows.evaluation({"step": last, "split": "val", "plcc": last / 10})
         rows.close()
         ids.append(read_json(run / run_dir.TRACKERS_FILE)[tracker])
+        time.sleep(1.1)  # wandb names the folder of an attempt by the second in which it started
     assert ids[0] == ids[1], "the same run"
     return str(ids[0])
 
