@@ -1,4 +1,4 @@
-"""One table of several results of `rating-train bench --json`: a line for each speed, with its share of the limit.
+"""One table of results of `rating-train bench --json` and of `peers/run.py --json`: a line for each speed.
 
 python benchmarks/bench_table.py FILE...
 """
@@ -6,6 +6,7 @@ python benchmarks/bench_table.py FILE...
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -17,6 +18,13 @@ def main() -> None:
     machine = {}
     for path in map(Path, sys.argv[1:]):
         content = json.loads(path.read_text("utf-8"))
+        if "machine" not in content:  # items/s of each peer in each round
+            for name, rates in content.items():
+                ratio = statistics.median(a / b for a, b in zip(rates, content.get("DDP", rates)))
+                print(
+                    f"| {path.stem} | train | {name} | {statistics.median(rates):.4g} | items/s | {ratio:.2f} x DDP |"
+                )
+            continue
         machine = content["machine"]
         for row in content["rows"]:
             if row["unit"] in SHOWN:

@@ -198,7 +198,7 @@ def tiny_settings(name: str, runs: Path, demo: Path) -> dict[str, dict[str, obje
 
 @pytest.fixture(scope="session")
 def trained_run(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 6 steps on the small demo, in bf16 at the default ZeRO stage, with its evaluation at the end. Read only."""
+    """A run of 6 steps on the small demo, in bf16, with its evaluation at the end. Read only."""
     import yaml
 
     folder = tmp_path_factory.mktemp("trained")

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from rating_train.bench.features import measure_features
 from rating_train.bench.limits import decode_rate, matrix_flops, seconds_of, synchronize
 from rating_train.bench.memory import family_bytes, memory_rows
 from rating_train.bench.result import Row
+from rating_train.bench.timeline import measure_timeline
 from rating_train.checkpoint.state import TrainState
 from rating_train.config.schema import PARTS as SECTIONS
 from rating_train.data.collate import Batch
@@ -43,11 +45,13 @@ class Bench:
         job: as training assembles it.
         rounds: measurements of each figure, whose median is given.
         steps: optimizer steps (or batches) of a round.
+        trace: where the part ``profile`` writes what it saw, if at all.
     """
 
     job: Job
     rounds: int
     steps: int
+    trace: Path | None = None
 
     def __post_init__(self) -> None:
         job, config = self.job, self.job.config
@@ -203,6 +207,11 @@ class Bench:
         items, freeze = job.plan.micro_items, config.model.freeze
         shapes = shapes_of(architecture, config.model_px, length, items, freeze)
         return measure_attention(shapes, self.device, self.dtype, self.rounds)
+
+    def profile(self) -> list[Row]:
+        """Profile the steps of a round: what they keep the device busy with, and what it waits for."""
+        batches = self.batches()
+        return measure_timeline(lambda: self._take(batches), len(batches), self.device, self.trace)
 
     # --- what they share
 

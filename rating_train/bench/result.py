@@ -15,7 +15,7 @@ from rating_train.log import number, text_table
 #: What is measured by default, in this order; each is a method of :class:`rating_train.bench.parts.Bench`.
 PARTS = ("loader", "forward", "step", "train")
 #: What is measured only where it is asked for.
-MORE_PARTS = ("features", "attention")
+MORE_PARTS = ("features", "attention", "profile")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ _LISTINGS_PER_ITEM, _LEAST_LISTINGS = 4, 64
 
 
 def run_bench(
-    config: Config, parts: Sequence[str], rounds: int, steps: int
+    config: Config, parts: Sequence[str], rounds: int, steps: int, trace: Path | None = None
 ) -> tuple[dict[str, Any], list[Row]]:
     """Measure a configuration on all ranks. A collective.
 
@@ -39,6 +39,7 @@ def run_bench(
         parts: of :data:`~.result.PARTS` and :data:`~.result.MORE_PARTS`.
         rounds: measurements of each figure.
         steps: optimizer steps of a round.
+        trace: where rank 0 writes the trace of the part ``profile``.
 
     Returns:
         What it was measured on, and this rank's rows.
@@ -53,7 +54,7 @@ def run_bench(
         checkpointer = open_checkpoints(measured, run, world)
         job = assemble_job(measured, run, world, device, checkpointer, None)
         job.engine.warm_up(lambda length: log.info("compiling for %d tokens", length))
-        bench = Bench(job, rounds, steps)
+        bench = Bench(job, rounds, steps, trace if world.rank == 0 else None)
         rows = [row for part in parts for row in getattr(bench, part)()]
         all_gather(None)  # all ranks are done with the folder
         checkpointer.close()

@@ -16,7 +16,7 @@ from rating_train.bench.result import (
     render_comparison,
 )
 from rating_train.commands.shared import add_set_option, load_config_once
-from rating_train.errors import EXIT_DONE, EXIT_REQUIREMENT
+from rating_train.errors import EXIT_DONE, EXIT_REQUIREMENT, UserError
 from rating_train.files import atomic_write_json
 from rating_train.log import process_rank
 from rating_train.processes import without_collector
@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps of a round (default: 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to a file")
     parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="of --part profile: write its trace, for ui.perfetto.dev"
+    )
+    parser.add_argument(
         "--compare", type=Path, metavar="FILE", help="compare with a result of --json; exit code 3 if slower"
     )
     parser.add_argument(
@@ -54,8 +57,10 @@ def run(args: argparse.Namespace) -> int:
     with without_collector():
         from rating_train.bench.run import run_bench
 
+    if args.trace and "profile" not in (args.part or ()):
+        raise UserError("--trace needs a profile", where="--trace", fix="add --part profile")
     parts = [part for part in (*PARTS, *MORE_PARTS) if part in (args.part or PARTS)]
-    machine, rows = run_bench(config, parts, max(1, args.rounds), max(1, args.steps))
+    machine, rows = run_bench(config, parts, max(1, args.rounds), max(1, args.steps), args.trace)
     if process_rank() != 0:
         return EXIT_DONE
     print(", ".join(f"{name} {value}" for name, value in machine.items()))

@@ -27,14 +27,16 @@ def test_the_table_of_a_gpu_in_its_form_for_a_cpu_and_a_slower_run(tmp_path: Pat
     result = tmp_path / "out" / "cpu.json"
     rows = json.loads(result.read_text())["rows"]
     limited = {row["part"] for row in rows if row["ratio"] is not None}
-    assert limited == {"loader", "forward", "step", "train"}
+    assert limited == {"loader", "forward", "step", "train", "profile"}
     named = {row["name"] for row in rows if row["part"] == "train"}
     assert named >= {"framework efficiency", "waiting for data", "host to device", "forward", "backward"}
     assert named >= {"reduction", "optimizer", "outside forward and backward", "pause of a save"}
     assert all(row["value"] > 0 for row in rows if row["unit"] == "items/s")
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["cpu.json", "cpu.log", "out"], (
-        "nothing else is left"
-    )
+    left = ["cpu.json", "cpu.log", "out", "peers.json", "peers.log", "trace.json"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == left, "nothing else is left"
+    assert "| peers | train | rating_train stage 0 |" in told.stdout and "| 1.00 x DDP |" in told.stdout
+    assert {row["name"] for row in rows if row["part"] == "profile"} >= {"operator aten::mm"}
+    assert "traceEvents" in json.loads((tmp_path / "out" / "trace.json").read_text())
     for row in rows:
         row["value"] *= 1000 if row["unit"] == "items/s" else 1
     result.write_text(json.dumps({"rows": rows}))

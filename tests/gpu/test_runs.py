@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from rating_train.demo.tokenizer import IMAGE_TOKEN_ID, PAD_TOKEN_ID
+from rating_train.files import read_json
 from rating_train.model.architecture import KNOWN_ARCHITECTURES
 from tests.conftest import tiny_settings
 from tests.gpu.conftest import DEVICE, REHEARSAL
@@ -147,3 +148,21 @@ def test_a_killed_run_resumes_and_is_evaluated(
     assert rows[-1]["rmse"] == pytest.approx(rows[0]["rmse"], abs=0.02)
     measured(f"evaluated by training: RMSE {rows[0]['rmse']:.5f}; by `evaluate`: {rows[-1]['rmse']:.5f}")
     shutil.rmtree(tmp_path / "runs")  # gigabytes at full size
+
+
+def test_a_profile_says_how_busy_the_device_is(
+    demo: Path, tmp_path: Path, measured: Callable[[str], None]
+) -> None:
+    result = tmp_path / "result.json"
+    config = configuration("profiled", tmp_path, demo, stage=1, backbone=None)
+    Job("bench", config, "--part", "profile", "--steps", 3, "--json", result).finish()
+    rows = {row["name"]: row for row in read_json(result)["rows"]}
+    if REHEARSAL:
+        assert any(name.startswith("operator ") for name in rows)
+        return
+    # Kernels of several streams overlap, so that they are busy for less than their sum.
+    assert 0 < rows["the device is busy"]["ratio"] <= 1.1
+    assert rows["kernels and copies"]["value"] > 100
+    assert any(name.startswith("kernel ") for name in rows)
+    for name, row in rows.items():
+        measured(f"{name}: {row['value']:.4g} {row['unit']}")

@@ -17,10 +17,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from rating_train.bench.timeline import WAITS
+
 MICRO, ACCUMULATION = 4, 2
 STEPS = 4  # before anything is looked at: optimizer state, the allocator, the order in which stage 3 gathers
-#: Calls of CUDA in which the host waits for the device.
-WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize", "cuStreamSynchronize")
 FUSED_ATTENTION = re.compile("flash|fmha|cudnn|efficient", re.IGNORECASE)
 PACKAGES = ("rating_train", "deepspeed", "transformers", "torch")
 
