@@ -1,4 +1,7 @@
-"""Identify a process, check whether it lives, tie it to its parent, start it fast. Imports nothing of the package."""
+"""Identify a process, check whether it lives, tie it to its parent, start it fast, and what memory it may still take.
+
+Imports nothing of the package.
+"""
 
 from __future__ import annotations
 
@@ -67,6 +70,52 @@ def give_back_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Return the bytes of memory that this process may still take: of its node, and of its control groups.
+
+    A job under Slurm, or in a container, may take less than its node has: ``--mem`` limits a control group above that
+    of its tasks. Linux only.
+
+    Args:
+        root: of the file system.
+    """
+    fields = (root / "proc/meminfo").read_text().split()
+    of_node = int(fields[fields.index("MemAvailable:") + 1]) << 10
+    return min([of_node, *_left_in_control_groups(root)])
+
+
+def _left_in_control_groups(root: Path) -> Iterator[int]:
+    """Yield what each control group of this process, and each one above it, may still take; versions 1 and 2."""
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            top = root / "sys/fs/cgroup"
+            names = ("memory.max", "memory.current", "inactive_file")
+            if controllers:
+                if "memory" not in controllers.split(","):
+                    continue
+                top /= "memory"
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            # In a container, the groups outside are named, but not there; its own is the top.
+            group = top / path.strip("/") if ".." not in path else top
+            for folder in (group, *group.parents):
+                if folder.is_relative_to(top) and (left := _left_in(folder, *names)) is not None:
+                    yield left
+
+
+def _left_in(group: Path, limit_name: str, used_name: str, cached_name: str) -> int | None:
+    """Return what a control group may still take; ``None`` where it has no limit, or is not there."""
+    try:
+        limit, used = ((group / name).read_text().strip() for name in (limit_name, used_name))
+        stat = (group / "memory.stat").read_text().split()
+    except OSError:
+        return None
+    if limit == "max":
+        return None
+    cached = int(stat[stat.index(cached_name) + 1])  # files that were read: the kernel gives it back
+    return max(0, int(limit) - int(used) + cached)
 
 
 def allow_descriptors() -> tuple[int, int]:

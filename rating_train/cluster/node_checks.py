@@ -24,7 +24,8 @@ from rating_train.distributed import world as worlds
 from rating_train.distributed.collectives import all_gather, broadcast
 from rating_train.errors import UserError
 from rating_train.log import process_rank
-from rating_train.training.checks import available_memory, missing_cores
+from rating_train.processes import available_memory
+from rating_train.training.checks import missing_cores
 
 PACKAGE = Path(rating_train.__file__).resolve().parent
 CONNECT_MINUTES = 3.0

@@ -27,6 +27,7 @@ from rating_train.files import make_folder
 from rating_train.model.architecture import KNOWN_ARCHITECTURES, Architecture, read_architecture
 from rating_train.model.cost import activation_bytes, image_tokens
 from rating_train.model.custom_loss import CustomLoss, load_custom_loss
+from rating_train.processes import available_memory
 from rating_train.shards.manifest import read_manifest, refuse_squares, refuse_unlike
 from rating_train.shards.task import check_task_of_run
 from rating_train.training.trackers import PACKAGES
@@ -296,22 +297,6 @@ def check_memory(
             expected=f"at most {max(1, plan.micro_items * available // kept):,} by this estimate",
             fix="set batch.micro_items lower (the rest is accumulation), or model.gradient_checkpointing=true",
         )
-
-
-def available_memory() -> int:
-    """Return the bytes of memory that this node can still give: the kernel's estimate, or the control group's limit."""
-    fields = Path("/proc/meminfo").read_text().split()
-    found = [int(fields[fields.index("MemAvailable:") + 1]) << 10]
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        stat = (group / "memory.stat").read_text().split()
-    except OSError:  # not in a control group of its own, or an older kernel
-        limit = "max"
-    if limit != "max":
-        cached = int(stat[stat.index("inactive_file") + 1])  # files that were read: the kernel gives it back
-        found.append(max(0, int(limit) - int(used) + cached))
-    return min(found)
 
 
 def missing_cores(world: World, workers: int) -> list[str]:

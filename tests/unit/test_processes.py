@@ -7,10 +7,11 @@ import platform
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from rating_train.processes import allow_descriptors
+from rating_train.processes import allow_descriptors, available_memory
 
 IMPORTS = """
 import gc
@@ -88,3 +89,77 @@ def test_what_was_imported_without_the_collector_is_left_alone() -> None:
 def test_freed_memory_is_kept(what: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     subprocess.run([sys.executable, "-c", what], check=True, timeout=60, env=environment)
+
+
+def test_available_memory_is_that_of_this_machine() -> None:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < available_memory() <= total
+
+
+def machine(root: Path, groups: str, limits: dict[str, tuple[object, int, int]]) -> Path:
+    """A file system of a machine with 8,000 KiB available: /proc/self/cgroup, and (limit, used, cached) of groups."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    (root / "proc/self/cgroup").write_text(groups)
+    for folder, (limit, used, cached) in limits.items():
+        group = root / "sys/fs/cgroup" / folder
+        group.mkdir(parents=True, exist_ok=True)
+        first = folder.split("/")[0] == "memory"
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        names = names if first else ("memory.max", "memory.current", "inactive_file")
+        (group / names[0]).write_text(f"{limit}\n")
+        (group / names[1]).write_text(f"{used}\n")
+        (group / "memory.stat").write_text(f"anon 7\n{names[2]} {cached}\nfile 9\n")
+    return root
+
+
+def test_memory_that_slurm_limits_above_the_group_of_a_task(tmp_path: Path) -> None:
+    job = "system.slice/slurmstepd.scope/job_7"
+    limits = {
+        f"{job}/step_0/user/task_0": ("max", 100, 0),
+        job: (1000, 400, 50),
+        "system.slice": ("max", 9, 9),
+    }
+    assert available_memory(machine(tmp_path, f"0::/{job}/step_0/user/task_0\n", limits)) == 1000 - 400 + 50
+
+
+def test_memory_that_slurm_limits_in_control_groups_of_version_1(tmp_path: Path) -> None:
+    job = "slurm/uid_1/job_7"
+    limits: dict[str, tuple[object, int, int]] = {
+        f"memory/{job}/step_0": (2000, 400, 0),
+        f"memory/{job}": (5000, 4600, 100),
+        "memory": (9223372036854771712, 10**6, 0),
+    }
+    groups = f"5:cpuset:/other\n4:memory,hugetlb:/{job}/step_0\n0::/\n"
+    assert available_memory(machine(tmp_path, groups, limits)) == 5000 - 4600 + 100
+
+
+def test_memory_of_a_container_whose_group_is_named_from_outside(tmp_path: Path) -> None:
+    limits: dict[str, tuple[object, int, int]] = {"memory": (3000, 1000, 0), "memory/inner": (1, 0, 0)}
+    root = machine(tmp_path / "1", "4:memory:/docker/ab\n", limits)
+    assert available_memory(root) == 2000, "a group of another process does not count"
+    assert available_memory(machine(tmp_path / "2", "0::/../ab\n", {".": (700, 900, 0)})) == 0, "all is taken"
+
+
+def test_memory_of_a_machine_without_limits(tmp_path: Path) -> None:
+    assert available_memory(machine(tmp_path / "1", "0::/a\n", {"a": ("max", 1, 1)})) == 8000 << 10
+    root = machine(tmp_path / "2", "", {})
+    (root / "proc/self/cgroup").unlink()
+    assert available_memory(root) == 8000 << 10
+
+
+def test_memory_of_a_process_in_a_real_control_group() -> None:
+    group = Path("/sys/fs/cgroup/memory") / f"rating_train-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as e:
+        pytest.skip(f"needs the memory controller of version 1, and root: {e}")
+    code = "from rating_train.processes import available_memory; print(available_memory())"
+    join = f"echo $$ > {group}/cgroup.procs && exec {sys.executable} -c '{code}'"
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(512 << 20))
+        found = subprocess.run(["sh", "-c", join], capture_output=True, text=True, timeout=60)
+    finally:
+        group.rmdir()
+    assert found.returncode == 0, found.stderr
+    assert 256 << 20 < int(found.stdout) <= 512 << 20

@@ -199,11 +199,6 @@ def test_a_micro_batch_that_no_memory_holds(
         checks.check_job(config, tmp_path / "run", "auto", World(), CPU)
 
 
-def test_available_memory_is_that_of_this_machine() -> None:
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 0 < checks.available_memory() <= total
-
-
 def test_a_backbone_whose_configuration_is_none(settings: Settings, demo: Path, tmp_path: Path) -> None:
     shutil.copytree(demo / "model", tmp_path / "model")
     for content in ("[]", "{", "{}", '{"model_type": "bert"}'):
