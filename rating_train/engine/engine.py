@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rating_train.config.lr_schedule import lr_factor
 from rating_train.config.resolve import BatchPlan
-from rating_train.config.schema import Config, ZeroConfig
+from rating_train.config.schema import Config
 from rating_train.data.collate import Batch
 from rating_train.data.features.identity import features_dtype
 from rating_train.distributed.groups import connect_groups, limit_collectives
@@ -23,6 +23,7 @@ from rating_train.engine.compiled import compile_model, warm_up
 from rating_train.engine.ds_config import build_ds_config
 from rating_train.engine.gradient_buckets import GradientBuckets
 from rating_train.engine.optimizer import build_optimizer
+from rating_train.engine.partitioned_gradients import PartitionedGradients
 from rating_train.engine.step_timer import StepTimer
 from rating_train.errors import UserError
 from rating_train.model.attention import choose_attention
@@ -49,9 +50,9 @@ class Engine:
         plan: how the global batch is divided.
         device: this rank's device.
         custom_loss: the function that ``loss.kind`` names, if it is not a built-in loss.
-        buckets: the gradients at stage 0; at the other stages they are DeepSpeed's.
-        timer: measures the parts of a step, in a benchmark. At stage 0 "reduction" is what of it is left after the
-            backward pass; at the other stages DeepSpeed reduces within its backward pass and its optimizer step.
+        buckets: the gradients at stage 0, and at stage 1 in bf16; otherwise they are DeepSpeed's.
+        timer: measures the parts of a step, in a benchmark. With ``buckets``, "reduction" is what of it is left after
+            the backward pass; otherwise DeepSpeed reduces within its backward pass and its optimizer step.
         lengths: all that micro-batches can have, in tokens.
         first_step: steps of the run before those of this engine, at which its learning-rate schedule starts.
         lr_factor: share of the peak learning rates that the last step used.
@@ -63,7 +64,7 @@ class Engine:
     plan: BatchPlan
     device: torch.device
     custom_loss: LossFunction | None = None
-    buckets: GradientBuckets | None = None
+    buckets: GradientBuckets | PartitionedGradients | None = None
     timer: StepTimer | None = None
     lengths: tuple[int, ...] = ()
     first_step: int = 0
@@ -109,7 +110,9 @@ class Engine:
                 self.ds.step()  # updates the weights after the last micro-batch of the step
             losses.append(loss.detach().float())
         optimizer = self.ds.optimizer
-        self._skipped.append(optimizer.found_inf if isinstance(optimizer, Guarded) else optimizer.overflow)
+        guard = optimizer if isinstance(optimizer, Guarded) else self.buckets
+        decided = guard.found_inf if isinstance(guard, Guarded | PartitionedGradients) else optimizer.overflow
+        self._skipped.append(decided)
         return torch.stack(losses).mean()
 
     def _loss(self, micro: Batch, step: int) -> Tensor:
@@ -149,8 +152,8 @@ class Engine:
         """Tell which steps since the last answer were skipped, on every rank alike, for a non-finite gradient.
 
         Args:
-            wait: whether to wait for the device. DeepSpeed's optimizers know the answer on the host; at stage 0 it
-                is on the device.
+            wait: whether to wait for the device. DeepSpeed's optimizers know the answer on the host; at stage 0, and
+                at stage 1 in bf16, it is on the device.
 
         Returns:
             One flag for each step, oldest first; none where they are not known without waiting.
@@ -237,24 +240,39 @@ def build_engine(
     connect_groups(device)
     _decide_by_the_norm(ds.optimizer)
     check_fp32_buffers(ds.module)
-    buckets = _own_reduction(ds, config.zero) if config.zero.stage == 0 else None
+    buckets = _own_reduction(ds, config)
     return Engine(
         ds, groups, config, plan, device, custom_loss, buckets, lengths=tuple(lengths), first_step=first_step
     )
 
 
-def _own_reduction(ds: Any, zero: ZeroConfig) -> GradientBuckets:
-    """Put the gradients of stage 0 into buckets that are averaged during the backward pass, in place of DeepSpeed's.
+def _own_reduction(ds: Any, config: Config) -> GradientBuckets | PartitionedGradients | None:
+    """Have gradients reduced during the backward pass, in place of DeepSpeed's reduction after it, where it has one.
 
-    DeepSpeed averages them afterwards, through copies. What is switched off here is the reduction alone.
+    At stage 0 they are put into buckets; at stage 1 in bf16 DeepSpeed has the buffers. At stages 2 and 3, and with an
+    offloaded optimizer, it reduces during the backward pass by itself.
     """
-    trained = [p for p in ds.module.parameters() if p.requires_grad]
-    dtype = torch.bfloat16 if zero.communication_dtype == "bf16" else None
-    buckets = GradientBuckets(trained, zero.bucket_mb * 2**20, dtype)
-    ds.enable_backward_allreduce = False
-    ds.zero_grad = buckets.zero  # DeepSpeed's own drops the gradients, and with them the views
-    ds.optimizer.buckets = buckets
-    return buckets
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    zero, optimizer = config.zero, ds.optimizer
+    sent_as = torch.bfloat16 if zero.communication_dtype == "bf16" else None
+    if zero.stage == 0:
+        trained = [p for p in ds.module.parameters() if p.requires_grad]
+        buckets = GradientBuckets(trained, zero.bucket_mb * 2**20, sent_as)
+        ds.zero_grad = buckets.zero  # DeepSpeed's own drops the gradients, and with them the views
+        optimizer.buckets = buckets
+        ds.enable_backward_allreduce = False
+        return buckets
+    if isinstance(optimizer, BF16_Optimizer):
+        gradients = PartitionedGradients(
+            optimizer, list(ds.module.parameters()), config.optim.clip_norm, sent_as
+        )
+        optimizer.step = gradients.step
+        optimizer.update_hp_grads = lambda clear_lp_grads=False: None  # they are there already
+        optimizer.clear_hp_grads = lambda: None  # and are overwritten
+        ds.enable_backward_allreduce = False
+        return gradients
+    return None
 
 
 def _without_shared_memory_collectives(deepspeed: Any) -> None:

@@ -6,16 +6,17 @@ Bytes per trained parameter (P; F are frozen ones, R ranks), as its optimizers a
 stage                  weights     gradients            master and moments      optimizer class
 =====================  ==========  ===================  ======================  =========================
 0 (bf16 is autocast)   4 (P+F)     4 P, in buckets      8 P                     none: torch's fused AdamW
-1, bf16                2 (P+F)     4 P + 2 P            12 P / R                BF16_Optimizer
+1, bf16                2 (P+F)     4 P                  12 P / R                BF16_Optimizer
 1, fp32                4 (P+F)     4 P                  12 P / R                DeepSpeedZeroOptimizer
 2 (fp32: weights 4)    2 (P+F)     4 P / R              12 P / R                DeepSpeedZeroOptimizer
 3 (fp32: weights 4)    2 (P+F) /R  4 P / R              12 P / R, fp32: 8 P / R DeepSpeedZeroOptimizer_Stage3
 =====================  ==========  ===================  ======================  =========================
 
-Stage 1 in bf16 keeps the bf16 gradients beside their fp32 sums. Stages 2 and 3 free a gradient as soon as it is in a
-bucket. Stage 3 gathers weights when they are needed and, with its default settings, keeps up to 10^9 of them from
-the forward to the backward pass. The peak is in one of two moments: in the backward pass, with activations; or in the
-reduction and update after it, with the copies that those make.
+Stage 1 in bf16 frees a bf16 gradient as soon as it is in its fp32 sum, and stages 2 and 3 as soon as it is in a
+bucket. Gradients that travel in bf16 are copies at stages 0 and 1. Stage 3 gathers weights when they are needed and,
+with its default settings, keeps up to 10^9 of them from the forward to the backward pass. The peak is in one of two
+moments: in the backward pass, with activations; or in the reduction and update after it, with the copies that those
+make.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ from rating_train.model.architecture import Architecture
 from rating_train.model.param_groups import param_groups
 from rating_train.model.regressor import empty_regressor
 
-_ALLREDUCE_ELEMENTS = 500_000_000  # DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE: stage 1 reduces so many at once
 _MAX_LIVE_ELEMENTS = 1_000_000_000  # its default of stage3_max_live_parameters
 _PREFETCHED_ELEMENTS = (
     50_000_000  # and of stage3_prefetch_bucket_size: the received copy of what is gathered next
@@ -114,14 +114,15 @@ def predict_memory(config: Config, architecture: Architecture, ranks: int) -> Ra
 
 def trace(config: Config, architecture: Architecture, plan: BatchPlan) -> MicroBatchMemory:
     """Trace a micro-batch with the gradients and buckets that its stage has."""
-    stage, bf16 = config.zero.stage, config.train.precision == "bf16"
-    existing = stage == 0 or (stage == 1 and (plan.accumulation > 1 or bf16))
+    stage = config.zero.stage
+    existing = stage == 0 or (stage == 1 and plan.accumulation > 1 and not _in_partitions(config))
+    on_gradient = _reduction(config) if stage > 1 else _free_at_once if _in_partitions(config) else None
     return trace_micro_batch(
         config,
         architecture,
         plan.micro_items,
         existing_gradients=existing,
-        on_gradient=_reduction(config) if stage > 1 else None,
+        on_gradient=on_gradient,
     )
 
 
@@ -133,15 +134,14 @@ def memory_of(config: Config, sizes: Sizes, plan: BatchPlan, micro_batch: MicroB
     everything = trained + sizes.frozen
     bucket = bucket_elements(config)
     norm = _NORM_BYTES * min(sizes.largest, share)
+    sent = 2 * trained if config.zero.communication_dtype == "bf16" and ranks > 1 else 0
     if stage == 0:
-        kept = 4 * trained  # the buckets, which are reduced in place
+        kept = 4 * trained + sent  # the buckets, which are reduced in place
         return RankMemory(4 * everything, kept, 8 * trained, micro_batch.peak, kept)
     width = 2 if bf16 else 4
     weights, optimizer, gathered, host = width * everything, 12 * share, 0, 0
-    if stage == 1 and bf16 and not config.zero.offload_optimizer:
-        flat = min(trained, _ALLREDUCE_ELEMENTS + sizes.largest) if len(sizes.groups) > 1 else 0
-        kept = (4 + 2) * trained
-        update = kept + 4 * max(flat, sizes.largest)
+    if _in_partitions(config):
+        kept = update = 4 * trained + sent
     elif stage == 1:
         kept = 4 * trained if plan.accumulation > 1 else 0
         update = 4 * trained + 4 * share + 4 * bucket
@@ -164,6 +164,21 @@ def memory_of(config: Config, sizes: Sizes, plan: BatchPlan, micro_batch: MicroB
     if config.zero.offload_param:
         host, weights = host + weights, 0
     return RankMemory(weights, kept, optimizer, micro_batch.peak, update, gathered, host)
+
+
+def _in_partitions(config: Config) -> bool:
+    """Whether gradients go into ``engine/partitioned_gradients.py``."""
+    zero = config.zero
+    return zero.stage == 1 and config.train.precision == "bf16" and not zero.offload_optimizer
+
+
+def _free_at_once(_live: LiveBytes) -> GradientHook:
+    """Return a hook that frees a gradient as soon as it is complete."""
+
+    def on_gradient(parameter: nn.Parameter) -> None:
+        parameter.grad = None
+
+    return on_gradient
 
 
 def bucket_elements(config: Config) -> int:

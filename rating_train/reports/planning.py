@@ -58,14 +58,14 @@ class StateBytes:
 def state_bytes(trained: int, frozen: int, stage: int, ranks: int, bf16: bool = True) -> StateBytes:
     """Count the model's state on one GPU: weights, fp32 gradients, fp32 master weights and AdamW's two moments.
 
-    Stage 0 keeps fp32 weights (its bf16 is autocast), which are the master weights. Stage 1 in bf16 has bf16 gradients
-    beside their fp32 sums. What stage 3 gathers for a layer is not counted, nor are communication buckets.
+    Stage 0 keeps fp32 weights (its bf16 is autocast), which are the master weights. Stages 0 and 1 keep all gradients.
+    What stage 3 gathers for a layer is not counted, nor are communication buckets.
     """
     width = 2 if bf16 else 4
     if stage == 0:
         return StateBytes(4 * (trained + frozen), 4 * trained, 8 * trained)
     weights = width * (trained + frozen) / (ranks if stage == 3 else 1)
-    gradients = ((6 if bf16 else 4) if stage == 1 else 4 / ranks) * trained
+    gradients = 4 * trained / (1 if stage == 1 else ranks)
     return StateBytes(weights, gradients, 12 * trained / ranks)
 
 
@@ -303,7 +303,8 @@ def _data_table(plan: Plan) -> list[str]:
         (
             "gradients",
             f"{gradients / 1e9:.2f} GB per step",
-            f"each GPU sends in fp32 at stages 0 and 1 (counted): {traffic / 1e9:,.1f} GB/s at the last speed",
+            "each GPU sends in fp32 at stage 0, 0.75 of it at stage 1 (counted): "
+            f"{traffic / 1e9:,.1f} GB/s at the last speed",
         ),
     ]
     return [f"{what:<16}{amount:<20}{basis}" for what, amount, basis in rows]

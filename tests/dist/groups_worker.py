@@ -29,6 +29,7 @@ SIDES = {
     "deepspeed": "device",
     "rating_train.distributed.groups": "device",
     "rating_train.engine.gradient_buckets": "device",
+    "rating_train.engine.partitioned_gradients": "device",
 }
 
 

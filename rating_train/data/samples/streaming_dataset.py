@@ -1,6 +1,6 @@
 """Samples of a split by id, read from MosaicML Streaming's MDS shards.
 
-The shards are those that streaming's writer makes, and streaming's downloaders copy what is not on disk. Which samples
+The shards are those that streaming's writer would make, and its downloaders copy what is not on disk. Which samples
 are read, and in which order, is decided in :mod:`..order`; a DataLoader worker is told with each batch. So there is no
 state that is shared between processes.
 

@@ -45,9 +45,9 @@ class Scaled:
         gpus: number of GPUs.
         rank_items: items of one GPU in a step.
         compute: forward and backward pass.
-        inside: all-reduce of the gradients inside a node.
-        between: all-reduce of the gradients between nodes.
-        exposed: of the all-reduce, what the backward pass does not hide.
+        inside: averaging the gradients inside a node; at stage 1 also collecting the new weights.
+        between: the same between nodes.
+        exposed: of both, what the backward pass does not hide.
         saves: of each step, its share of the pauses of checkpoints.
         evaluations: of each step, its share of the evaluations.
         rate: items/s of all GPUs.
@@ -131,17 +131,20 @@ def _scaled(
 def reduction_seconds(
     config: Config, arch: Architecture, gpu: str, gpus: int, network_gbit: float
 ) -> tuple[float, float]:
-    """Return the seconds of averaging the gradients of a step: (inside nodes, between nodes).
+    """Return the seconds of averaging the gradients of a step, and of what follows: (inside nodes, between nodes).
 
     A hierarchical all-reduce: each GPU sends 2 (g - 1) / g of the gradients to the g GPUs of its node, and each node
-    2 (n - 1) / n of them to the n nodes. Stages 0 and 1 reduce once in a step, in `zero.communication_dtype`.
+    2 (n - 1) / n of them to the n nodes. At stage 1 in bf16 half of it, as a GPU gets its share alone, and then as much
+    of the new weights in bf16. Stages 0 and 1 reduce once in a step, in `zero.communication_dtype`.
     """
     counts = count_parameters(arch, config.model_px)
     bytes_each = 2 if config.zero.communication_dtype == "bf16" else 4
-    sent = bytes_each * (counts["total"] - sum(counts[part] for part in config.model.freeze))
+    shares = config.zero.stage == 1 and config.train.precision == "bf16"
+    both_ways = bytes_each + (2 if shares else bytes_each)
+    sent = both_ways * (counts["total"] - sum(counts[part] for part in config.model.freeze))
     local, nodes = min(gpus, GPUS_PER_NODE), -(-gpus // GPUS_PER_NODE)
-    inside = 2 * (local - 1) / local * sent / (GPUS[gpu].link_gb * 1e9 * LINK_SHARE)
-    between = 2 * (nodes - 1) / nodes * sent / (network_gbit * 1e9 / 8 * LINK_SHARE)
+    inside = (local - 1) / local * sent / (GPUS[gpu].link_gb * 1e9 * LINK_SHARE)
+    between = (nodes - 1) / nodes * sent / (network_gbit * 1e9 / 8 * LINK_SHARE)
     return inside, between
 
 
@@ -176,7 +179,7 @@ def render_scale(found: Sequence[Scaled], gpu: str, network_gbit: float, mfu: fl
             f"Scaling on {gpu}, {GPUS_PER_NODE} to a node, {network_gbit:g} Gbit/s for each node, MFU {mfu:g} "
             f"(assumed), links at {100 * LINK_SHARE:.0f}% of",
             "their data sheets (assumed); an upper bound, not measured. Times in ms per step; inside and between: the",
-            f"gradients' all-reduce; exposed: what the backward pass does not hide; an epoch of {items:,} items.",
+            f"averages of gradients; exposed: what the backward pass does not hide; an epoch of {items:,} items.",
             "",
             *text_table(header, body),
             "",

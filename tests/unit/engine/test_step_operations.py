@@ -40,9 +40,9 @@ def test_nothing_of_ours_waits_for_the_device_or_copies_host_data(rows: dict[int
 @pytest.mark.timeout(300)
 def test_what_deepspeed_still_reads_back_is_known(rows: dict[int, dict]) -> None:
     """docs/performance.md names them; a new version of DeepSpeed that adds one shows here."""
-    assert rows[0]["read_backs"] == {}
+    assert rows[0]["read_backs"] == rows[1]["read_backs"] == {}
     allowed = {"is_invalid_grad_norm", "clip_tensors_by_global_norm"}
-    for stage in (1, 2, 3):
+    for stage in (2, 3):
         assert {who.split()[-1] for who in rows[stage]["read_backs"]} <= allowed, rows[stage]["read_backs"]
 
 
@@ -52,7 +52,8 @@ def test_no_gradient_is_scanned_where_the_norm_decides(rows: dict[int, dict]) ->
     scanned = ("abs", "amax", "amin", "isinf", "isnan", "isfinite", "ne")
     counts = {name: rows[2]["by_operator"].get(name, 0) for name in scanned}
     assert max(counts.values()) < PARAMETERS / 4, counts
-    assert rows[0]["kernels"]["step"] < PARAMETERS, "fused kernels take all tensors at once"
+    for stage in (0, 1):
+        assert rows[stage]["kernels"]["step"] < 1.1 * PARAMETERS, "fused kernels take all tensors at once"
 
 
 def test_the_counter_sees_read_backs_and_host_data() -> None:
