@@ -28,9 +28,9 @@ def connect_groups(device: torch.device) -> None:
     """Use every process group once. A collective, to be called once a library has created its own groups.
 
     NCCL makes the communicator of a group, and takes its memory, at the first collective on it. There are two groups:
-    the default one, whose NCCL side nothing uses before DeepSpeed's barrier at the end of the first save, and
-    DeepSpeed's copy of it, for gradients and weights. A communicator made only then may fail for want of memory, or
-    wait for a rank that is already busy, hours after the start.
+    the default one, for the gradients of stages 0 and 1, whose NCCL side nothing else uses before DeepSpeed's
+    barrier at the end of the first save; and DeepSpeed's copy of it, for weights and all other gradients. A communicator
+    made only then may fail for want of memory, or wait for a rank that is already busy, hours after the start.
     """
     groups = list(
         torch.distributed.distributed_c10d._world.pg_map

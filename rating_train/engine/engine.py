@@ -50,7 +50,7 @@ class Engine:
         plan: how the global batch is divided.
         device: this rank's device.
         custom_loss: the function that ``loss.kind`` names, if it is not a built-in loss.
-        buckets: the gradients at stage 0, and at stage 1 in bf16; otherwise they are DeepSpeed's.
+        buckets: the gradients at stage 0, and at stage 1 in bf16 without offloading; otherwise they are DeepSpeed's.
         timer: measures the parts of a step, in a benchmark. With ``buckets``, "reduction" is what of it is left after
             the backward pass; otherwise DeepSpeed reduces within its backward pass and its optimizer step.
         lengths: all that micro-batches can have, in tokens.
@@ -249,8 +249,8 @@ def build_engine(
 def _own_reduction(ds: Any, config: Config) -> GradientBuckets | PartitionedGradients | None:
     """Have gradients reduced during the backward pass, in place of DeepSpeed's reduction after it, where it has one.
 
-    At stage 0 they are put into buckets; at stage 1 in bf16 DeepSpeed has the buffers. At stages 2 and 3, and with an
-    offloaded optimizer, it reduces during the backward pass by itself.
+    At stage 0 they are put into buckets; at stage 1 in bf16 DeepSpeed has the buffers. Stage 1 in fp32 or with an
+    offloaded optimizer, and stages 2 and 3, are left to DeepSpeed.
     """
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 

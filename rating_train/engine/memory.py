@@ -116,7 +116,9 @@ def trace(config: Config, architecture: Architecture, plan: BatchPlan) -> MicroB
     """Trace a micro-batch with the gradients and buckets that its stage has."""
     stage = config.zero.stage
     existing = stage == 0 or (stage == 1 and plan.accumulation > 1 and not _in_partitions(config))
-    on_gradient = _reduction(config) if stage > 1 else _free_at_once if _in_partitions(config) else None
+    on_gradient = _reduction(config) if stage > 1 else None
+    if _in_partitions(config) and config.train.compile != "model":  # whose gradients are complete all at once
+        on_gradient = _free_at_once
     return trace_micro_batch(
         config,
         architecture,

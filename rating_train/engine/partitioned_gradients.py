@@ -46,11 +46,11 @@ class PartitionedGradients:
         self._clip_norm = clip_norm
         self._sent_as = sent_as
         self._ranks = dist.get_world_size() if dist.is_initialized() else 1
-        # gloo has no faster way to a share than the whole.
-        self._scatter = self._ranks > 1 and dist.get_backend() == "nccl"
         self.flats: list[Tensor] = optimizer.fp32_groups_gradients_flat
         self._shares: list[Tensor] = optimizer.fp32_groups_gradient_flat_partition  # views of the buffers
-        self.found_inf = torch.zeros((), device=self.flats[0].device)
+        device = self.flats[0].device
+        self._scatter = self._ranks > 1 and scatters(device)
+        self.found_inf = torch.zeros((), device=device)
         #: Of each parameter its gradient in a buffer, and whether this step has written to it.
         self._views: list[list[Tensor]] = []
         self._written: list[list[bool]] = []
@@ -152,3 +152,11 @@ class PartitionedGradients:
         inner.step()
         optimizer._lazy_init_hp_params_optimizer_state()
         optimizer.update_lp_params()
+
+
+def scatters(device: torch.device) -> bool:
+    """Whether a rank gets its share alone. On a CPU, gloo has no faster way to a share than the whole.
+
+    The name of the process group's backend does not tell: that of a job is ``cpu:gloo,cuda:nccl`` everywhere.
+    """
+    return device.type == "cuda"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rating_train.engine import partitioned_gradients
-from rating_train.engine.partitioned_gradients import PartitionedGradients
+from rating_train.engine.partitioned_gradients import PartitionedGradients, scatters
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -134,8 +134,7 @@ def test_a_step_that_was_given_up_leaves_nothing_behind() -> None:
 class Collectives:
     """Stands in for ``torch.distributed`` with two ranks whose gradients are equal; notes what is sent, and when."""
 
-    def __init__(self, backend: str) -> None:
-        self.backend = backend
+    def __init__(self) -> None:
         self.sent: list[tuple[str, int, bool]] = []
 
     def is_initialized(self) -> bool:
@@ -143,9 +142,6 @@ class Collectives:
 
     def get_world_size(self) -> int:
         return 2
-
-    def get_backend(self) -> str:
-        return self.backend
 
     def all_reduce(self, flat: Tensor, async_op: bool = False) -> Any:
         self.sent.append(("all_reduce", flat.numel(), async_op))
@@ -162,13 +158,14 @@ class Collectives:
         return SimpleNamespace(wait=lambda: None)
 
 
-@pytest.mark.parametrize(("backend", "name"), [("gloo", "all_reduce"), ("nccl", "reduce_scatter")])
+@pytest.mark.parametrize(("scattered", "name"), [(False, "all_reduce"), (True, "reduce_scatter")])
 @pytest.mark.parametrize("sent_as", [None, torch.bfloat16])
 def test_buffers_are_sent_once_while_the_backward_pass_runs(
-    backend: str, name: str, sent_as: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+    scattered: bool, name: str, sent_as: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    collectives = Collectives(backend)
+    collectives = Collectives()
     monkeypatch.setattr(partitioned_gradients, "dist", collectives)
+    monkeypatch.setattr(partitioned_gradients, "scatters", lambda device: scattered)
     net, plain = model(), model()
     buffers = Buffers(net)
     gradients = PartitionedGradients(buffers, list(net.parameters()), 0.0, sent_as)
@@ -189,3 +186,8 @@ def test_buffers_are_sent_once_while_the_backward_pass_runs(
     # The norm's own sum over both ranks counts this rank's buffers twice.
     assert torch.allclose(buffers._global_grad_norm, norm * 2**0.5, rtol=tolerance)
     assert collectives.sent[2:] == [("all_reduce", 1, False)], "of the norm: a number"
+
+
+def test_gradients_are_scattered_on_gpus() -> None:
+    """Also where the group is that of a job, ``cpu:gloo,cuda:nccl``: it has another name than NCCL's."""
+    assert scatters(torch.device("cuda", 3)) and not scatters(torch.device("cpu"))
