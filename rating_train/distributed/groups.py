@@ -29,7 +29,7 @@ def connect_groups(device: torch.device) -> None:
 
     NCCL makes the communicator of a group, and takes its memory, at the first collective on it. There are two groups:
     the default one, for the gradients of stages 0 and 1, whose NCCL side nothing else uses before DeepSpeed's
-    barrier at the end of the first save; and DeepSpeed's copy of it, for weights and all other gradients. A communicator
+    barrier at the end of the first save; and DeepSpeed's copy of it, for weights and all other gradients. One that is
     made only then may fail for want of memory, or wait for a rank that is already busy, hours after the start.
     """
     groups = list(
