@@ -160,8 +160,8 @@ class ZeroConfig:
     offload_param: bool = setting(False, "Keep weights in CPU memory (stage 3).")
     communication_dtype: Literal["fp32", "bf16"] = setting(
         "fp32",
-        "Dtype in which gradients travel between ranks. bf16 halves the bytes of stages 0 and 1, and rounds each "
-        "gradient before it is summed; needs `train.precision` bf16.",
+        "Dtype in which gradients travel between ranks. bf16 halves the bytes, and rounds each gradient before it is "
+        "summed; needs `train.precision` bf16.",
     )
     bucket_mb: int = setting(50, "Size of communication buckets, in MiB of bf16 values.", low=1, high=100_000)
     extra: dict[str, Any] = setting(

@@ -215,6 +215,7 @@ def build_engine(
     """
     with without_collector(freeze=False):  # the model is there already
         import deepspeed  # not at the top: its import looks for accelerators and logs what it finds
+        from deepspeed.runtime import torch_autocast
 
     found = tuple(int(x) for x in deepspeed.__version__.split("+")[0].split(".")[:3])
     if found < MIN_DEEPSPEED:
@@ -235,6 +236,9 @@ def build_engine(
         verbose=False,
         timeout=datetime.timedelta(minutes=config.train.collective_timeout_minutes),
     )
+    # DeepSpeed keeps for the process that an engine ran under autocast (stage 0 in bf16), and lets later ones of
+    # stages 2 and 3 reduce in the weights' dtype then, whatever their configuration says.
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
     ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=build_ds_config(config, plan))
     limit_collectives(config.train.collective_timeout_minutes)  # also in the groups that DeepSpeed has made
     connect_groups(device)

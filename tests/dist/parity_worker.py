@@ -101,10 +101,6 @@ def reference(model, config, data, micro_items):
         accumulation = len(micros) // RANKS
         sums = [torch.zeros_like(m) for m, _ in pairs]
         total = 0.0
-        # Stage 2 reduces in fp32 and keeps the result of each micro-batch in the weights' dtype; stage 3 does so only
-        # where there are several.
-        stage = config.zero.stage
-        rounded = bf16 and (stage == 2 or (stage == 3 and accumulation > 1))
         for turn in range(accumulation):  # one micro-batch of every rank at a time, as the ranks do
             reduced = [torch.zeros_like(m) for m, _ in pairs]
             for micro in micros[turn::accumulation]:
@@ -115,7 +111,7 @@ def reference(model, config, data, micro_items):
                 for r, g in zip(reduced, torch.autograd.grad(loss, [p for _, p in pairs]), strict=True):
                     r += g.float() / RANKS
             for s, r in zip(sums, reduced, strict=True):
-                s += r.bfloat16().float() if rounded else r
+                s += r
         for (master, _), s in zip(pairs, sums, strict=True):
             master.grad = s
         if config.optim.clip_norm:
@@ -154,12 +150,13 @@ def compare(stage, accumulation, clip, freeze, precision, world, device):
             change = (p.detach().float() - before[name].to(p.dtype).float()).abs().max()
             frozen_moved = max(frozen_moved, float(change))
     norm = engine.grad_norm
+    reduced_as = {str(engine.ds.optimizer.get_param_comm_dtype(p)) for p in engine.model.parameters()} if stage > 1 else []
     engine.ds.destroy()
     return {
         "stage": stage, "accumulation": accumulation, "clip": clip, "frozen": bool(freeze), "precision": precision,
         "loss_difference": max(abs(a - b) / abs(b) for a, b in zip(losses, expected_losses, strict=True)),
         "weight_difference": worst, "largest_update": moved, "frozen_moved": frozen_moved, "grad_norm": norm,
-        "losses": losses,
+        "losses": losses, "reduced_as": sorted(reduced_as),
     }  # fmt: skip
 
 

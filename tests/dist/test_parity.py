@@ -47,6 +47,14 @@ def test_engine_trains_as_plain_pytorch(
 
 
 @pytest.mark.timeout(600)
+def test_gradients_travel_as_the_configuration_says_whatever_engine_the_process_had_before(results: dict) -> None:
+    """DeepSpeed remembers that an engine of stage 0 ran under autocast; the next would reduce in the weights' dtype."""
+    for (stage, *_), row in results.items():
+        if stage > 1:
+            assert row["reduced_as"] == ["torch.float32"], row
+
+
+@pytest.mark.timeout(600)
 def test_clipping_and_freezing_change_the_result(results: dict) -> None:
     for stage in range(4):
         plain, clipped = results[stage, 1, 0.0, False], results[stage, 1, 0.5, False]
