@@ -2,7 +2,7 @@
 # The table of docs/performance.md on one GPU, in a few minutes, without network, weights or data.
 set -euo pipefail
 
-if [[ "${1:-}" == --help ]]; then
+if [[ "${1:-}" == --help || "${1:-}" == -h ]]; then
     cat <<'EOF'
 usage: benchmarks/gpu.sh [--cpu] [OUT] [SETTING=VALUE...]
 
@@ -25,6 +25,8 @@ if [[ "${1:-}" == --cpu ]]; then
     cpu=1 config="$root/configs/demo_cpu.yaml" rounds=1 steps=2
     shift
 fi
+[[ "${1:-}" != -* ]] || rt_die "unknown option '$1' (benchmarks/gpu.sh --help)"
+[[ "${1:-}" != *=* ]] || rt_die "'$1' is a setting; the folder of the results comes before it (benchmarks/gpu.sh --help)"
 out="${1:-bench-gpu}"
 [[ $# -eq 0 ]] || shift
 mkdir -p -- "$out"

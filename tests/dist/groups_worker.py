@@ -106,6 +106,7 @@ def main(out: Path) -> None:
 
     world = worlds.detect()
     device = worlds.connect(world)
+    collectives.all_gather(None)  # as every job does before its first step
     rows = {}
     for stage in (0, 1, 2, 3):
         recorder.phase = "start-up"

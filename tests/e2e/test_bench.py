@@ -14,6 +14,20 @@ from tests.helpers.forked import REPO
 from tests.helpers.ranks import clean_environment
 
 
+@pytest.mark.parametrize(
+    ("words", "told"), [(["--out", "x"], "unknown option '--out'"), (["a.b=1"], "is a setting")]
+)
+def test_the_table_of_a_gpu_refuses_what_is_no_folder(tmp_path: Path, words: list[str], told: str) -> None:
+    script = REPO / "benchmarks" / "gpu.sh"
+    done = subprocess.run(
+        ["bash", str(script), "--cpu", *words],
+        cwd=tmp_path, env=clean_environment(RATING_TRAIN_PYTHON=sys.executable), capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and told in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.timeout(240)
 def test_the_table_of_a_gpu_in_its_form_for_a_cpu_and_a_slower_run(tmp_path: Path, ranks: Ranks) -> None:
     script = REPO / "benchmarks" / "gpu.sh"
