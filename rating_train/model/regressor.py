@@ -84,11 +84,13 @@ class RatingRegressor(nn.Module):
         Returns:
             (B,) float32, in the unit of the target: in (1, 5) for stars.
         """
+        # Images first: autograd works backwards, so the gradient of the embeddings follows the decoder's. Behind the
+        # vision tower's, it would keep the tower's gradients from being sent while they are computed.
+        visual = self._visual(images)
         merged = self.family.embed_text(self.backbone, input_ids)  # (B, T, D)
-        if images.ndim == 5:
-            merged = self._merge_tiles(images, input_ids, merged)
-        elif self.visual_tokens:
-            visual = images if images.ndim == 3 else self.encode_images(images)  # (B, V, D)
+        if visual is not None and images.ndim == 5:
+            merged = self._merge_tiles(visual.to(merged.dtype), input_ids, merged)
+        elif visual is not None:
             start, end = self.image_start, self.image_start + self.visual_tokens
             merged = torch.cat([merged[:, :start], visual.to(merged.dtype), merged[:, end:]], dim=1)
         hidden = self.family.decode(self.backbone, merged)
@@ -99,15 +101,20 @@ class RatingRegressor(nn.Module):
         """Encode squares, (B, 3, S, S) uint8, as visual tokens (B, V, D) in the dtype of the computation."""
         return self.family.encode_images(self.backbone, images, self.positions)
 
-    def _merge_tiles(self, images: Tensor, input_ids: Tensor, text: Tensor) -> Tensor:
+    def _visual(self, images: Tensor) -> Tensor | None:
+        """Return the visual tokens (B, V, D), of tiled images (B, M * V, D); ``None`` without a vision tower."""
+        if images.ndim == 5:
+            visual = self.encode_images(images.flatten(0, 1))  # (B * M, V, D)
+            return visual.reshape(len(images), -1, visual.shape[-1])
+        if not self.visual_tokens:
+            return None
+        return images if images.ndim == 3 else self.encode_images(images)
+
+    def _merge_tiles(self, visual: Tensor, input_ids: Tensor, text: Tensor) -> Tensor:
         """Return the embeddings (B, T, D) in which the n-th placeholder of an item is its n-th visual token.
 
         By index rather than by mask: a mask would wait for the device. What fills up an item has no placeholder.
         """
-        visual = self.family.encode_images(
-            self.backbone, images.flatten(0, 1), self.positions
-        )  # (B * M, V, D)
-        visual = visual.reshape(len(images), -1, visual.shape[-1]).to(text.dtype)  # (B, M * V, D)
         placeholder = (input_ids == self.image_token_id).unsqueeze(-1)  # (B, T, 1)
         index = (placeholder.cumsum(1) - 1).clamp(min=0).expand(-1, -1, visual.shape[-1])
         return torch.where(placeholder, visual.gather(1, index), text)

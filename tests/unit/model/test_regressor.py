@@ -196,6 +196,25 @@ def test_gradients_reach_every_parameter() -> None:
     }
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_complete_from_the_end_of_the_model_to_its_beginning(checkpointing: bool) -> None:
+    """Buffers are sent in that order: one whose last gradient comes late would keep back all that follow."""
+    config = ModelConfig(
+        weights="random", head_hidden=24, head_dropout=0.0, gradient_checkpointing=checkpointing
+    )
+    model = build_regressor(config, architecture(), 64, IMAGE_START, seed=1).train()
+    parts: list[str] = []
+    part = {parameter: part_of(name) for name, parameter in model.named_parameters()}
+    for parameter in part:
+        parameter.register_post_accumulate_grad_hook(lambda p: parts.append(part[p]))
+    model(*inputs(model.visual_tokens, 64, model.backbone.config.image_token_id)).sum().backward()
+    assert len(parts) == len(list(model.parameters()))
+    assert list(dict.fromkeys(parts)) == ["head", "decoder", "connector", "vision"]
+    assert parts == sorted(parts, key=["head", "decoder", "connector", "vision"].index), (
+        "one part after the other"
+    )
+
+
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     config = ModelConfig(weights="random", head_hidden=24, head_dropout=0.0)
     grads = []
