@@ -43,6 +43,7 @@ class GradientBuckets:
         #: Of each bucket that was sent, what to wait for, and the tensor that is summed.
         self._works: list[tuple[Any, Tensor]] = []
         self._active = False
+        self._hooks: list[Any] = []
         self._ranks = dist.get_world_size() if dist.is_initialized() else 1
         for members in _partition(list(parameters), bucket_bytes):
             self._add(members)
@@ -55,7 +56,9 @@ class GradientBuckets:
         for parameter, size in zip(members, sizes):
             parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
             offset += size
-            parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._complete(bucket))
+            self._hooks.append(
+                parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._complete(bucket))
+            )
         self.flats.append(flat)
         self._sizes.append(len(members))
 
@@ -92,6 +95,11 @@ class GradientBuckets:
                     flat.copy_(sent)
                 flat.div_(self._ranks)
         self._works = []  # and the copies that were sent
+
+    def remove(self) -> None:
+        """Remove the hooks of the parameters, which would keep the buckets alive as long as them."""
+        for hook in self._hooks:
+            hook.remove()
 
     def zero(self) -> None:
         """Set all gradients to zero; they stay views of the buckets."""

@@ -2,7 +2,8 @@
 
 What a DeepSpeed engine holds, and what becomes of it (0.19.8)::
 
-    hooks on parameters     of the reduction (stages 1 to 3) and of gathering (stage 3): `destroy` removes them
+    hooks on parameters     of the reduction (stages 1 to 3) and of gathering (stage 3): `destroy` removes them;
+                            those of stage 0 are this project's, and removed here
     attributes of a         methods bound to it, its master, its share at stage 3: removed here, for in C++ a
     parameter               parameter may outlive its last reference in Python
     globals of stage 3      a stack of modules, and a cache keyed by them: emptied here
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from rating_train.checkpoint.deepspeed_io import write_masters
 from rating_train.engine.engine import Engine
+from rating_train.engine.gradient_buckets import GradientBuckets
 
 
 @torch.no_grad()
@@ -57,6 +59,8 @@ def release(engine: Engine) -> None:
     engine.ds.destroy()
     engine.ds = None
     engine.groups = []
+    if isinstance(engine.buckets, GradientBuckets):  # those of stage 1 are hooks of its optimizer
+        engine.buckets.remove()
     engine.buckets = None
     for parameter in parameters:
         vars(parameter).clear()

@@ -30,7 +30,7 @@ def hand_over(stage: int, precision: str, world, device) -> dict[str, object]:
         first.step(batches()[step].split(4)[world.rank], step, 4)
     before = complete_weights(first)
     computing = {n: p.detach().float().clone() for n, p in first.model.named_parameters()} if stage < 3 else {}
-    old = [weakref.ref(x) for x in (first.ds, first.ds.optimizer, first.model)]
+    old = [weakref.ref(x) for x in (first.ds, first.ds.optimizer, first.model, first.buckets) if x is not None]
     parameters = list(first.model.parameters())  # as if C++ held them
     release(first)
     left = [type(one()).__name__ for one in old if one() is not None]
