@@ -30,6 +30,8 @@ export TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC="${TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSE
 # A second guard, for an NCCL watchdog that hangs itself (in a CUDA call that never returns): the process ends after so
 # many seconds without a heartbeat from it. As long as a collective may take (10 minutes, see world.connect): a shorter
 # limit could end a process whose collective is still waiting legitimately.
+# From torch 2.15 on, "nccl" is another implementation, whose headers know nothing of this guard (the settings above are
+# kept there): what ends such a process then is the run's own watchdog. TORCH_DIST_USE_NCCL2=0 selects the former one.
 export TORCH_NCCL_ENABLE_MONITORING="${TORCH_NCCL_ENABLE_MONITORING:-1}"
 export TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC="${TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC:-600}"
 # A rendezvous store of its own for every restart by torchrun: in one that is shared with the agent, the default, the
