@@ -122,24 +122,33 @@ def tensor_bytes(state: Any) -> int:
 def read_shards(ds: Any, directory: Path, saved_stage: int, saved_ranks: int) -> None:
     """Load a checkpoint written from :func:`capture_shards` into the engine. A collective.
 
-    The same stage and number of ranks use DeepSpeed's own loading; anything else is read through
+    The same stage, number of ranks and optimizer groups use DeepSpeed's own loading; anything else is read through
     :class:`~.zero_shards.Shards`. No code that a file may hold is run (see :mod:`.safe_load`).
     """
     settings = [{k: v for k, v in group.items() if k != "params"} for group in ds.optimizer.param_groups]
     stage = ds.zero_optimization_stage()
-    if saved_stage == stage and (stage == 0 or saved_ranks == dist.get_world_size()):
-        folder = directory / ENGINE_DIR
+    folder = directory / ENGINE_DIR
+    alike = saved_stage == stage and (stage == 0 or saved_ranks == dist.get_world_size())
+    if alike and not (stage == 1 and _is_divided_otherwise(ds, folder)):
         with _names_of(folder) as names, _checkpoint_engine(ds, SafeCheckpointEngine(folder)):
             loaded, _ = ds.load_checkpoint(
                 str(names), tag=ENGINE_DIR, load_module_strict=True, load_lr_scheduler_states=False
             )
         if loaded is None:
-            raise InvalidCheckpoint(f"DeepSpeed found no shards in {directory / ENGINE_DIR}")
+            raise InvalidCheckpoint(f"DeepSpeed found no shards in {folder}")
     else:
-        _read_resharded(ds, Shards(directory / ENGINE_DIR, saved_stage))
+        _read_resharded(ds, Shards(folder, saved_stage))
     # Betas and weight decay follow the configuration, not the checkpoint.
     for group, own in zip(ds.optimizer.param_groups, settings, strict=True):
         group.update(own)
+
+
+def _is_divided_otherwise(ds: Any, folder: Path) -> bool:
+    """Whether the same parameters stood in other groups: `zero.bucket_mb` divides them, and did not always."""
+    names = {id(p): name for name, p in ds.module.named_parameters()}
+    own = [[names[id(p)] for p in group] for group in _groups_and_masters(ds.optimizer)[0]]
+    saved = [list(shapes) for shapes in load(folder / MODEL_STATES)["param_shapes"]]
+    return own != saved and {n for group in own for n in group} == {n for group in saved for n in group}
 
 
 @contextlib.contextmanager

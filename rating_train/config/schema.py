@@ -163,7 +163,13 @@ class ZeroConfig:
         "Dtype in which gradients travel between ranks. bf16 halves the bytes, and rounds each gradient before it is "
         "summed; needs `train.precision` bf16.",
     )
-    bucket_mb: int = setting(50, "Size of communication buckets, in MiB of bf16 values.", low=1, high=100_000)
+    bucket_mb: int = setting(
+        50,
+        "Size of communication buckets, in MiB: of fp32 gradients at stage 0 and at stage 1 in bf16, of bf16 values "
+        "elsewhere.",
+        low=1,
+        high=100_000,
+    )
     extra: dict[str, Any] = setting(
         {}, "Further keys of DeepSpeed's zero_optimization section, passed through; derived keys are refused."
     )
@@ -297,6 +303,12 @@ class Config:
         if self.train.precision == "fp32":
             return "fp32"
         return "bf16" if self.zero.stage > 0 else "autocast"
+
+    @property
+    def partitions_gradients(self) -> bool:
+        """Whether gradients go into ``engine/partitioned_gradients.py``, in place of DeepSpeed's own reduction."""
+        zero = self.zero
+        return zero.stage == 1 and self.train.precision == "bf16" and not zero.offload_optimizer
 
     @property
     def model_fields(self) -> list[TextField]:

@@ -23,7 +23,7 @@ from rating_train.engine.compiled import compile_model, warm_up
 from rating_train.engine.ds_config import build_ds_config
 from rating_train.engine.gradient_buckets import GradientBuckets
 from rating_train.engine.optimizer import build_optimizer
-from rating_train.engine.partitioned_gradients import PartitionedGradients
+from rating_train.engine.partitioned_gradients import PartitionedGradients, divide
 from rating_train.engine.step_timer import StepTimer
 from rating_train.errors import UserError
 from rating_train.model.attention import choose_attention
@@ -228,6 +228,8 @@ def build_engine(
     compile_model(model, config.train.compile, lengths)
     groups = param_groups(model, config.optim)
     log.info("optimizer groups\n%s", group_table(model, groups))
+    if config.partitions_gradients:
+        groups = divide(groups, config.zero.bucket_mb * 2**20)
     optimizer = build_optimizer(groups, config)
     _without_shared_memory_collectives(deepspeed)
     _without_memory_reports()
@@ -256,8 +258,6 @@ def _own_reduction(ds: Any, config: Config) -> GradientBuckets | PartitionedGrad
     At stage 0 they are put into buckets; at stage 1 in bf16 DeepSpeed has the buffers. Stage 1 in fp32 or with an
     offloaded optimizer, and stages 2 and 3, are left to DeepSpeed.
     """
-    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-
     zero, optimizer = config.zero, ds.optimizer
     sent_as = torch.bfloat16 if zero.communication_dtype == "bf16" else None
     if zero.stage == 0:
@@ -267,7 +267,7 @@ def _own_reduction(ds: Any, config: Config) -> GradientBuckets | PartitionedGrad
         optimizer.buckets = buckets
         ds.enable_backward_allreduce = False
         return buckets
-    if isinstance(optimizer, BF16_Optimizer):
+    if config.partitions_gradients:
         gradients = PartitionedGradients(
             optimizer, list(ds.module.parameters()), config.optim.clip_norm, sent_as
         )

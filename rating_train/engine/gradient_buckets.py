@@ -45,7 +45,7 @@ class GradientBuckets:
         self._active = False
         self._hooks: list[Any] = []
         self._ranks = dist.get_world_size() if dist.is_initialized() else 1
-        for members in _partition(list(parameters), bucket_bytes):
+        for members in consecutive(list(parameters), bucket_bytes):
             self._add(members)
 
     def _add(self, members: list[nn.Parameter]) -> None:
@@ -116,8 +116,8 @@ def _aligned(elements: int, element_bytes: int) -> int:
     return -(-elements // per_load) * per_load
 
 
-def _partition(parameters: list[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
-    """Consecutive parameters from the end, of one dtype and device, in buckets of at least ``bucket_bytes``."""
+def consecutive(parameters: list[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
+    """Return consecutive parameters from the end, of one dtype and device, in buckets of at least ``bucket_bytes``."""
     buckets: list[list[nn.Parameter]] = []
     size = 0
     for parameter in reversed(parameters):

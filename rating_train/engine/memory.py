@@ -115,9 +115,11 @@ def predict_memory(config: Config, architecture: Architecture, ranks: int) -> Ra
 def trace(config: Config, architecture: Architecture, plan: BatchPlan) -> MicroBatchMemory:
     """Trace a micro-batch with the gradients and buckets that its stage has."""
     stage = config.zero.stage
-    existing = stage == 0 or (stage == 1 and plan.accumulation > 1 and not _in_partitions(config))
+    existing = stage == 0 or (stage == 1 and plan.accumulation > 1 and not config.partitions_gradients)
     on_gradient = _reduction(config) if stage > 1 else None
-    if _in_partitions(config) and config.train.compile != "model":  # whose gradients are complete all at once
+    if (
+        config.partitions_gradients and config.train.compile != "model"
+    ):  # whose gradients are complete all at once
         on_gradient = _free_at_once
     return trace_micro_batch(
         config,
@@ -142,7 +144,7 @@ def memory_of(config: Config, sizes: Sizes, plan: BatchPlan, micro_batch: MicroB
         return RankMemory(4 * everything, kept, 8 * trained, micro_batch.peak, kept)
     width = 2 if bf16 else 4
     weights, optimizer, gathered, host = width * everything, 12 * share, 0, 0
-    if _in_partitions(config):
+    if config.partitions_gradients:
         kept = update = 4 * trained + sent
     elif stage == 1:
         kept = 4 * trained if plan.accumulation > 1 else 0
@@ -166,12 +168,6 @@ def memory_of(config: Config, sizes: Sizes, plan: BatchPlan, micro_batch: MicroB
     if config.zero.offload_param:
         host, weights = host + weights, 0
     return RankMemory(weights, kept, optimizer, micro_batch.peak, update, gathered, host)
-
-
-def _in_partitions(config: Config) -> bool:
-    """Whether gradients go into ``engine/partitioned_gradients.py``."""
-    zero = config.zero
-    return zero.stage == 1 and config.train.precision == "bf16" and not zero.offload_optimizer
 
 
 def _free_at_once(_live: LiveBytes) -> GradientHook:

@@ -9,12 +9,16 @@ clipping and update read no more than a rank's own share, and the host waits for
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from rating_train.engine.gradient_buckets import consecutive
+from rating_train.model.param_groups import ParamGroup
 
 
 class PartitionedGradients:
@@ -152,6 +156,19 @@ class PartitionedGradients:
         inner.step()
         optimizer._lazy_init_hp_params_optimizer_state()
         optimizer.update_lp_params()
+
+
+def divide(groups: Sequence[ParamGroup], bucket_bytes: int) -> list[ParamGroup]:
+    """Divide optimizer groups into consecutive ones of at least ``bucket_bytes`` of gradients, where they are larger.
+
+    A rank's share is of a whole buffer, so that none can be sent in parts. A buffer for each group would hold back the
+    gradients of the vision tower's matrices, 342 MB, until the last of them is there, when nothing is left to overlap.
+    """
+    return [
+        dataclasses.replace(group, parameters=tuple(reversed(members)))
+        for group in groups
+        for members in reversed(consecutive(list(group.parameters), bucket_bytes))
+    ]
 
 
 def scatters(device: torch.device) -> bool:

@@ -47,6 +47,7 @@ class Scaled:
         compute: forward and backward pass.
         inside: averaging the gradients inside a node; at stage 1 also collecting the new weights.
         between: the same between nodes.
+        can_hide: of both, the share that can be sent during the backward pass, 0 to 1.
         exposed: of both, what the backward pass does not hide.
         saves: of each step, its share of the pauses of checkpoints.
         evaluations: of each step, its share of the evaluations.
@@ -59,6 +60,7 @@ class Scaled:
     compute: float
     inside: float
     between: float
+    can_hide: float
     exposed: float
     saves: float
     evaluations: float
@@ -115,8 +117,8 @@ def _scaled(
     rank_items = config.batch.global_items // gpus
     compute = rank_items * training_flops(forward, config.model.freeze) / speed
     inside, between = reduction_seconds(config, arch, gpu, gpus, network_gbit)
-    hidden = _BACKWARD_SHARE * compute if config.zero.stage in (0, 2) else 0.0
-    exposed = max(0.0, inside + between - hidden)
+    can_hide = _can_hide(config)
+    exposed = inside + between - min(_BACKWARD_SHARE * compute, can_hide * (inside + between))
     saves = SAVE_PAUSE_SECONDS / config.train.save_every_steps if config.train.save_every_steps else 0.0
     evaluation = _EVALUATION_ITEMS * forward.total("flop_attention") / speed / gpus
     evaluations = evaluation / config.train.eval_every_steps if config.train.eval_every_steps else 0.0
@@ -124,8 +126,25 @@ def _scaled(
     stored = stored_bytes(config, arch)
     nodes = -(-gpus // GPUS_PER_NODE)
     return Scaled(
-        gpus, rank_items, compute, inside, between, exposed, saves, evaluations, rate, rate * stored / nodes
-    )
+        gpus, rank_items, compute, inside, between, can_hide, exposed, saves, evaluations, rate,
+        rate * stored / nodes,
+    )  # fmt: skip
+
+
+def _can_hide(config: Config) -> float:
+    """Return the share of a step's communication that can run during the backward pass.
+
+    All gradients of stages 0 and 2. Where :mod:`~rating_train.engine.partitioned_gradients` reduces, the gradients, but
+    not the new weights in bf16. Nothing is counted where a stage reduces after the backward pass, or gathers weights.
+    """
+    if config.partitions_gradients:
+        sent = _gradient_bytes(config)
+        return sent / (sent + 2)
+    return 1.0 if config.zero.stage in (0, 2) else 0.0
+
+
+def _gradient_bytes(config: Config) -> int:
+    return 2 if config.zero.communication_dtype == "bf16" else 4
 
 
 def reduction_seconds(
@@ -138,9 +157,8 @@ def reduction_seconds(
     of the new weights in bf16. Stages 0 and 1 reduce once in a step, in `zero.communication_dtype`.
     """
     counts = count_parameters(arch, config.model_px)
-    bytes_each = 2 if config.zero.communication_dtype == "bf16" else 4
-    shares = config.zero.stage == 1 and config.train.precision == "bf16"
-    both_ways = bytes_each + (2 if shares else bytes_each)
+    bytes_each = _gradient_bytes(config)
+    both_ways = bytes_each + (2 if config.partitions_gradients else bytes_each)
     sent = both_ways * (counts["total"] - sum(counts[part] for part in config.model.freeze))
     local, nodes = min(gpus, GPUS_PER_NODE), -(-gpus // GPUS_PER_NODE)
     inside = (local - 1) / local * sent / (GPUS[gpu].link_gb * 1e9 * LINK_SHARE)
@@ -150,10 +168,12 @@ def reduction_seconds(
 
 def items_for_efficiency(found: Scaled) -> int:
     """Return the items of one GPU in a step at which communication leaves 90% of the time to compute."""
-    wanted, one, sent = 0.9, found.compute / found.rank_items, found.inside + found.between
-    hidden = found.exposed < sent and found.exposed >= 0
-    need = (sent / one) * (1 / (_BACKWARD_SHARE + 1 / wanted - 1) if hidden else wanted / (1 - wanted))
-    return max(1, math.ceil(need))
+    one, sent, left = found.compute / found.rank_items, found.inside + found.between, 1 / 0.9 - 1
+    # What is sent may take what the backward pass hides and a ninth of the compute; what cannot be hidden, the ninth.
+    compute = max(
+        (1 - found.can_hide) * sent / left, sent / (_BACKWARD_SHARE + left) if found.can_hide else 0
+    )
+    return max(1, math.ceil(compute / one))
 
 
 def render_scale(found: Sequence[Scaled], gpu: str, network_gbit: float, mfu: float, items: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rating_train.engine import partitioned_gradients
-from rating_train.engine.partitioned_gradients import PartitionedGradients, scatters
+from rating_train.engine.partitioned_gradients import PartitionedGradients, divide, scatters
+from rating_train.model.param_groups import ParamGroup
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -186,6 +188,29 @@ def test_buffers_are_sent_once_while_the_backward_pass_runs(
     # The norm's own sum over both ranks counts this rank's buffers twice.
     assert torch.allclose(buffers._global_grad_norm, norm * 2**0.5, rtol=tolerance)
     assert collectives.sent[2:] == [("all_reduce", 1, False)], "of the norm: a number"
+
+
+def test_large_groups_are_divided_and_small_ones_are_not() -> None:
+    net = model()
+    groups = [
+        ParamGroup("decoder/decay", 1.0, 0.1, tuple(p for p in net.parameters() if p.dim() == 2)),
+        ParamGroup("decoder/no_decay", 2.0, 0.0, tuple(p for p in net.parameters() if p.dim() == 1)),
+    ]
+    matrices, biases = groups
+    assert divide(groups, 10**6) == groups
+    assert (
+        divide(groups, 4 * (8 * 8 + 8))
+        == [  # the last two matrices are as large
+            dataclasses.replace(matrices, parameters=matrices.parameters[:1]),
+            dataclasses.replace(matrices, parameters=matrices.parameters[1:]),
+            biases,
+        ]
+    )
+    alone = divide(groups, 1)
+    assert [len(g.parameters) for g in alone] == [1] * 6
+    assert [p for g in alone for p in g.parameters] == [p for g in groups for p in g.parameters], (
+        "in the same order"
+    )
 
 
 def test_gradients_are_scattered_on_gpus() -> None:

@@ -8,7 +8,13 @@ from rating_train.config.load import load_config
 from rating_train.config.schema import Config
 from rating_train.errors import UserError
 from rating_train.model.architecture import KNOWN_ARCHITECTURES
-from rating_train.reports.cost.scale import items_for_efficiency, reduction_seconds, render_scale, scale
+from rating_train.reports.cost.scale import (
+    Scaled,
+    items_for_efficiency,
+    reduction_seconds,
+    render_scale,
+    scale,
+)
 from tests.conftest import REPO
 
 
@@ -41,14 +47,22 @@ def test_gradients_cross_a_network_once_for_each_node() -> None:
     )
 
 
-def test_stage_0_hides_what_stage_1_waits_for() -> None:
-    waits, hides = (scale(config(f"zero.stage={s}"), ARCH, "h200", 8, 400, 0.4)[-1] for s in (1, 0))
-    assert waits.exposed == pytest.approx(waits.inside)
-    assert hides.exposed == pytest.approx(max(0.0, hides.inside - hides.compute * 2 / 3))
-    assert hides.rate > waits.rate
+def test_gradients_hide_behind_the_backward_pass_and_new_weights_do_not() -> None:
+    def at(*settings: str) -> Scaled:
+        return scale(config(*settings), ARCH, "h200", 8, 400, 0.4)[-1]
+
+    few = at("zero.stage=0", "batch.global_items=8")
+    assert few.exposed == pytest.approx(few.inside - few.compute * 2 / 3) and few.exposed > 0
+    assert at("zero.stage=0").exposed == 0
+    one = at("batch.global_items=640")
+    assert one.exposed == pytest.approx(one.inside * 2 / (4 + 2)), "bf16 weights, after fp32 gradients"
+    half = at("batch.global_items=640", "zero.communication_dtype=bf16")
+    assert half.exposed == pytest.approx(one.exposed)
+    for waits in (at("zero.offload_optimizer=true"), at("train.precision=fp32"), at("zero.stage=3")):
+        assert waits.exposed == pytest.approx(waits.inside), "DeepSpeed reduces after the backward pass"
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_the_batch_that_is_named_has_the_efficiency(stage: int) -> None:
     found = scale(config(f"zero.stage={stage}"), ARCH, "h200", 16, 400, 0.4)[-1]
     needed = items_for_efficiency(found)
@@ -85,4 +99,4 @@ def test_the_page_has_the_rows_of_the_command() -> None:
         reduced = f"{1000 * s.inside:.2f}, {1000 * s.between:.2f}"
         cells = (s.gpus, s.rank_items, f"{1000 * s.compute:.2f}", reduced, f"{s.rate:,.0f}")
         assert f"| {' | '.join(map(str, cells))} |" in page
-    assert "284 items per GPU" in render_scale(found, "h200", 400, 0.4, 16_455_671)
+    assert "95 items per GPU" in render_scale(found, "h200", 400, 0.4, 16_455_671)
