@@ -18,7 +18,8 @@ from tests.conftest import Ranks
 from tests.faults.ledger import Attempt, living, stop_process, wait_until_none_lives
 
 WATCHDOG_MINUTES = 0.5  # longer than a start takes, also on a busy machine
-COLLECTIVE = re.compile(r"in (all_reduce|all_gather\w*|broadcast\w*|reduce\w*|barrier|gather\w*)\b")
+# What a rank is in that waits for another one: a collective, or the end of those that reduce gradients.
+COLLECTIVE = re.compile(r"in (all_reduce|all_gather\w*|broadcast\w*|reduce\w*|barrier|gather\w*|finish)\b")
 TRAIN = {"epochs": 4000, "save_every_steps": 0, "stop_check_steps": 1}
 
 
