@@ -117,9 +117,8 @@ def trace(config: Config, architecture: Architecture, plan: BatchPlan) -> MicroB
     stage = config.zero.stage
     existing = stage == 0 or (stage == 1 and plan.accumulation > 1 and not config.partitions_gradients)
     on_gradient = _reduction(config) if stage > 1 else None
-    if (
-        config.partitions_gradients and config.train.compile != "model"
-    ):  # whose gradients are complete all at once
+    at_once = config.train.compile == "model"  # its gradients are all complete at the end
+    if config.partitions_gradients and not at_once:
         on_gradient = _free_at_once
     return trace_micro_batch(
         config,
