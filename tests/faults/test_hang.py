@@ -147,6 +147,7 @@ def test_a_collective_that_waits_too_long_fails_before_the_watchdog(start: Calla
     wait_for_end(job, first, 60, "the collective's time-out")
     output = end(job, second)
     # Several buffers of gradients are on their way: the one that rank 0 waits for may fail by the time-out of another.
-    assert re.search(r"Timed out waiting 15000ms|Application timeout caused pair closure", output), output[-4000:]
+    said = r"Timed out waiting 15000ms|Application timeout caused pair closure"
+    assert re.search(said, output), output[-4000:]
     assert "exitcode  : 1 " in output
     assert not stacks(job) and not (job.run / "HUNG").exists()
