@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--stages", default="0,1,2")
-    parser.add_argument("--only", default="", help="names of the rows to run")
+    parser.add_argument("--only", default="", help="names of the rows to run, divided by commas")
     parser.add_argument("--timeout", type=float, default=1800)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -131,6 +131,10 @@ def main() -> None:
     if importlib.util.find_spec("lightning") is not None:
         runs["Lightning"] = functools.partial(peer, args, "lightning_fit.py")
     wanted = [name.strip() for name in args.only.split(",") if name.strip()] or list(runs)
+    if unknown := [name for name in wanted if name not in runs]:
+        parser.error(
+            f"--only: not known, or not installed: {', '.join(unknown)} | expected some of: {', '.join(runs)}"
+        )
     rates: dict[str, list[float]] = {name: [] for name in wanted}
     for turn in range(args.rounds):
         for name in wanted if turn % 2 == 0 else reversed(wanted):

@@ -28,6 +28,18 @@ def test_the_table_of_a_gpu_refuses_what_is_no_folder(tmp_path: Path, words: lis
     assert not list(tmp_path.iterdir())
 
 
+def test_peers_that_are_not_known_are_refused_before_the_first_round(tmp_path: Path) -> None:
+    script = REPO / "benchmarks" / "peers" / "run.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(REPO / "configs" / "demo_cpu.yaml"), "--only", "DDP,nobody"],
+        cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert (
+        "--only: not known, or not installed: nobody | expected some of: rating_train stage 0" in done.stderr
+    )
+
+
 @pytest.mark.timeout(240)
 def test_the_table_of_a_gpu_in_its_form_for_a_cpu_and_a_slower_run(tmp_path: Path, ranks: Ranks) -> None:
     script = REPO / "benchmarks" / "gpu.sh"
