@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from rating_train.checkpoint import store
 from tests.conftest import Ranks
 from tests.faults.ledger import STEPS_PER_KILL, Attempt, none_left, supervise, wait_until_none_lives
 from tests.faults.ledger_runs import EVAL_EVERY, assert_same_run, sections
@@ -47,14 +48,16 @@ def test_kills_change_nothing(
 def test_torchrun_restarts_a_killed_rank_by_itself(
     ranks: Ranks, tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    steps, stage, token = 30, 1, str(tmp_path)
+    steps, stage, token = 45, 1, str(tmp_path)
     ranks.train(2, tiny_config("straight", **sections(stage, steps)))
     broken = tmp_path / "runs/broken"
     config = tiny_config("broken", **sections(stage, steps))
     job = Attempt(ranks, config, broken, token, max_restarts=3)
     assert job.wait(lambda: len(job.ranks()) == 2, 120, "the ranks"), job.output[-4000:]
     rank = job.ranks()["rank 1"]
-    assert job.wait(lambda: len(job.new_steps()) >= 5, 120, "step 5")
+    # The first save, of step 3, is written in the background: on a busy machine it may be there later than step 5.
+    latest = broken / "checkpoints" / store.LATEST
+    assert job.wait(lambda: latest.exists() and len(job.new_steps()) >= 5, 120, "step 5 and a checkpoint")
     rank.kill()
     assert not job.wait(lambda: False, 120, "the end")
     job.join()
